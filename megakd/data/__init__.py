@@ -1,0 +1,1 @@
+"""Nouns: tokens on disk."""

@@ -1,0 +1,46 @@
+"""Exit statuses and the exceptions that carry them: what a caller of any megakd command can rely on."""
+
+import enum
+
+
+class ExitStatus(enum.IntEnum):
+    """Exit status of every megakd command."""
+
+    COMPLETE = 0
+    FAILED = 1
+    USAGE = 2
+    DATA_BUDGET = 3
+    MISMATCH = 4
+    CORRUPT = 5
+    NO_SPACE = 6
+    STOPPED = 75
+
+
+class UsageError(ValueError):
+    """A flag, a path or a combination of settings that cannot work."""
+
+    status = ExitStatus.USAGE
+
+
+class DataBudgetError(ValueError):
+    """More bad records than the budget allows."""
+
+    status = ExitStatus.DATA_BUDGET
+
+
+class MismatchError(ValueError):
+    """Two artefacts that do not belong together; the message shows both values."""
+
+    status = ExitStatus.MISMATCH
+
+
+class CorruptError(ValueError):
+    """A file whose size, structure or content is not what was written."""
+
+    status = ExitStatus.CORRUPT
+
+
+class StoppedBySignal(Exception):
+    """The run was asked to stop and has saved its state."""
+
+    status = ExitStatus.STOPPED

@@ -1,0 +1,1 @@
+"""Nouns: numerics over a vocabulary split across a group."""

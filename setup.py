@@ -1,0 +1,30 @@
+"""Build of the native extension; everything else about the package is in pyproject.toml."""
+
+import os
+import platform
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+# MEGAKD_MARCH=x86-64-v3 builds for older machines than the one that compiles; kernels choose wider paths at run time.
+march = os.environ.get("MEGAKD_MARCH")
+flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall"]
+if march:
+    flags.append(f"-march={march}")
+elif platform.machine() == "x86_64":
+    flags.append("-march=native")
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "megakd._csrc",
+            ["csrc/bindings.cpp"],
+            include_dirs=["csrc"],
+            depends=[os.path.join("csrc", name) for name in sorted(os.listdir("csrc")) if name.endswith(".h")],
+            cxx_std=17,
+            extra_compile_args=flags,
+            extra_link_args=["-pthread"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)
