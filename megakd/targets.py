@@ -15,7 +15,7 @@ class DenseTargets:
 
     The head multiplies the two chunk by chunk, so that no ``[T, V]`` tensor of teacher logits ever exists.
 
-    hidden_TH: ``[T, H_teacher]``, the teacher's final hidden states (after its last norm), in the student's token order.
+    hidden_TH: ``[T, H_teacher]``, the teacher's hidden states after its last norm, in the student's token order.
     weight_vH: ``[v, H_teacher]``, the teacher's output weight for the same vocabulary rows as the student's shard.
     """
 

@@ -1,0 +1,58 @@
+"""``python -m megakd VERB ...``: the list of verbs, nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from megakd.errors import ExitStatus
+
+VERBS = {
+    "preprocess": "megakd.pipeline.preprocess",
+    "merge": "megakd.pipeline.merge",
+    "verify": "megakd.pipeline.verify",
+    "show": "megakd.pipeline.show",
+    "train": "megakd.train.main",
+}
+
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Call ``main`` and turn its exceptions into the documented exit statuses, each with one line on stderr."""
+    try:
+        return int(main(argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return ExitStatus.FAILED
+    except (ValueError, OSError) as error:
+        status = getattr(error, "status", None)
+        if status is None and not isinstance(error, OSError):
+            raise  # not foreseen: the traceback is the message
+        print(f"error: {error}", file=sys.stderr)
+        return int(ExitStatus.FAILED if status is None else status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m megakd VERB [flags]\n\nverbs:")
+        for verb, module in VERBS.items():
+            print(f"  {verb:<12} {importlib.import_module(module).HELP}")
+        print("\npython -m megakd VERB --help explains one verb.")
+        return ExitStatus.COMPLETE
+    if arguments[0] == "--version":
+        from megakd import __version__
+
+        print(__version__)
+        return ExitStatus.COMPLETE
+    if arguments[0] not in VERBS:
+        print(f"error: unknown verb '{arguments[0]}'; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        return ExitStatus.USAGE
+    return run(importlib.import_module(VERBS[arguments[0]]).main, arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

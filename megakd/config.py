@@ -1,0 +1,211 @@
+"""Configuration: a tree of dataclasses filled from defaults, then a YAML file, then flags.
+
+A leaf is declared beside the code that reads it, ``lr: float = option(3e-4, "peak learning rate")``. Every leaf has two
+names: its place in the YAML tree (``optim: {lr: ...}``) and one flat flag with Megatron's spelling (``--lr``). Unknown
+keys are errors. The resolved tree is what ``--print-config`` prints and what every command writes beside its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from argparse import SUPPRESS
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from megakd.errors import UsageError
+
+Root = TypeVar("Root")
+
+
+def option(
+    default: Any, help: str, *, common: bool = False, positional: bool = False, flag: str | None = None
+) -> Any:
+    """Declare a leaf: its default (``...`` if it must be given) and its meaning in one line.
+
+    common: shown by ``--help`` (the others only by ``--help-all``).
+    flag: the flat flag where it is not the field's name.
+    """
+    metadata = {"help": help, "common": common, "positional": positional, "flag": flag, "required": default is ...}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=None if default is ... else default, metadata=metadata)
+
+
+def group(cls: type[Root], title: str, *, flag_prefix: str = "") -> Root:
+    """Declare a group of leaves, a dataclass of its own. flag_prefix keeps two groups of one class apart."""
+    field: Root = dataclasses.field(
+        default_factory=cls, metadata={"title": title, "flag_prefix": flag_prefix, "group": cls}
+    )
+    return field
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    key: str  # place in the tree, dotted
+    flag: str
+    field: dataclasses.Field[Any]
+    hint: Any
+    title: str
+
+
+def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, description: str) -> Root:
+    """Fill ``root`` from ``--config FILE`` and flags, validate it and return it.
+
+    Every dataclass of the tree may have a ``validate()`` method that raises ``UsageError``. ``--help``, ``--help-all``
+    and ``--print-config`` print and exit with status 0.
+
+    Raises:
+        UsageError: unknown key or flag, a value of another type, a required one missing, or what ``validate`` refuses.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_all = "--help-all" in arguments
+    leaves = list(_leaves(root, "", "", "options"))
+    parser = _build_parser(leaves, prog, description, show_all)
+    if show_all or "--help" in arguments or "-h" in arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    print_config = "--print-config" in arguments
+    arguments = [argument for argument in arguments if argument != "--print-config"]
+    try:
+        values = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UsageError(_explain(str(error), leaves, prog)) from None
+    missing = [leaf for leaf in leaves if leaf.field.metadata["required"] and values[leaf.key] is None]
+    if missing and not print_config:
+        names = ", ".join(leaf.field.name if leaf.field.metadata["positional"] else leaf.flag for leaf in missing)
+        raise UsageError(f"{prog}: missing: {names} (see {prog} --help)")
+    config: Root = _build(root, values)
+    if print_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    validate(config)
+    return config
+
+
+def validate(config: Any) -> None:
+    """Run ``validate()`` of every dataclass in the tree, leaves of the tree first."""
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(getattr(config, field.name)):
+            validate(getattr(config, field.name))
+    if hasattr(config, "validate"):
+        config.validate()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as plain data, in declaration order."""
+    tree: dict[str, Any] = dataclasses.asdict(config)
+    return tree
+
+
+def dump(config: Any) -> str:
+    """The tree as YAML that ``--config`` reads back."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+    return text
+
+
+def from_dict(root: type[Root], tree: dict[str, Any]) -> Root:
+    """The inverse of ``to_dict``; unknown keys are a ``UsageError``, missing ones take their defaults."""
+    leaves = list(_leaves(root, "", "", "options"))
+    parser = _build_parser(leaves, root.__name__, "", show_all=False)
+    try:
+        values = parser.parse_object(tree)
+    except ArgumentError as error:
+        raise UsageError(_explain(str(error), leaves, root.__name__)) from None
+    built: Root = _build(root, values)
+    return built
+
+
+def _leaves(cls: Any, key_prefix: str, flag_prefix: str, title: str) -> Iterator[_Leaf]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if "group" in field.metadata:
+            meta, key = field.metadata, f"{key_prefix}{field.name}."
+            yield from _leaves(meta["group"], key, flag_prefix + meta["flag_prefix"], meta["title"])
+        else:
+            flag = field.metadata["flag"] or field.name.replace("_", "-")
+            yield _Leaf(key_prefix + field.name, f"--{flag_prefix}{flag}", field, hints[field.name], title)
+
+
+class _Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
+    """Keeps usage short: the list of several hundred flags belongs to --help-all."""
+
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [--config FILE.yaml] [flags]\n"
+
+
+def _build_parser(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> _Parser:
+    parser = _Parser(prog=prog, description=description, exit_on_error=False, add_help=False)
+    parser.usage = f"{prog} [--config FILE.yaml] [flags]"
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", action="config", help="YAML file; flags override what it says")
+    for name, text in (
+        ("--print-config", "print the resolved configuration as YAML and exit"),
+        ("--help", "show the common flags and exit"),
+        ("--help-all", "show every flag and exit"),
+    ):
+        general.add_argument(name, action="store_true", help=text)
+    groups: dict[str, Any] = {}
+    for leaf in leaves:
+        if leaf.title not in groups:
+            groups[leaf.title] = parser.add_argument_group(leaf.title)
+        meta, kwargs = leaf.field.metadata, _type_arguments(leaf.hint)
+        hidden = not (show_all or meta["common"] or meta["required"])
+        default = leaf.field.default_factory() if callable(leaf.field.default_factory) else leaf.field.default
+        names = [leaf.key] if meta["positional"] else list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
+        kwargs["help"] = SUPPRESS if hidden else meta["help"] + ("" if meta["required"] else f" (default: {default})")
+        kwargs["default"] = default
+        kwargs["metavar"] = _metavar(leaf.hint)
+        groups[leaf.title].add_argument(*names, **kwargs)
+    return parser
+
+
+def _type_arguments(hint: Any) -> dict[str, Any]:
+    if hint is bool:
+        return {"type": bool, "nargs": "?", "const": True}
+    inner = [arg for arg in typing.get_args(hint) if arg is not type(None)] if _is_union(hint) else [hint]
+    if len(inner) == 1 and typing.get_origin(inner[0]) is list:
+        return {"type": typing.get_args(inner[0])[0], "nargs": "+"}
+    return {"type": hint}
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(str(value) for value in typing.get_args(hint)) + "}"
+    if _is_union(hint):
+        return "|".join(_metavar(arg) for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is list:
+        return _metavar(typing.get_args(hint)[0])
+    return str(getattr(hint, "__name__", hint)).upper()
+
+
+def _build(cls: Any, values: Namespace) -> Any:
+    kwargs = {}
+    for field in dataclasses.fields(cls):
+        value = values[field.name]
+        kwargs[field.name] = _build(field.metadata["group"], value) if "group" in field.metadata else value
+    return cls(**kwargs)
+
+
+def _explain(message: str, leaves: list[_Leaf], prog: str) -> str:
+    """One line from jsonargparse's message, with the nearest known name where a name is unknown."""
+    line = " ".join(message.split())
+    unknown = re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: (\S+)", line)
+    if unknown:
+        name = (unknown.group(1) or unknown.group(2)).split("=")[0]
+        known = [leaf.flag if name.startswith("--") else leaf.key for leaf in leaves]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        line = f"unknown {'flag' if name.startswith('--') else 'configuration key'} '{name}'"
+        line += f"; did you mean '{near[0]}'?" if near else ""
+    return f"{prog}: {line} (see {prog} --help-all)"

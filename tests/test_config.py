@@ -1,0 +1,105 @@
+"""The configuration tree: defaults, YAML, flags, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from megakd.config import dump, from_dict, group, option, parse, to_dict
+from megakd.errors import UsageError
+
+
+@dataclass
+class Model:
+    num_layers: int = option(2, "layers", common=True)
+    rope_scaling: float | None = option(None, "factor")
+
+
+@dataclass
+class Optim:
+    lr: float = option(1e-3, "peak", common=True)
+    style: Literal["cosine", "WSD"] = option("cosine", "shape")
+    overlap: bool = option(False, "overlap")
+
+    def validate(self) -> None:
+        if self.lr <= 0:
+            raise UsageError(f"--lr is {self.lr}; expected a positive number")
+
+
+@dataclass
+class Root:
+    name: str = option(..., "a name")
+    data_path: list[str] = option([], "weights and prefixes")
+    student: Model = group(Model, "student")
+    teacher: Model = group(Model, "teacher", flag_prefix="teacher-")
+    optim: Optim = group(Optim, "optimizer")
+
+
+def run(*argv: str) -> Root:
+    return parse(Root, argv, prog="megakd test", description="test")
+
+
+def test_yaml_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: a\ndata_path: ['0.3', p]\nteacher: {num_layers: 9}\noptim: {lr: 0.5, style: WSD}\n")
+    config = run("--config", str(file), "--lr", "1e-2", "--num-layers", "3", "--overlap")
+    assert config.optim.lr == 1e-2 and config.optim.style == "WSD" and config.optim.overlap is True
+    assert config.student.num_layers == 3 and config.teacher.num_layers == 9
+    assert config.data_path == ["0.3", "p"] and config.student.rope_scaling is None
+
+
+def test_flags_of_every_kind() -> None:
+    config = run("--name", "x", "--data-path", "1", "a", "2", "b", "--teacher-rope-scaling", "8", "--overlap", "false")
+    assert config.data_path == ["1", "a", "2", "b"] and config.teacher.rope_scaling == 8.0
+    assert config.optim.overlap is False
+
+
+def test_dump_reads_back(tmp_path: Path) -> None:
+    config = run("--name", "x", "--data-path", "a", "--lr", "0.25")
+    file = tmp_path / "c.yaml"
+    file.write_text(dump(config))
+    assert run("--config", str(file)) == config
+    assert from_dict(Root, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {learning_rate: 1}", "optim.learning_rate"),
+        ("optim: {lrr: 1}", "did you mean 'optim.lr'"),
+        ("zzz: 1", "zzz"),
+        ("optim: {style: step}", "style"),
+        ("optim: {lr: fast}", "optim.lr"),
+        ("optim: {lr: -1}", "positive"),
+    ],
+)
+def test_refused_yaml(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: a\n" + text + "\n")
+    with pytest.raises(UsageError, match=expected):
+        run("--config", str(file))
+
+
+def test_refused_flags() -> None:
+    with pytest.raises(UsageError, match=r"--lr"):
+        run("--name", "x", "--lrs", "1")
+    with pytest.raises(UsageError, match="missing: --name"):
+        run()
+    with pytest.raises(UsageError):
+        run("--name", "x", "--config", "/nonexistent.yaml")
+
+
+def test_help_shows_common_then_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    short = capsys.readouterr().out
+    assert stop.value.code == 0 and "--num-layers" in short and "--rope-scaling" not in short
+    with pytest.raises(SystemExit):
+        run("--help-all")
+    assert "--teacher-rope-scaling" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--print-config", "--lr", "2")
+    assert "lr: 2.0" in capsys.readouterr().out
