@@ -40,6 +40,12 @@ class CorruptError(ValueError):
     status = ExitStatus.CORRUPT
 
 
+class NoSpaceError(OSError):
+    """The disk, a quota or a file-size limit is full; what was there before is untouched."""
+
+    status = ExitStatus.NO_SPACE
+
+
 class StoppedBySignal(Exception):
     """The run was asked to stop and has saved its state."""
 

@@ -1,0 +1,218 @@
+"""The manifest: what makes files on disk an artefact, with its fingerprint, its hashes and the way to write it last.
+
+A manifest is canonical JSON (sorted keys, two-space indent, one newline at the end) beside the raw files it names.
+It is written after every file it names is durable, so a file that has its manifest is whole. See docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import orjson
+import xxhash
+
+from megakd import __version__
+from megakd.durable import BLOCK_BYTES, FileRecord, HashingWriter, Progress, atomic_write, commit_file, hash_file
+from megakd.errors import CorruptError, MismatchError, UsageError
+
+__all__ = [
+    "FileRecord",
+    "HashingWriter",
+    "Manifest",
+    "atomic_write",
+    "commit_file",
+    "hash_file",
+    "read_manifest",
+    "verify_files",
+    "write_manifest",
+]
+
+_KEYS = {"checksum", "files", "format", "megakd_version", "parameters", "parents", "tokenizer", "version"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artefact is, where it comes from and which files it consists of."""
+
+    path: Path
+    format: str
+    version: int
+    megakd_version: str
+    parameters: Mapping[str, Any]
+    parents: Mapping[str, str]
+    """Name of each artefact this one was made from -> its fingerprint."""
+    tokenizer: Mapping[str, Any] | None
+    """``type``, ``hash``, ``vocab_size``, ``eod``; ``path`` is a hint and no part of the fingerprint."""
+    files: tuple[FileRecord, ...]
+    fingerprint: str = field(init=False)
+    """XXH3-128 of the content: no file names, tool version or hints, so a copy elsewhere has the same one."""
+
+    def __post_init__(self) -> None:
+        tokenizer = None if self.tokenizer is None else {k: v for k, v in self.tokenizer.items() if k != "path"}
+        content = {
+            "format": self.format,
+            "version": self.version,
+            "parameters": self.parameters,
+            "parents": self.parents,
+            "tokenizer": tokenizer,
+            "files": [[f.size_bytes, f.xxh3_128] for f in self.files],
+        }
+        object.__setattr__(self, "fingerprint", _hash_json(content))
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    *,
+    format: str,
+    version: int,
+    parameters: Mapping[str, Any],
+    parents: Mapping[str, str],
+    tokenizer: Mapping[str, Any] | None = None,
+    files: Sequence[FileRecord],
+) -> Manifest:
+    """Write the manifest of files that are already durable under their final names beside it.
+
+    Raises ValueError for parameters that JSON cannot hold exactly (NaN, infinities).
+    """
+    manifest = Manifest(
+        path=Path(path),
+        format=format,
+        version=version,
+        megakd_version=__version__,
+        parameters=_plain(parameters),
+        parents=dict(parents),
+        tokenizer=None if tokenizer is None else _plain(tokenizer),
+        files=tuple(files),
+    )
+    body = _body(manifest)
+    atomic_write(path, _encode({**body, "checksum": _hash_json(body)}))
+    return manifest
+
+
+def read_manifest(path: str | os.PathLike[str], *, format: str | None = None, version: int | None = None) -> Manifest:
+    """Read a manifest and check that every file it names is there with the recorded size (not the hashes).
+
+    format, version: what the caller can read; None takes any.
+
+    Raises UsageError where there is no manifest, CorruptError for a damaged manifest or a missing, cut or foreign file,
+    MismatchError for another format or an unknown version.
+    """
+    path = Path(path)
+    manifest = _parse(path)
+    if format is not None and manifest.format != format:
+        raise MismatchError(f"{path}: this is a {manifest.format!r}, expected a {format!r}")
+    if version is not None and manifest.version != version:
+        raise MismatchError(
+            f"{path}: {manifest.format} format version {manifest.version}, this megakd ({__version__}) reads version "
+            f"{version}; it was written by megakd {manifest.megakd_version}"
+        )
+    for record in manifest.files:
+        size_bytes = _locate(path, record.name).stat().st_size
+        if size_bytes != record.size_bytes:
+            raise CorruptError(
+                f"{path.parent / record.name}: {size_bytes} bytes on disk, {record.size_bytes} in {path.name}; "
+                "the file was cut, replaced or half copied: restore it or make it again"
+            )
+    return manifest
+
+
+def verify_files(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+    """Hash every file of the manifest at ``path``; return one line for each fault, naming file and block."""
+    path = Path(path)
+    faults = []
+    for record in _parse(path).files:
+        try:
+            found = hash_file(_locate(path, record.name), progress=progress)
+        except CorruptError as error:
+            faults.append(str(error))
+            continue
+        if found.size_bytes != record.size_bytes:
+            faults.append(f"{record.name}: {found.size_bytes} bytes on disk, {record.size_bytes} in the manifest")
+        for block, (have, want) in enumerate(zip(found.blocks, record.blocks)):
+            if have != want:
+                start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, found.size_bytes)
+                faults.append(f"{record.name}: block {block} (bytes {start} to {stop}) has XXH3-128 {have}, not {want}")
+    return faults
+
+
+def _locate(manifest_path: Path, name: str) -> Path:
+    """The file ``name`` of a manifest; CorruptError if it is missing or lies, by any trick, outside the folder."""
+    root = manifest_path.parent.resolve()
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+        raise CorruptError(f"{manifest_path}: file name {name!r}: expected one relative to the manifest's folder")
+    path = root / pure
+    if not path.is_file():
+        raise CorruptError(f"{path}: missing; {manifest_path.name} names it")
+    if not path.resolve().is_relative_to(root):
+        raise CorruptError(f"{path}: a link to {path.resolve()}, outside {root}; copy the file there instead")
+    return path
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no manifest here; the artefact is unfinished, or the path is wrong") from error
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise CorruptError(f"{path}: not a manifest: {error}") from error
+    if not isinstance(body, dict) or set(body) != _KEYS:
+        found = sorted(body) if isinstance(body, dict) else type(body).__name__
+        raise CorruptError(f"{path}: not a manifest: keys {found}, expected {sorted(_KEYS)}")
+    checksum = body.pop("checksum")
+    if checksum != _hash_json(body):
+        raise CorruptError(f"{path}: checksum {checksum}, content {_hash_json(body)}; the manifest was changed")
+    try:
+        manifest = Manifest(
+            path=path,
+            **{key: body[key] for key in _KEYS - {"checksum", "files"}},
+            files=tuple(_file_record(path, record) for record in body["files"]),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CorruptError(f"{path}: not a manifest: {error}") from error
+    # With the bytes equal to what we would write, no flipped byte can hide in the white space.
+    if raw != _encode({**_body(manifest), "checksum": checksum}):
+        raise CorruptError(f"{path}: not in canonical form; the manifest was changed")
+    return manifest
+
+
+def _file_record(path: Path, record: Mapping[str, Any]) -> FileRecord:
+    if not isinstance(record["name"], str) or not isinstance(record["size_bytes"], int):
+        raise CorruptError(f"{path}: file {record['name']!r} of {record['size_bytes']!r} bytes is no file record")
+    return FileRecord(**{**record, "blocks": tuple(record["blocks"])})
+
+
+def _body(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format": manifest.format,
+        "version": manifest.version,
+        "megakd_version": manifest.megakd_version,
+        "parameters": manifest.parameters,
+        "parents": manifest.parents,
+        "tokenizer": manifest.tokenizer,
+        "files": [
+            {"name": f.name, "size_bytes": f.size_bytes, "xxh3_128": f.xxh3_128, "blocks": list(f.blocks)}
+            for f in manifest.files
+        ],
+    }
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy in JSON's own types; ValueError for NaN, which orjson would write as null."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return plain
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(body, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def _hash_json(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))
