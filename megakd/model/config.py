@@ -1,0 +1,228 @@
+"""What a model is, with Megatron's names, its presets, and every combination that is refused. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megakd.config import option
+from megakd.errors import UsageError
+from megakd.layout import ParallelConfig
+
+# MiniPLM: arXiv 2410.17215, Qwen 1.5 architecture; whether embeddings are tied follows from the published parameter
+# counts (104M, 203M and 464M leave room for one embedding of 151,936 rows, 1.2B for two). PD: arXiv 2410.16215.
+_PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "hidden_size": hidden, "ffn_hidden_size": ffn, "num_layers": layers, "num_attention_heads": heads,
+        "num_query_groups": groups, "untie_embeddings_and_output_weights": not tied, "add_qkv_bias": qkv_bias,
+    }
+    for name, hidden, ffn, layers, heads, groups, tied, qkv_bias in (
+        ("miniplm-104m", 512, 1408, 8, 8, 8, True, True),
+        ("miniplm-200m", 768, 2112, 12, 12, 12, True, True),
+        ("miniplm-300m", 768, 2112, 18, 12, 12, True, True),
+        ("miniplm-500m", 1024, 2816, 24, 16, 16, True, True),
+        ("miniplm-1.2b", 1536, 4224, 24, 16, 16, False, True),
+        ("pd-330m", 1024, 4096, 12, 16, 2, True, False),
+        ("pd-670m", 1024, 4096, 24, 16, 2, False, False),
+        ("pd-1.9b", 2048, 6912, 24, 16, 2, False, False),
+        ("pd-3.8b", 3072, 8192, 28, 24, 8, False, False),
+        ("pd-6.8b", 4096, 12800, 28, 32, 8, False, False),
+    )
+}  # fmt: skip
+
+
+@dataclass
+class ModelConfig:
+    """A decoder of the Llama/Qwen family: RMSNorm, SwiGLU, RoPE, no bias outside QKV."""
+
+    preset: str | None = option(None, "a named shape; explicit keys override it", common=True)
+    num_layers: int | None = option(None, "transformer layers", common=True)
+    hidden_size: int | None = option(None, "width of the residual stream", common=True)
+    ffn_hidden_size: int | None = option(None, "width of the feed-forward layer (default: 8/3 of hidden, rounded up)")
+    num_attention_heads: int | None = option(None, "query heads", common=True)
+    num_query_groups: int | None = option(None, "key/value heads (GQA; default: one per query head)")
+    kv_channels: int | None = option(None, "width of one head (default: hidden / heads)")
+    normalization: Literal["RMSNorm"] = option("RMSNorm", "norm before each block")
+    norm_epsilon: float = option(1e-6, "epsilon of the norms")
+    add_qkv_bias: bool | None = option(
+        None, "bias in the QKV projection, as Qwen 1.5 and 2 have (default: what the preset says, else false)"
+    )
+    qk_layernorm: bool = option(False, "norm of queries and keys (Qwen 3)")
+    rotary_base: float = option(10000.0, "base of the rotary embedding")
+    rotary_percent: float = option(1.0, "share of a head that is rotated")
+    rope_scaling_factor: float | None = option(None, "Llama 3.1 frequency scaling; 8.0 there (default: none)")
+    untie_embeddings_and_output_weights: bool | None = option(
+        None, "separate output weight (default: what the preset says, else true)"
+    )
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    hidden_dropout: float = option(0.0, "dropout after attention and feed-forward")
+    attention_dropout: float = option(0.0, "dropout of attention weights")
+    make_vocab_size_divisible_by: int = option(128, "the embedding is padded to a multiple of this times TP")
+    num_experts: int | None = option(None, "experts per feed-forward layer (MoE; default: dense)")
+    moe_router_topk: int = option(2, "experts a token is sent to")
+    moe_ffn_hidden_size: int | None = option(None, "width of one expert (default: ffn-hidden-size)")
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = option("alltoall", "how tokens reach experts")
+    moe_aux_loss_coeff: float = option(1e-2, "weight of the load-balancing loss")
+    moe_shared_expert_intermediate_size: int | None = option(None, "width of the expert that sees every token")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "layers: Transformer Engine's on CUDA where it imports, else megatron-core's local ones", common=True
+    )
+    bf16: bool = option(False, "bfloat16 parameters and activations", common=True)
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "FP8 through Transformer Engine", common=True)
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option("delayed", "FP8 scaling recipe")
+    fp8_param_gather: bool = option(False, "keep parameters in FP8 and gather them so")
+    fp4_format: Literal["e2m1"] | None = option(None, "FP4 through Transformer Engine (Blackwell)")
+    first_last_layers_bf16: bool = option(False, "first and last layer stay in bf16 under FP8")
+    recompute_granularity: Literal["full", "selective"] | None = option(None, "activations recomputed in backward")
+    recompute_method: Literal["uniform", "block"] | None = option(None, "how layers are grouped for full recompute")
+    recompute_num_layers: int | None = option(None, "layers per recompute group")
+
+    def validate(self) -> None:
+        if self.preset is not None and self.preset not in _PRESETS:
+            raise UsageError(f"--preset is '{self.preset}'; expected one of {', '.join(_PRESETS)}")
+        if (self.fp8_format or self.fp4_format) and self.transformer_impl == "local":
+            raise UsageError(
+                f"--{'fp8' if self.fp8_format else 'fp4'}-format needs --transformer-impl transformer_engine: "
+                "megatron-core's local layers ignore it without a word. Install Transformer Engine with: "
+                "pip install --no-build-isolation 'megakd[te]'"
+            )
+        if self.fp8_format and self.fp4_format:
+            raise UsageError("--fp8-format and --fp4-format exclude each other")
+        if self.fp8_format and self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
+            raise UsageError("--first-last-layers-bf16 needs --fp8-recipe tensorwise or blockwise; it is delayed")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= p < 1")
+
+    @property
+    def given(self) -> bool:
+        """Whether the user described a model here at all."""
+        return self.preset is not None or self.num_layers is not None or self.hidden_size is not None
+
+    def resolve(self, role: str) -> ModelShape:
+        """The finished shape: preset, then explicit keys, then defaults that depend on other keys.
+
+        Raises:
+            UsageError: a size is missing or does not divide; the message names role, key and value.
+        """
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        preset = _PRESETS[self.preset] if self.preset else {}
+        values.update({key: value for key, value in preset.items() if values[key] is None})
+        sizes = {key: values[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
+        missing = [f"--{key.replace('_', '-')}" for key, value in sizes.items() if value is None]
+        if missing:
+            raise UsageError(f"{role}: missing {', '.join(missing)} (or --preset: {', '.join(_PRESETS)})")
+        if min(sizes.values()) < 1:
+            raise UsageError(f"{role}: {sizes}; expected positive sizes")
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        if self.kv_channels is None and hidden % heads:
+            raise UsageError(
+                f"{role}: --hidden-size {hidden} is not a multiple of --num-attention-heads {heads}; set --kv-channels"
+            )
+        groups = values["num_query_groups"] or heads
+        if heads % groups:
+            raise UsageError(f"{role}: --num-attention-heads {heads} is not a multiple of --num-query-groups {groups}")
+        ffn = values["ffn_hidden_size"] or (8 * hidden // 3 + 63) // 64 * 64
+        untied = values.pop("untie_embeddings_and_output_weights")
+        values.update(num_query_groups=groups, ffn_hidden_size=ffn, tied=untied is False)
+        values.update(kv_channels=self.kv_channels or hidden // heads, add_qkv_bias=bool(values["add_qkv_bias"]))
+        values.update(moe_ffn_hidden_size=self.moe_ffn_hidden_size or ffn)
+        del values["preset"]
+        return ModelShape(**values)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A resolved ``ModelConfig``: every size a number. This is what a checkpoint records."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    normalization: str
+    norm_epsilon: float
+    add_qkv_bias: bool
+    qk_layernorm: bool
+    rotary_base: float
+    rotary_percent: float
+    rope_scaling_factor: float | None
+    tied: bool
+    init_method_std: float
+    hidden_dropout: float
+    attention_dropout: float
+    make_vocab_size_divisible_by: int
+    num_experts: int | None
+    moe_router_topk: int
+    moe_ffn_hidden_size: int
+    moe_token_dispatcher_type: str
+    moe_aux_loss_coeff: float
+    moe_shared_expert_intermediate_size: int | None
+    transformer_impl: str
+    bf16: bool
+    fp8_format: str | None
+    fp8_recipe: str
+    fp8_param_gather: bool
+    fp4_format: str | None
+    first_last_layers_bf16: bool
+    recompute_granularity: str | None
+    recompute_method: str | None
+    recompute_num_layers: int | None
+
+    def check_layout(self, parallel: ParallelConfig, role: str) -> None:
+        """Refuse a layout that this shape does not divide into.
+
+        Raises:
+            UsageError: heads, groups or layers not divisible; the message shows the arithmetic.
+        """
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        for name, value in (
+            ("num-attention-heads", self.num_attention_heads),
+            ("num-query-groups", self.num_query_groups),
+            ("ffn-hidden-size", self.ffn_hidden_size),
+        ):
+            if value % tensor:
+                raise UsageError(
+                    f"{role}: --{name} {value} is not a multiple of --tensor-model-parallel-size {tensor} "
+                    f"({value} = {tensor} x {value // tensor} + {value % tensor})"
+                )
+        stages = pipeline * (parallel.virtual_pipeline_model_parallel_size or 1)
+        if self.num_layers % stages:
+            raise UsageError(
+                f"{role}: --num-layers {self.num_layers} is not a multiple of the {stages} pipeline chunks "
+                f"(PP {pipeline} x {parallel.virtual_pipeline_model_parallel_size or 1})"
+            )
+        experts = parallel.expert_model_parallel_size
+        if experts > 1 and (self.num_experts is None or self.num_experts % experts):
+            raise UsageError(
+                f"{role}: --num-experts {self.num_experts} is not a multiple of --expert-model-parallel-size {experts}"
+            )
+        if self.num_experts and tensor > 1 and not parallel.sequence_parallel:
+            raise UsageError(f"{role}: experts with --tensor-model-parallel-size {tensor} need --sequence-parallel")
+
+    @property
+    def flops_per_token_forward(self) -> float:
+        """Floating-point operations of one forward pass a token, without attention scores and the head.
+
+        2 x the matmul parameters of all layers that one token passes through (a multiply-add counts as two).
+        """
+        heads = self.num_attention_heads * self.kv_channels
+        attention = self.hidden_size * (2 * heads + 2 * self.num_query_groups * self.kv_channels)
+        if self.num_experts:
+            width = self.moe_router_topk * self.moe_ffn_hidden_size + (self.moe_shared_expert_intermediate_size or 0)
+            feed_forward = 3 * self.hidden_size * width + self.hidden_size * self.num_experts
+        else:
+            feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
+        return 2.0 * self.num_layers * (attention + feed_forward)
+
+    def flops_forward(self, *, seq_length: int, vocab_size: int) -> float:
+        """Floating-point operations of one forward pass over one token of a causal sequence, the head included."""
+        scores = 2.0 * self.num_layers * self.num_attention_heads * self.kv_channels * seq_length
+        return self.flops_per_token_forward + scores + 2.0 * self.hidden_size * vocab_size
+
+
+def shape_to_dict(shape: ModelShape) -> dict[str, Any]:
+    """Plain data for a checkpoint's record."""
+    return dataclasses.asdict(shape)

@@ -1,0 +1,91 @@
+"""Initial weights that depend on the seed and a weight's name alone, never on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakd.model.config import ModelShape
+from megakd.model.gpt import HiddenGPTModel
+from megakd.parallel import Groups
+
+# isort: split
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+
+@torch.no_grad()
+def set_initial_weights(
+    models: list[HiddenGPTModel], shape: ModelShape, groups: Groups, *, vocab_size: int, seed: int
+) -> None:
+    """Fill every weight from ``seed`` and its name alone, so that a seed gives one model in every layout.
+
+    Norms are 1, biases 0, matrices normal with ``init_method_std``; the two that write to the residual stream with
+    ``init_method_std / sqrt(2 * num_layers)``. Padded vocabulary rows are 0. Each rank draws the whole matrix on CPU
+    and keeps its slice.
+    """
+    tensor_size = groups.parallel.tensor_model_parallel_size
+    for model in models:
+        for name, weight in model.named_parameters():
+            key = global_name(model, name, groups)
+            if weight.dim() == 1:
+                weight.fill_(0.0 if key.endswith("bias") else 1.0)
+                continue
+            dim, experts = _partition_dim(key), ".experts." in key
+            size = groups.parallel.expert_tensor_parallel_size if experts else tensor_size
+            if dim is not None and not hasattr(weight, "tensor_model_parallel"):
+                # megatron marks its weights only while it initialises them, and gradient norms count by this mark
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+            whole = _draw_matrix(key, weight, shape, size, vocab_size, seed)
+            weight.copy_(_slice_matrix(whole, key, weight, size, 0 if experts else groups.tensor_rank))
+
+
+def global_name(model: HiddenGPTModel, name: str, groups: Groups) -> str:
+    """A parameter's name in the whole model: layers and experts counted from its beginning, not from this rank's."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    if "local_experts" in parts:
+        place = parts.index("local_experts") + 1
+        layer = model.decoder.layers[int(name.split(".")[2])]
+        parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
+    return ".".join(parts)
+
+
+def _draw_matrix(key: str, weight: Tensor, shape: ModelShape, size: int, vocab_size: int, seed: int) -> Tensor:
+    whole = list(weight.shape)
+    dim = _partition_dim(key)
+    if dim is not None:
+        whole[dim] *= size
+    if "word_embeddings" in key or "output_layer" in key:
+        whole[0] = vocab_size
+    name = "output" if shape.tied and ("word_embeddings" in key or "output_layer" in key) else key
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
+    )
+    std = shape.init_method_std
+    if "linear_proj" in key or "linear_fc2" in key:
+        std /= math.sqrt(2.0 * shape.num_layers)
+    return torch.randn(whole, generator=generator, dtype=torch.float32).mul_(std)
+
+
+def _slice_matrix(whole: Tensor, key: str, weight: Tensor, size: int, rank: int) -> Tensor:
+    dim = _partition_dim(key)
+    if dim is None:
+        return whole
+    if "word_embeddings" in key or "output_layer" in key:
+        whole = F.pad(whole, (0, 0, 0, weight.shape[0] * size - whole.shape[0]))
+    if "linear_fc1" in key:  # gate and up are each split, then stacked
+        gate, up = whole.chunk(2)
+        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
+    return whole.chunk(size, dim)[rank]
+
+
+def _partition_dim(key: str) -> int | None:
+    """Along which axis megatron splits a weight over tensor-parallel ranks; None if every rank holds it whole."""
+    if any(part in key for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
+        return 0
+    return 1 if "linear_proj" in key or "linear_fc2" in key else None

@@ -1,0 +1,163 @@
+"""The process groups of this run, built once and passed on; the only reader of megatron's ``parallel_state``."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megakd import cpu
+from megakd.errors import UsageError
+from megakd.layout import ParallelConfig
+
+if cpu.needed():
+    cpu.install()
+
+# The CPU layer above must come first; the modules of megakd that import megatron import this one before.
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One layout of all ranks: its sizes, this rank's place in it, and megatron's process groups."""
+
+    parallel: ParallelConfig
+    collection: ProcessGroupCollection
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def tensor(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = self.collection.tp
+        return group
+
+    @property
+    def tensor_rank(self) -> int:
+        return int(self.collection.tp.rank())
+
+    @property
+    def context_rank(self) -> int:
+        return int(self.collection.cp.rank())
+
+    @property
+    def data_rank(self) -> int:
+        return int(self.collection.dp.rank())
+
+    @property
+    def data_size(self) -> int:
+        return int(self.collection.dp.size())
+
+    @property
+    def pipeline_rank(self) -> int:
+        return int(self.collection.pp.rank())
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.parallel.pipeline_model_parallel_size - 1
+
+    def has_output(self, virtual_stage: int | None) -> bool:
+        """Whether model chunk ``virtual_stage`` of this rank ends the model."""
+        chunks = self.parallel.virtual_pipeline_model_parallel_size
+        return self.is_last_stage and (virtual_stage is None or virtual_stage == (chunks or 1) - 1)
+
+    def has_input(self, virtual_stage: int | None) -> bool:
+        """Whether model chunk ``virtual_stage`` of this rank begins the model."""
+        return self.is_first_stage and virtual_stage in (None, 0)
+
+
+def init_parallel(parallel: ParallelConfig, *, seed: int) -> Groups:
+    """Join the world that torchrun started (or a world of one), build the student's groups and seed every generator.
+
+    Raises:
+        UsageError: the world size does not fit the layout.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel.data_parallel_size(world_size)
+    device = _init_world(parallel, world_size)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=int(max(1, parallel.distributed_timeout_minutes)),
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(parallel, collection, dist.get_rank(), dist.get_world_size(), device)
+
+
+def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
+    """Groups of another layout over the same ranks, for a teacher; ``base`` itself if the layouts are the same.
+
+    Every rank must call it, with the same layout. Context parallelism is shared with ``base``.
+
+    Raises:
+        UsageError: the layout does not fit the world, or asks for another context parallel size.
+    """
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    if parallel.context_parallel_size != base.parallel.context_parallel_size:
+        raise UsageError(
+            f"teacher: context_parallel_size {parallel.context_parallel_size} differs from the student's "
+            f"{base.parallel.context_parallel_size}; both must split a sequence in the same way"
+        )
+    if all(getattr(parallel, name) == getattr(base.parallel, name) for name in sizes):
+        return Groups(parallel, base.collection, base.rank, base.world_size, base.device)
+    data = parallel.data_parallel_size(base.world_size)
+    shape = [
+        parallel.tensor_model_parallel_size, parallel.context_parallel_size, data, parallel.pipeline_model_parallel_size
+    ]  # fmt: skip
+    grid = HyperCommGrid(shape, ["tp", "cp", "dp", "pp"], backend=dist.get_backend())
+    collection = ProcessGroupCollection()
+    for name, dims in (
+        ("tp", ["tp"]), ("cp", ["cp"]), ("dp", ["dp"]), ("pp", ["pp"]), ("mp", ["tp", "pp"]), ("tp_cp", ["tp", "cp"]),
+        ("dp_cp", ["cp", "dp"]), ("tp_dp_cp", ["tp", "cp", "dp"]),
+    ):  # fmt: skip
+        setattr(collection, name, grid.create_pg(dims))
+    collection.intra_dp_cp = collection.dp_cp
+    for name in ("embd", "pos_embd", "ep", "hcp", "expt_tp", "tp_ep", "tp_ep_pp", "expt_dp"):
+        setattr(collection, name, None)
+    return Groups(parallel, collection, base.rank, base.world_size, base.device)
+
+
+def close_parallel() -> None:
+    """Leave the world, so that the process can end without a complaint."""
+    if dist.is_initialized():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _init_world(parallel: ParallelConfig, world_size: int) -> torch.device:
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if dist.is_initialized():
+        return device
+    if device.type == "cpu":
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=world_size, timeout=timeout)
+    return device
