@@ -233,5 +233,5 @@ def _pieces(source: ChunkSource) -> Iterator[NDArray[Any]]:
 def _not_contiguous(path: str | os.PathLike[str], sequence: int, found: int, expected: int) -> CorruptError:
     return CorruptError(
         f"{path}: sequence {sequence} starts at byte {found}, the one before it ends at {expected}; sequences must "
-        "follow one another in the .bin (megatron-core's builder writes them so), because a sample is a contiguous range of it"
+        "follow one another in the .bin (megatron-core's builder writes them so), because samples are ranges of it"
     )

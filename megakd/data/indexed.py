@@ -59,7 +59,8 @@ class IndexedDataset:
         bin_size_bytes = bin_path(prefix).stat().st_size
         check_ends(idx_path(prefix), self.dtype, self._lengths, self._pointers, self._document_indices, bin_size_bytes)
         self.num_tokens = bin_size_bytes // self.dtype.itemsize
-        self.tokens: NDArray[Any] = np.frombuffer(_map(bin_path(prefix)), self.dtype)
+        self._bin = _map(bin_path(prefix))
+        self.tokens: NDArray[Any] = np.frombuffer(self._bin, self.dtype)
         """``[num_tokens]`` of ``dtype``: the whole ``.bin``, indexed by token position."""
         self.manifest = self._read_manifest()
         self._checked = False
@@ -122,6 +123,12 @@ class IndexedDataset:
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
         return self.tokens[self._token_position(document) : self._token_position(document + 1)]
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the kernel to read token positions ``start`` to ``stop`` ahead; returns at once."""
+        if isinstance(self._bin, mmap.mmap):
+            first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bin.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)
 
     def check(self) -> None:
         """Check every entry of the index, once; CorruptError for the first bad one."""

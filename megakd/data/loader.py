@@ -1,0 +1,204 @@
+"""The loader: the batches of every step, for any rank, and a state that resumes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.blend import Blend, Draws
+from megakd.data.samples import Samples
+from megakd.errors import MismatchError, UsageError
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What one forward-backward consumes."""
+
+    tokens_BS: NDArray[np.int64]
+    labels_BS: NDArray[np.int64]
+    """The next token of each token."""
+    loss_mask_BS: NDArray[np.bool_]
+    """True where the label counts."""
+    sample_ids_B: NDArray[np.int64]
+    dataset_ids_B: NDArray[np.int64]
+
+
+class StepBatch:
+    """The samples of one step. Any rank can read any rank's microbatches: a teacher may be laid out otherwise.
+
+    Sample *j* of the step is row ``b`` of microbatch ``m`` of rank ``r`` with ``j = (m * dp + r) * mbs + b``: which
+    samples a step trains on does not depend on the number of ranks.
+    """
+
+    def __init__(self, loader: Loader, sample_positions: NDArray[np.int64]) -> None:
+        self._loader = loader
+        self.sample_positions = sample_positions
+        """``[global_batch_size]`` int64: places in the endless order of the blend."""
+        self.draws: Draws = loader.blend.draw(sample_positions)
+        """Dataset and sample id of each."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches per rank."""
+        return self._loader.num_microbatches
+
+    def __len__(self) -> int:
+        return self.num_microbatches
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return (self.microbatch(index) for index in range(self.num_microbatches))
+
+    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
+        """Read microbatch ``index`` of a rank, of this one by default. Every call reads anew."""
+        loader = self._loader
+        rank = loader.data_parallel_rank if data_parallel_rank is None else data_parallel_rank
+        if not (0 <= index < self.num_microbatches and 0 <= rank < loader.data_parallel_size):
+            raise IndexError(
+                f"microbatch {index} of {self.num_microbatches}, rank {rank} of {loader.data_parallel_size}"
+            )
+        start = (index * loader.data_parallel_size + rank) * loader.micro_batch_size
+        rows = slice(start, start + loader.micro_batch_size)
+        return loader.read(self.draws.dataset_index[rows], self.draws.sample_id[rows])
+
+
+class Loader:
+    """An endless iterator of `StepBatch`; `state` says where it is, in plain data.
+
+    global_batch_size: samples per step over all ranks; a multiple of micro_batch_size * data_parallel_size.
+    eod_token, eod_mask_loss: leave out of the loss the positions whose input is the end of a document, as Megatron's
+        flag does: what follows it is another document's first token.
+    vocab_size: refuse token ids beyond it: at once where the manifest tells the largest, else when they are read.
+    state: what `state` returned, to continue there. The global batch size may differ; nothing else may.
+
+    Raises UsageError for sizes that do not divide and ids beyond the vocabulary, MismatchError for a state of other
+    data or another order.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        eod_token: int | None = None,
+        eod_mask_loss: bool = False,
+        vocab_size: int | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value in (
+            ("micro_batch_size", micro_batch_size),
+            ("global_batch_size", global_batch_size),
+            ("data_parallel_size", data_parallel_size),
+        ):
+            if value < 1:
+                raise UsageError(f"{name} {value}: expected at least 1")
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            raise UsageError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"data-parallel size {data_parallel_size} = {micro_batch_size * data_parallel_size}"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise UsageError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size}")
+        for samples in blend.datasets:
+            if samples.seq_length != seq_length:
+                raise UsageError(f"{samples.dataset.prefix}: samples of {samples.seq_length}, seq_length {seq_length}")
+        if eod_mask_loss and eod_token is None:
+            raise UsageError("eod_mask_loss needs the end-of-document token: the tokenizer has none")
+        if vocab_size is not None:
+            check_vocabulary(blend.datasets, vocab_size)
+        self.blend = blend
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.data_parallel_rank = data_parallel_rank
+        self.data_parallel_size = data_parallel_size
+        self.num_microbatches = global_batch_size // (micro_batch_size * data_parallel_size)
+        self.consumed_samples = 0
+        self._eod_token = eod_token if eod_mask_loss else None
+        self._vocab_size = vocab_size
+        if state is not None:
+            self._restore(state)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        batch = self._step(self.consumed_samples)
+        self.consumed_samples += self.global_batch_size
+        self._prefetch(self._step(self.consumed_samples))
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the next step starts, and what makes the order what it is. Plain data; the same on every rank."""
+        return {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size, **self._order()}
+
+    def read(self, dataset_index_B: NDArray[np.int64], sample_id_B: NDArray[np.int64]) -> Microbatch:
+        """Read samples by dataset and id as one microbatch."""
+        rows = np.empty((len(sample_id_B), self.seq_length + 1), dtype=np.int64)
+        for dataset in np.unique(dataset_index_B).tolist():
+            here = dataset_index_B == dataset
+            samples = self.blend.datasets[dataset]
+            rows[here] = samples.read(sample_id_B[here])
+            if self._vocab_size is not None and samples.dataset.max_token_id is None:
+                _check_ids(samples, sample_id_B[here], rows[here], self._vocab_size)
+        tokens = np.ascontiguousarray(rows[:, :-1])
+        mask = np.ones(tokens.shape, dtype=np.bool_) if self._eod_token is None else tokens != self._eod_token
+        return Microbatch(tokens, np.ascontiguousarray(rows[:, 1:]), mask, sample_id_B, dataset_index_B)
+
+    def _step(self, first: int) -> StepBatch:
+        return StepBatch(self, np.arange(first, first + self.global_batch_size, dtype=np.int64))
+
+    def _prefetch(self, batch: StepBatch) -> None:
+        """Tell the kernel what this rank reads next, so that a cold disk is read during the step."""
+        per_microbatch = (self.num_microbatches, self.data_parallel_size, self.micro_batch_size)
+        datasets, ids = (
+            array.reshape(per_microbatch)[:, self.data_parallel_rank].reshape(-1)
+            for array in (batch.draws.dataset_index, batch.draws.sample_id)
+        )
+        for dataset in np.unique(datasets).tolist():
+            self.blend.datasets[dataset].prefetch(ids[datasets == dataset])
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            "seed": self.blend.seed,
+            "seq_length": self.seq_length,
+            "packing": [samples.packing for samples in self.blend.datasets],
+            "datasets": [samples.dataset.fingerprint for samples in self.blend.datasets],
+            "weights": self.blend.weights,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for key, value in self._order().items():
+            if state.get(key) != value:
+                raise MismatchError(
+                    f"cannot continue the data order: {key} was {state.get(key)}, is now {value}; use the old setting, "
+                    "or start from the weights alone"
+                )
+        self.consumed_samples = int(state["consumed_samples"])
+
+
+def check_vocabulary(datasets: Sequence[Samples], vocab_size: int) -> None:
+    """Raise UsageError for a dataset whose manifest records an id that a vocabulary of ``vocab_size`` has not."""
+    for samples in datasets:
+        largest = samples.dataset.max_token_id
+        if largest is not None and largest >= vocab_size:
+            raise UsageError(
+                f"{samples.dataset.prefix}: token id {largest}, the vocabulary has {vocab_size} entries; "
+                "the dataset was made with another tokenizer"
+            )
+
+
+def _check_ids(samples: Samples, sample_ids: NDArray[np.int64], rows: NDArray[np.int64], vocab_size: int) -> None:
+    if rows.max() >= vocab_size or rows.min() < 0:
+        row, column = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
+        raise UsageError(
+            f"{samples.dataset.prefix}: token id {rows[row, column]} in sample {sample_ids[row]} at token position "
+            f"{int(samples.starts(sample_ids[row : row + 1])[0]) + column}, the vocabulary has {vocab_size} entries"
+        )
