@@ -11,9 +11,9 @@ import dataclasses
 import difflib
 import re
 import sys
+import textwrap
 import types
 import typing
-from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -68,10 +68,10 @@ def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, descriptio
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_all = "--help-all" in arguments
     leaves = list(_leaves(root, "", "", "options"))
-    parser = _build_parser(leaves, prog, description, show_all)
     if show_all or "--help" in arguments or "-h" in arguments:
-        parser.print_help()
+        print(_help(leaves, prog, description, show_all))
         raise SystemExit(0)
+    parser = _build_parser(leaves, prog)
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     try:
@@ -114,7 +114,7 @@ def dump(config: Any) -> str:
 def from_dict(root: type[Root], tree: dict[str, Any]) -> Root:
     """The inverse of ``to_dict``; unknown keys are a ``UsageError``, missing ones take their defaults."""
     leaves = list(_leaves(root, "", "", "options"))
-    parser = _build_parser(leaves, root.__name__, "", show_all=False)
+    parser = _build_parser(leaves, root.__name__)
     try:
         values = parser.parse_object(tree)
     except ArgumentError as error:
@@ -134,37 +134,52 @@ def _leaves(cls: Any, key_prefix: str, flag_prefix: str, title: str) -> Iterator
             yield _Leaf(key_prefix + field.name, f"--{flag_prefix}{flag}", field, hints[field.name], title)
 
 
-class _Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
-    """Keeps usage short: the list of several hundred flags belongs to --help-all."""
-
-    def format_usage(self) -> str:
-        return f"usage: {self.prog} [--config FILE.yaml] [flags]\n"
-
-
-def _build_parser(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> _Parser:
-    parser = _Parser(prog=prog, description=description, exit_on_error=False, add_help=False)
-    parser.usage = f"{prog} [--config FILE.yaml] [flags]"
-    general = parser.add_argument_group("general")
-    general.add_argument("--config", action="config", help="YAML file; flags override what it says")
-    for name, text in (
-        ("--print-config", "print the resolved configuration as YAML and exit"),
-        ("--help", "show the common flags and exit"),
-        ("--help-all", "show every flag and exit"),
-    ):
-        general.add_argument(name, action="store_true", help=text)
-    groups: dict[str, Any] = {}
+def _build_parser(leaves: list[_Leaf], prog: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")
     for leaf in leaves:
-        if leaf.title not in groups:
-            groups[leaf.title] = parser.add_argument_group(leaf.title)
-        meta, kwargs = leaf.field.metadata, _type_arguments(leaf.hint)
-        hidden = not (show_all or meta["common"] or meta["required"])
-        default = leaf.field.default_factory() if callable(leaf.field.default_factory) else leaf.field.default
-        names = [leaf.key] if meta["positional"] else list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
-        kwargs["help"] = SUPPRESS if hidden else meta["help"] + ("" if meta["required"] else f" (default: {default})")
-        kwargs["default"] = default
-        kwargs["metavar"] = _metavar(leaf.hint)
-        groups[leaf.title].add_argument(*names, **kwargs)
+        names = [leaf.key] if leaf.field.metadata["positional"] else list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
+        parser.add_argument(*names, default=_default(leaf), **_type_arguments(leaf.hint))
     return parser
+
+
+def _default(leaf: _Leaf) -> Any:
+    factory = leaf.field.default_factory
+    return leaf.field.default if factory is dataclasses.MISSING else factory()
+
+
+def _help(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> str:
+    lines = [f"usage: {prog} [--config FILE.yaml] [flags]", "", *textwrap.wrap(description, 100)]
+    entries = [
+        ("general", "--config FILE", "YAML file; flags override what it says"),
+        ("general", "--print-config", "print the resolved configuration as YAML and exit"),
+        ("general", "--help, --help-all", "the common flags; every flag"),
+    ]
+    hidden = 0
+    for leaf in leaves:
+        meta, default = leaf.field.metadata, _default(leaf)
+        if not (show_all or meta["common"] or meta["required"]):
+            hidden += 1
+            continue
+        text: str = meta["help"]
+        if meta["required"]:
+            text += " (required)"
+        elif default not in (None, [], False) and "(default" not in text:
+            text += f" (default: {default})"
+        name = leaf.field.name.upper() if meta["positional"] else leaf.flag
+        value = "" if leaf.hint is bool or meta["positional"] else " " + _metavar(leaf.hint)
+        entries.append((leaf.title, name + value, text))
+    title = ""
+    for section, left, right in entries:
+        if section != title:
+            lines += ["", f"{section}:"]
+            title = section
+        first, *rest = textwrap.wrap(right, 72)
+        lines += [f"  {left:<44}  {first}"] if len(left) <= 44 else [f"  {left}", " " * 48 + first]
+        lines += [" " * 48 + line for line in rest]
+    if hidden:
+        lines += ["", f"{hidden} more flags: {prog} --help-all"]
+    return "\n".join(lines)
 
 
 def _type_arguments(hint: Any) -> dict[str, Any]:
@@ -186,7 +201,7 @@ def _metavar(hint: Any) -> str:
     if _is_union(hint):
         return "|".join(_metavar(arg) for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is list:
-        return _metavar(typing.get_args(hint)[0])
+        return _metavar(typing.get_args(hint)[0]) + " ..."
     return str(getattr(hint, "__name__", hint)).upper()
 
 

@@ -1,0 +1,198 @@
+"""Everything a training run can be told, and what is refused before a process group exists. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megakd.config import group, option
+from megakd.errors import UsageError
+from megakd.layout import ParallelConfig
+from megakd.model.config import ModelConfig
+
+
+@dataclass
+class TrainingConfig:
+    train_iters: int = option(1000, "optimizer steps of the whole run", common=True)
+    micro_batch_size: int = option(1, "samples a rank passes through the model at once", common=True)
+    global_batch_size: int = option(8, "samples of one optimizer step, over all ranks", common=True)
+    seed: int = option(1234, "seed of weights, data order and dropout", common=True)
+    exit_interval: int | None = option(None, "save and stop after this many steps of this process")
+
+    def validate(self) -> None:
+        for name in ("train_iters", "micro_batch_size", "global_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+
+    def check_batch(self, data_parallel_size: int) -> None:
+        """Refuse a global batch that does not split over data-parallel ranks."""
+        piece = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % piece:
+            raise UsageError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size x data-parallel "
+                f"size = {self.micro_batch_size} x {data_parallel_size} = {piece}"
+            )
+
+
+@dataclass
+class DataConfig:
+    data_path: list[str | float] = option([], "training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", common=True)
+    valid_data_path: list[str | float] = option([], "held-out data, in the same form", common=True)
+    seq_length: int = option(1024, "tokens of one sample", common=True)
+    vocab_size: int | None = option(None, "true vocabulary (default: what the dataset's manifest records)")
+    tokenizer_type: str | None = option(None, "for bits per byte (default: what the dataset's manifest records)")
+    tokenizer_model: str | None = option(None, "model file of the tokenizer (default: as the manifest records)")
+    eod_mask_loss: bool = option(False, "no loss on the token after an end of document")
+
+    def validate(self) -> None:
+        if not self.data_path:
+            raise UsageError("missing --data-path: the prefix of a dataset made by 'megakd preprocess'")
+        if self.seq_length < 1:
+            raise UsageError(f"--seq-length is {self.seq_length}; expected at least 1")
+
+
+@dataclass
+class TeacherConfig:
+    load: str | None = option(None, "teacher's checkpoint folder; its model is read from there", common=True)
+    iteration: int | None = option(None, "which checkpoint of that folder (default: the latest)")
+    tensor_model_parallel_size: int | None = option(None, "TP of the teacher (default: the student's)", common=True)
+    pipeline_model_parallel_size: int | None = option(None, "PP of the teacher (default: the student's)", common=True)
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the teacher's layers")
+    bf16: bool | None = option(None, "run the teacher in bfloat16 (default: as the student)")
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the teacher in FP8 (Transformer Engine)")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
+
+    def validate(self) -> None:
+        if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
+            raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
+
+
+@dataclass
+class ObjectiveConfig:
+    kd_alpha: float = option(0.5, "loss = (1 - alpha) * LM + alpha * KD, where there is a teacher", common=True)
+    kd_divergence: Literal["forward_kl", "soft_cross_entropy"] = option(
+        "forward_kl", "how student and teacher are compared", common=True
+    )
+    kd_temperature: float = option(1.0, "divides the logits before the softmax", common=True)
+    kd_temperature_on: Literal["teacher", "both"] = option("both", "whose logits the temperature divides")
+    kd_scale_by_temperature_squared: bool = option(
+        True, "multiply by the squared temperature where it divides both (Hinton)"
+    )
+    loss_implementation: Literal["auto", "reference", "native"] = option("auto", "code that sweeps the logits")
+    head_chunk_mbytes: int = option(64, "memory for logits of one chunk of tokens, MiB")
+
+    def validate(self) -> None:
+        if not 0 <= self.kd_alpha <= 1:
+            raise UsageError(f"--kd-alpha is {self.kd_alpha}; expected 0 <= alpha <= 1")
+        if not self.kd_temperature > 0:
+            raise UsageError(f"--kd-temperature is {self.kd_temperature}; expected a positive number")
+        if self.head_chunk_mbytes < 1:
+            raise UsageError(f"--head-chunk-mbytes is {self.head_chunk_mbytes}; expected at least 1")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = option(3e-4, "peak learning rate", common=True)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", common=True)
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = option(
+        "cosine", "decay after warm-up", common=True
+    )
+    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0", common=True)
+    lr_decay_iters: int | None = option(None, "step at which the decay ends (default: train-iters)")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = option(
+        "minus_sqrt", "shape of WSD's final decay (minus_sqrt: 1 - sqrt)"
+    )
+    lr_wsd_decay_iters: int | None = option(None, "steps of WSD's final decay (default: a tenth of the run)")
+    weight_decay: float = option(0.1, "decoupled weight decay; none on norms and biases", common=True)
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.95, "decay of the second moment")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "largest gradient norm; 0 for none", common=True)
+
+    def validate(self) -> None:
+        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+            raise UsageError(f"--lr {self.lr} and --min-lr {self.min_lr}; expected 0 <= min-lr <= lr and lr > 0")
+        if self.clip_grad < 0 or self.weight_decay < 0 or self.lr_warmup_iters < 0:
+            raise UsageError("--clip-grad, --weight-decay and --lr-warmup-iters cannot be negative")
+
+    def check_length(self, train_iters: int) -> None:
+        """Refuse phases that do not fit into the run."""
+        end, decay = self.decay_iters(train_iters), self.wsd_decay_iters(train_iters)
+        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= end:
+            raise UsageError(f"--lr-warmup-iters {self.lr_warmup_iters} leaves nothing of the {end} decay steps")
+        if self.lr_decay_style == "WSD" and self.lr_warmup_iters + decay > end:
+            raise UsageError(
+                f"--lr-warmup-iters {self.lr_warmup_iters} + --lr-wsd-decay-iters {decay} exceed --lr-decay-iters {end}"
+            )
+
+    def decay_iters(self, train_iters: int) -> int:
+        return self.lr_decay_iters or train_iters
+
+    def wsd_decay_iters(self, train_iters: int) -> int:
+        return self.lr_wsd_decay_iters or max(1, self.decay_iters(train_iters) // 10)
+
+
+@dataclass
+class CheckpointConfig:
+    save: str | None = option(None, "folder for checkpoints, records and the resolved configuration", common=True)
+    load: str | None = option(
+        None, "folder to start from (default: continue in --save if it holds a checkpoint)", common=True
+    )
+    save_interval: int = option(1000, "steps between checkpoints; one more at the end", common=True)
+    async_save: bool = option(False, "write checkpoints in the background")
+    finetune: bool = option(False, "from --load take the weights only: new optimizer, step 0, first sample")
+
+
+@dataclass
+class EvaluateConfig:
+    eval_interval: int = option(100, "steps between evaluations; one more at the end", common=True)
+    eval_iters: int = option(10, "global batches of one evaluation", common=True)
+
+
+@dataclass
+class LoggingConfig:
+    log_interval: int = option(10, "steps between lines", common=True)
+    tensorboard_dir: str | None = option(None, "folder for TensorBoard (default: SAVE/tensorboard)")
+
+    def validate(self) -> None:
+        if self.log_interval < 1:
+            raise UsageError(f"--log-interval is {self.log_interval}; expected at least 1")
+
+
+@dataclass
+class TrainConfig:
+    """The root: groups in YAML, and one flat flag a leaf."""
+
+    training: TrainingConfig = group(TrainingConfig, "training")
+    student: ModelConfig = group(ModelConfig, "model (the student)")
+    teacher: TeacherConfig = group(TeacherConfig, "teacher", flag_prefix="teacher-")
+    objective: ObjectiveConfig = group(ObjectiveConfig, "objective")
+    data: DataConfig = group(DataConfig, "data")
+    optim: OptimConfig = group(OptimConfig, "optimizer and learning rate")
+    parallel: ParallelConfig = group(ParallelConfig, "distributed")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoints")
+    evaluate: EvaluateConfig = group(EvaluateConfig, "evaluation")
+    logging: LoggingConfig = group(LoggingConfig, "logging")
+
+    def validate(self) -> None:
+        self.optim.check_length(self.training.train_iters)
+        if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
+            raise UsageError(
+                f"--seq-length {self.data.seq_length} is not a multiple of 2 x --context-parallel-size "
+                f"{self.parallel.context_parallel_size}: each rank takes two chunks of the sequence"
+            )
+        split = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
+        if self.parallel.sequence_parallel and self.data.seq_length % split:
+            raise UsageError(f"--seq-length {self.data.seq_length} is not a multiple of TP x CP = {split}")
+
+    def teacher_parallel(self) -> ParallelConfig:
+        """The teacher's layout: the student's unless its own sizes are given; never interleaved."""
+        own, base = self.teacher, self.parallel
+        tensor = own.tensor_model_parallel_size or base.tensor_model_parallel_size
+        return ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=own.pipeline_model_parallel_size or base.pipeline_model_parallel_size,
+            context_parallel_size=base.context_parallel_size,
+            sequence_parallel=base.sequence_parallel and tensor > 1,
+            distributed_timeout_minutes=base.distributed_timeout_minutes,
+        )
