@@ -39,8 +39,8 @@ class Blend:
     def __init__(self, datasets: Sequence[Samples], weights: Sequence[float] | None, seed: int) -> None:
         if not datasets:
             raise UsageError("data_path is empty: expected at least one dataset")
-        if not -(2**63) <= seed < 2**62:
-            raise UsageError(f"seed {seed}: expected a number below 2^62")
+        if not 0 <= seed < 2**62:
+            raise UsageError(f"seed {seed}: expected a number from 0 to 2^62")
         self.datasets = list(datasets)
         self.seed = seed
         self._quanta = _quantise([float(d.num_samples) for d in datasets] if weights is None else weights)

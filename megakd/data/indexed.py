@@ -154,7 +154,9 @@ class IndexedDataset:
         manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSION)
         names = [record.name for record in manifest.files]
         if names != [bin_path(self.prefix).name, idx_path(self.prefix).name]:
-            raise CorruptError(f"{path}: names {names}; the dataset was renamed: use its old name or adopt it anew")
+            raise CorruptError(
+                f"{path}: names {names}; the dataset was renamed: use its old name, or delete the manifest and adopt it"
+            )
         recorded = manifest.parameters.get("dataset", {})
         for key, found in (
             ("dtype", self.dtype.name),

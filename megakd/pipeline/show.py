@@ -1,0 +1,94 @@
+"""``megakd show``: what an indexed dataset holds, in numbers and in text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.config import option, parse
+from megakd.data.indexed import IndexedDataset
+from megakd.errors import ExitStatus, UsageError
+
+HELP = "print what an indexed dataset holds"
+_BAR = 40
+_TOKENS_SHOWN = 64
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """What to show."""
+
+    prefix: str = option(..., "dataset prefix, without .bin or .idx", positional=True)
+    documents: int = option(0, "print the first tokens of so many documents", common=True)
+
+    def validate(self) -> None:
+        """Numbers in range."""
+        if self.documents < 0:
+            raise UsageError(f"--documents {self.documents}: expected at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb."""
+    config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
+    dataset = IndexedDataset(config.prefix)
+    print("\n".join(describe(dataset)))
+    for document in range(min(config.documents, dataset.num_documents)):
+        print(f"document {document}: {preview(dataset.document(document), None)}")
+    return ExitStatus.COMPLETE
+
+
+def describe(dataset: IndexedDataset) -> list[str]:
+    """Counts, provenance and the distribution of document lengths, a line each."""
+    manifest = dataset.manifest
+    rows: list[tuple[str, object]] = [
+        ("documents", dataset.num_documents),
+        ("sequences", dataset.num_sequences),
+        ("tokens", dataset.num_tokens),
+        ("dtype", dataset.dtype.name),
+        ("largest token id", "not recorded" if dataset.max_token_id is None else dataset.max_token_id),
+        ("fingerprint", dataset.fingerprint),
+    ]
+    if manifest is not None:
+        rows += [("tokenizer", _flat(manifest.tokenizer) if manifest.tokenizer else "not recorded")]
+        rows += [(f"parent {name}", fingerprint) for name, fingerprint in manifest.parents.items()]
+        rows += [(name, value) for name, value in manifest.parameters.items() if name != "dataset"]
+    lines = [f"{name:<18} {value}" for name, value in rows]
+    return lines + histogram(document_lengths(dataset))
+
+
+def document_lengths(dataset: IndexedDataset) -> NDArray[np.int64]:
+    """``[num_documents]`` int64: tokens per document."""
+    ends = np.concatenate([[0], np.cumsum(dataset.lengths, dtype=np.int64)])
+    return np.diff(ends[dataset.document_indices])
+
+
+def histogram(lengths: NDArray[np.int64]) -> list[str]:
+    """Document lengths by powers of two, empty documents apart, a line for each class that is not empty."""
+    if not len(lengths):
+        return []
+    lines = [
+        "tokens a document:",
+        f"  least {lengths.min()}, median {int(np.median(lengths))}, mean {lengths.mean():.1f}, most {lengths.max()}",
+    ]
+    # frexp's exponent of n is the number of its binary digits, exactly, for every int32.
+    classes = np.bincount(np.frexp(lengths.astype(np.float64))[1])
+    for digits in np.flatnonzero(classes).tolist():
+        low, high = (0, 0) if digits == 0 else (1 << (digits - 1), (1 << digits) - 1)
+        share = classes[digits] / len(lengths)
+        lines.append(f"  {low:>10} to {high:<10} {classes[digits]:>12}  {'#' * round(_BAR * share)}")
+    return lines
+
+
+def preview(tokens: NDArray[Any], decode: Callable[[list[int]], str] | None) -> str:
+    """The beginning of a document, as text where ``decode`` is given, else as ids."""
+    ids = tokens[:_TOKENS_SHOWN].tolist()
+    text = repr(decode(ids)) if decode is not None else " ".join(map(str, ids))
+    return text + (f" ... ({len(tokens)} tokens)" if len(tokens) > _TOKENS_SHOWN else "")
+
+
+def _flat(mapping: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in mapping.items())

@@ -1,0 +1,110 @@
+"""``megakd verify``: hash every file of an artefact again; ``--adopt``: write the manifest of a bare dataset."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megakd.config import option, parse
+from megakd.data.idx_format import bin_path, idx_path, manifest_path
+from megakd.data.indexed import IndexedDataset
+from megakd.data.indexed_writer import FORMAT, write_dataset_manifest
+from megakd.errors import CorruptError, ExitStatus, UsageError
+from megakd.manifest import Manifest, hash_file, read_manifest, verify_files
+
+HELP = "hash the files of an artefact and compare them with its manifest"
+_TOKENS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What to verify."""
+
+    artefact: list[str] = option(..., "dataset prefix, folder with a manifest.json, or manifest", positional=True)
+    adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
+    vocab_size: int | None = option(None, "with --adopt: refuse token ids from this one on", common=True)
+
+    def validate(self) -> None:
+        """The vocabulary is looked at only when ids are."""
+        if self.vocab_size is not None and not self.adopt:
+            raise UsageError("--vocab-size goes with --adopt; a manifest records the largest id, see megakd show")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb: status 5 where any artefact is at fault, with a line for each file and block."""
+    config = parse(VerifyConfig, argv, prog="megakd verify", description=HELP)
+    status = ExitStatus.COMPLETE
+    for name in config.artefact:
+        faults: list[str] = []
+        try:
+            if config.adopt and not manifest_path(name).exists():
+                manifest = adopt(Path(name), vocab_size=config.vocab_size)
+            else:
+                manifest, faults = verify(find_manifest(name))
+        except CorruptError as error:
+            faults = [str(error)]
+        if faults:
+            status = ExitStatus.CORRUPT
+            print("\n".join(f"{name}: CORRUPT: {fault}" for fault in faults), file=sys.stderr)
+        else:
+            size_bytes = sum(record.size_bytes for record in manifest.files)
+            print(f"{name}: whole: {manifest.format}, {size_bytes} bytes, fingerprint {manifest.fingerprint}")
+    return status
+
+
+def find_manifest(name: str) -> Path:
+    """The manifest of an artefact given by its prefix, its folder or the manifest itself."""
+    candidates = [manifest_path(name), Path(name) / "manifest.json", Path(name)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    hint = f"; `megakd verify --adopt {name}` checks the dataset and writes one" if idx_path(name).exists() else ""
+    raise UsageError(f"{name}: no manifest: looked for {candidates[0]} and {candidates[1]}{hint}")
+
+
+def verify(path: Path) -> tuple[Manifest, list[str]]:
+    """Hash everything that the manifest at ``path`` names, and check a dataset's index; returns the faults found."""
+    manifest = read_manifest(path)
+    total = sum(record.size_bytes for record in manifest.files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        faults = verify_files(path, progress=bar.update)
+    if not faults and manifest.format == FORMAT:
+        IndexedDataset(str(path).removesuffix(".manifest.json")).check()
+    return manifest, faults
+
+
+def adopt(prefix: Path, *, vocab_size: int | None = None) -> Manifest:
+    """Check a dataset that has no manifest, index and ids, and write the manifest that makes it an artefact.
+
+    Raises CorruptError for a broken index, UsageError for an id below 0 or outside ``vocab_size``.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the manifest is missing is why we are here
+        dataset = IndexedDataset(prefix)
+    largest = -1
+    limit = vocab_size if vocab_size is not None else 2**63
+    with tqdm(total=2 * dataset.tokens.nbytes, unit="B", unit_scale=True, desc=prefix.name, disable=None) as bar:
+        for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
+            piece = dataset.tokens[start : start + _TOKENS_AT_ONCE]
+            if piece.min() < 0 or piece.max() >= limit:
+                position = start + int(((piece < 0) | (piece >= limit)).argmax())
+                raise UsageError(
+                    f"{bin_path(prefix)}: token id {dataset.tokens[position]} at token position {position}; "
+                    + ("ids are not negative" if vocab_size is None else f"the vocabulary has {vocab_size} entries")
+                )
+            largest = max(largest, int(piece.max()))
+            bar.update(piece.nbytes)
+        files = [hash_file(bin_path(prefix), progress=bar.update), hash_file(idx_path(prefix))]
+    return write_dataset_manifest(
+        prefix,
+        files,
+        dtype=dataset.dtype,
+        num_documents=dataset.num_documents,
+        num_sequences=dataset.num_sequences,
+        max_token_id=largest,
+    )

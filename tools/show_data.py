@@ -1,0 +1,9 @@
+"""Show a dataset: `megakd show` as a script."""
+
+import sys
+
+from megakd.__main__ import run
+from megakd.pipeline.show import main
+
+if __name__ == "__main__":
+    sys.exit(run(main))

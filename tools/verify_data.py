@@ -1,0 +1,9 @@
+"""Verify an artefact: `megakd verify` as a script."""
+
+import sys
+
+from megakd.__main__ import run
+from megakd.pipeline.verify import main
+
+if __name__ == "__main__":
+    sys.exit(run(main))
