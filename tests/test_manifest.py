@@ -21,9 +21,9 @@ TOKENIZER = {"type": "bpe", "hash": "00ff", "vocab_size": 7, "eod": 0, "path": "
 def write_artefact(folder: Path, name="a.bin", content=b"0123456789", **changes):
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
-    arguments = dict(format="thing", version=3, parameters={"x": [1, 2.5]}, parents={"p": "ab"}, tokenizer=TOKENIZER)
+    defaults = {"format": "thing", "version": 3, "parameters": {"x": [1, 2.5]}, "parents": {"p": "ab"}}
     return write_manifest(
-        folder / "a.manifest.json", **{**arguments, **changes}, files=[hash_file(folder / name)]
+        folder / "a.manifest.json", **{**defaults, "tokenizer": TOKENIZER, **changes}, files=[hash_file(folder / name)]
     )
 
 
@@ -120,9 +120,9 @@ def test_missing_things(tmp_path):
 
 def test_another_format_or_version_is_refused(tmp_path):
     path = write_artefact(tmp_path).path
-    with pytest.raises(MismatchError, match="'thing'.*'store'"):
+    with pytest.raises(MismatchError, match=r"'thing'.*'store'"):
         read_manifest(path, format="store", version=3)
-    with pytest.raises(MismatchError, match="version 3.*reads version 2"):
+    with pytest.raises(MismatchError, match=r"version 3.*reads version 2"):
         read_manifest(path, format="thing", version=2)
 
 
@@ -200,7 +200,7 @@ def test_a_full_disk_is_a_no_space_error_and_keeps_the_old_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(NoSpaceError, match="f.tmp") as raised, HashingWriter(tmp_path / "f") as writer:
+        with pytest.raises(NoSpaceError, match=r"f\.tmp") as raised, HashingWriter(tmp_path / "f") as writer:
             writer.write(b"x" * 2000)
         with pytest.raises(NoSpaceError, match="2000 more bytes"):
             atomic_write(tmp_path / "f", b"x" * 2000)
