@@ -6,9 +6,9 @@ import platform
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-# MEGAKD_MARCH=x86-64-v3 builds for older machines than the one that compiles; kernels choose wider paths at run time.
+# MEGAKD_MARCH=x86-64-v3 builds for machines other than the one that compiles.
 march = os.environ.get("MEGAKD_MARCH")
-flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall"]
+flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall", "-Wno-psabi"]
 if march:
     flags.append(f"-march={march}")
 elif platform.machine() == "x86_64":

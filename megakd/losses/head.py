@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from megakd.errors import UsageError
 from megakd.losses.divergences import DIVERGENCES, teacher_entropy
 from megakd.losses.kernels import KDTerm, Kernels
+from megakd.losses.native import DTYPES as NATIVE_DTYPES
+from megakd.losses.native import NativeKernels
 from megakd.losses.reference import ReferenceKernels
 from megakd.losses.sweep import TeacherRows, sweep
 from megakd.losses.vocab_parallel import RowStatistics, VocabShard
@@ -32,8 +34,8 @@ __all__ = ["HeadOutput", "KDTerm", "VocabShard", "head_loss"]
 DEFAULT_CHUNK_BYTES = 128 << 20
 
 HiddenGrad = Literal["all_reduce", "partial"]
-Implementation = Literal["auto", "reference"]
-IMPLEMENTATIONS: dict[str, Kernels] = {"reference": ReferenceKernels()}
+Implementation = Literal["auto", "reference", "native"]
+IMPLEMENTATIONS: dict[str, Kernels] = {"reference": ReferenceKernels(), "native": NativeKernels()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def head_loss(
             shard=shard,
             wants_hidden=wants_hidden,
             wants_weight=wants_weight,
-            kernels=IMPLEMENTATIONS["reference" if implementation == "auto" else implementation],
+            kernels=_kernels(implementation, hidden_TH, targets),
             chunk_bytes=chunk_bytes,
         )
         output = _values(swept.statistics, labels_R, lm_weight_R, teacher, shard.vocab_size, select)
@@ -177,6 +179,19 @@ class _Select:
         if self.rows_R.shape[0] == self.num_tokens:
             return values_R
         return values_R.new_zeros(self.num_tokens, *values_R.shape[1:]).index_copy_(0, self.rows_R, values_R)
+
+
+def _kernels(implementation: Implementation, hidden_TH: Tensor, targets: DenseTargets | None) -> Kernels:
+    dtypes = {hidden_TH.dtype} if targets is None else {hidden_TH.dtype, targets.hidden_TH.dtype}
+    native = hidden_TH.device.type == "cpu" and dtypes.issubset(NATIVE_DTYPES)
+    if implementation == "native" and not native:
+        raise UsageError(
+            "implementation native needs bf16 or fp32 on cpu, "
+            f"got {', '.join(map(str, dtypes))} on {hidden_TH.device}: use auto or reference"
+        )
+    if implementation == "auto":
+        implementation = "native" if native else "reference"
+    return IMPLEMENTATIONS[implementation]
 
 
 def _values(
