@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -112,7 +112,7 @@ def read_manifest(path: str | os.PathLike[str], *, format: str | None = None, ve
             f"{version}; it was written by megakd {manifest.megakd_version}"
         )
     for record in manifest.files:
-        size_bytes = _locate(path, record.name).stat().st_size
+        size_bytes = os.path.getsize(_locate(path, record.name))
         if size_bytes != record.size_bytes:
             raise CorruptError(
                 f"{path.parent / record.name}: {size_bytes} bytes on disk, {record.size_bytes} in {path.name}; "
@@ -140,17 +140,16 @@ def verify_files(path: str | os.PathLike[str], *, progress: Progress | None = No
     return faults
 
 
-def _locate(manifest_path: Path, name: str) -> Path:
+def _locate(manifest_path: Path, name: str) -> str:
     """The file ``name`` of a manifest; CorruptError if it is missing or lies, by any trick, outside the folder."""
-    root = manifest_path.parent.resolve()
-    pure = PurePosixPath(name)
-    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
+    if not name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
         raise CorruptError(f"{manifest_path}: file name {name!r}: expected one relative to the manifest's folder")
-    path = root / pure
-    if not path.is_file():
+    path = os.path.join(manifest_path.parent, name)
+    if not os.path.isfile(path):
         raise CorruptError(f"{path}: missing; {manifest_path.name} names it")
-    if not path.resolve().is_relative_to(root):
-        raise CorruptError(f"{path}: a link to {path.resolve()}, outside {root}; copy the file there instead")
+    root, real = os.path.realpath(manifest_path.parent), os.path.realpath(path)
+    if os.path.commonpath((root, real)) != root:
+        raise CorruptError(f"{path}: a link to {real}, outside {root}; copy the file there instead")
     return path
 
 

@@ -191,22 +191,25 @@ def write_idx_chunks(
     """`write_idx` for arrays that come piece by piece: ``lengths`` is passed over twice, no array is ever whole."""
     num_document_indices = num_sequences + 1 if num_document_indices is None else num_document_indices
     writer.write(HEADER.pack(MAGIC, VERSION, code_of(dtype), num_sequences, num_document_indices))
-    itemsize, position = np.dtype(dtype).itemsize, 0
     for part in _pieces(lengths):
         writer.write(np.ascontiguousarray(part, dtype="<i4").data)
+    # One buffer for all pieces: fresh pages for each would cost several times the arithmetic.
+    itemsize, buffer = np.dtype(dtype).itemsize, np.zeros(_CHUNK + 1, dtype="<i8")
     for part in _pieces(lengths):
-        ends = np.cumsum(part, dtype=np.int64)
-        starts = ends - part
-        starts += position
-        starts *= itemsize
-        writer.write(starts.data)
-        position += int(ends[-1])
-    if document_indices is None:
-        for start in range(0, num_document_indices, _CHUNK):
-            writer.write(np.arange(start, min(start + _CHUNK, num_document_indices), dtype="<i8").data)
-    else:
+        ends = buffer[1 : len(part) + 1]
+        np.multiply(part, itemsize, out=ends, dtype=np.int64)
+        ends[0] += buffer[0]
+        np.cumsum(ends, out=ends)
+        writer.write(buffer[: len(part)].data)
+        buffer[0] = ends[-1]
+    if document_indices is not None:
         for part in _pieces(document_indices):
             writer.write(np.ascontiguousarray(part, dtype="<i8").data)
+        return
+    buffer = np.arange(_CHUNK, dtype="<i8")
+    for start in range(0, num_document_indices, _CHUNK):
+        writer.write(buffer[: num_document_indices - start].data)
+        buffer += _CHUNK
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:

@@ -45,21 +45,22 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> None:
         self.prefix = Path(prefix)
-        for path in (bin_path(prefix), idx_path(prefix)):
+        self._idx_path, tokens_path = idx_path(prefix), bin_path(prefix)
+        for path in (tokens_path, self._idx_path):
             if not path.is_file():
                 raise UsageError(f"{path}: no such file; data paths are prefixes, without .bin or .idx")
-        header = read_header(idx_path(prefix))
-        index = _map(idx_path(prefix))
+        header = read_header(self._idx_path)
+        index = _map(self._idx_path)
         self.dtype = header.dtype
         self.num_documents = header.num_document_indices - 1
         self.num_sequences = header.num_sequences
         self._lengths = np.frombuffer(index, "<i4", header.num_sequences, header.lengths_at)
         self._pointers = np.frombuffer(index, "<i8", header.num_sequences, header.pointers_at)
         self._document_indices = np.frombuffer(index, "<i8", header.num_document_indices, header.document_indices_at)
-        bin_size_bytes = bin_path(prefix).stat().st_size
-        check_ends(idx_path(prefix), self.dtype, self._lengths, self._pointers, self._document_indices, bin_size_bytes)
-        self.num_tokens = bin_size_bytes // self.dtype.itemsize
-        self._bin = _map(bin_path(prefix))
+        self._bin = _map(tokens_path)
+        size_bytes = len(self._bin)
+        check_ends(self._idx_path, self.dtype, self._lengths, self._pointers, self._document_indices, size_bytes)
+        self.num_tokens = size_bytes // self.dtype.itemsize
         self.tokens: NDArray[Any] = np.frombuffer(self._bin, self.dtype)
         """``[num_tokens]`` of ``dtype``: the whole ``.bin``, indexed by token position."""
         self.manifest = self._read_manifest()
@@ -133,7 +134,7 @@ class IndexedDataset:
     def check(self) -> None:
         """Check every entry of the index, once; CorruptError for the first bad one."""
         if not self._checked:
-            check_arrays(idx_path(self.prefix), self.dtype, self._lengths, self._pointers, self._document_indices)
+            check_arrays(self._idx_path, self.dtype, self._lengths, self._pointers, self._document_indices)
             self._checked = True
 
     def _token_position(self, document: int) -> int:
