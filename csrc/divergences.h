@@ -12,7 +12,8 @@ struct Entries {
   Vec s2, t2, exp_s, exp_t;
 };
 
-// The same once the sums of the whole row are merged: p and q are probabilities.
+// The same once the sums of the whole row are merged. p and q are the probabilities times the weight of the row's
+// divergence: most slopes are of first degree in them, so the weight comes in for free.
 struct Probabilities {
   Vec s2, t2, p, q;
 };
@@ -23,13 +24,13 @@ struct RowSums {
   const float* own;
 };
 
-// mass * ratio, exactly 0 where there is no mass, whatever the ratio.
-inline Vec product(Vec mass, Vec ratio) { return mass == 0.0f ? Vec{} : mass * ratio; }
+// sum += mass * ratio, leaving the sum alone where there is no mass, whatever the ratio.
+inline void add_product(Vec& sum, Vec mass, Vec ratio) { sum = mass == 0.0f ? sum : sum + mass * ratio; }
 
 struct ForwardKL {
   static constexpr int kSums = 1;  // forward
 
-  static void accumulate(const Entries& e, Vec sums[]) { sums[0] += product(e.exp_t, e.t2 - e.s2); }
+  static void accumulate(const Entries& e, Vec sums[]) { add_product(sums[0], e.exp_t, e.t2 - e.s2); }
 
   explicit ForwardKL(const RowSums&) {}
   Vec slope(const Probabilities& e) const { return e.q - e.p; }

@@ -56,15 +56,16 @@ float row_max(const Element* logits, int64_t n) {
 // Adds up over a row what `entries(i, count, sums)` adds to its sums for the `count` entries from i on.
 template <int kSums, class Body>
 inline void sum_row(int64_t n, float totals[], const Body& entries) {
-  for (int k = 0; k < kSums; k++) totals[k] = 0;
+  Vec closed[kSums] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     Vec sums[kSums] = {};
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) entries(i, kLanes, sums);
     if (i < end) entries(i, end - i, sums);
-    for (int k = 0; k < kSums; k++) totals[k] += reduce_add(sums[k]);
+    for (int k = 0; k < kSums; k++) closed[k] += sums[k];
   }
+  for (int k = 0; k < kSums; k++) totals[k] = reduce_add(closed[k]);
 }
 
 // Overwrites a row of logits with slope(i, count), less the LM weight at the label, and padding with 0.
@@ -117,7 +118,7 @@ void pair_statistics(const HeadArguments& a, int64_t row, const Student* student
     sums[0] += exp_s;
     sums[1] += entries.exp_s;
     sums[2] += exp_t;
-    sums[3] += product(exp_t, t2);
+    add_product(sums[3], exp_t, t2);
     Divergence::accumulate(entries, sums + 4);
   });
   const int64_t label = a.labels[row];
@@ -142,14 +143,14 @@ void pair_gradient(const HeadArguments& a, int64_t row, Student* student, const 
   for (int k = 0; k < Divergence::kSums; k++) own[k] = a.at(kOwnSums + k, row);
   const RowSums sums{a.at(kStudentKDSum, row), a.at(kTeacherSum, row), own};
   const Divergence divergence(sums);
-  const float to_q = 1.0f / sums.student, to_p = 1.0f / sums.teacher;
+  const float to_q = kd_factor / sums.student, to_p = kd_factor / sums.teacher;
   rewrite_row(a, row, student, [&](int64_t i, int64_t count) {
     const Vec s2 = relative(load(student + i, count), student_pivot, kLog2E);
     const Vec t2 = relative(load(teacher + i, count), teacher_pivot, teacher_scale);
     const Vec exp_s = exp2(s2);
     Probabilities entries{s2, t2, exp2(t2) * to_p, exp_s * to_q};
     if (kTempered) entries.s2 = s2 * student_scale, entries.q = exp2(entries.s2) * to_q;
-    return exp_s * lm_factor + divergence.slope(entries) * kd_factor;
+    return exp_s * lm_factor + divergence.slope(entries);
   });
 }
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -36,17 +36,21 @@ inline Vec load(const float* from) {
 }
 
 inline Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const UintVec bits = (UintVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
-  const UintVec bits = __builtin_convertvector(half, UintVec) << 16;
-  return (Vec)bits;
+  const UintVec bits = __builtin_convertvector(half, UintVec);
+#endif
+  return (Vec)(bits << 16);
 }
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
 // Rounds to nearest, ties to even.
 inline void store(BFloat16* to, Vec x) {
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__)
   const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
 #else
   const UintVec bits = (UintVec)x;
@@ -90,22 +94,28 @@ inline float reduce_add(Vec x) {
   return sums[0];
 }
 
-// 2^x for x <= 0 with a relative error of about 2e-7, exactly 0 below 2^-127, NaN for NaN. The integer part comes from
-// adding a number so large that the fraction is rounded away, which leaves it, biased by 127, in the low bits of the sum;
-// the fraction in [-0.5, 0.5] goes through Taylor's polynomial of degree 6 (coefficients ln2^k / k!).
+// 2^x for x <= 0 with a relative error below 2e-7: exact at integers, exactly 0 for -inf, NaN for NaN. The fraction in
+// [0, 1] goes through the polynomial of degree 5 with the least relative error among those that are 1 at 0.
 inline Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
+#else
+  // Adding a number so large that fractions are rounded away leaves the integer part, biased by 127, in the low bits.
   constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
-  x = x < -127.0f ? broadcast(-127.0f) : x;
-  const Vec shifted = x + kRounder;
+  x = max(broadcast(-126.5f), x);
+  const Vec shifted = (x - 0.5f) + kRounder;
   const Vec fraction = x - (shifted - kRounder);
-  Vec poly = fraction * 1.5403530e-4f + 1.3333558e-3f;
-  poly = poly * fraction + 9.6181291e-3f;
-  poly = poly * fraction + 5.5504109e-2f;
-  poly = poly * fraction + 2.4022651e-1f;
-  poly = poly * fraction + 6.9314718e-1f;
+#endif
+  Vec poly = fraction * 1.8671316863e-03f + 9.0170269014e-03f;
+  poly = poly * fraction + 5.5799915547e-02f;
+  poly = poly * fraction + 2.4016444949e-01f;
+  poly = poly * fraction + 6.9315131186e-01f;
   poly = poly * fraction + 1.0f;
-  const Vec power = (Vec)((UintVec)shifted << 23);
-  return poly * power;
+#if defined(__AVX512DQ__)
+  return (Vec)_mm512_scalef_ps((__m512)poly, (__m512)x);
+#else
+  return poly * (Vec)((UintVec)shifted << 23);
+#endif
 }
 
 }  // namespace megakd
