@@ -1,0 +1,303 @@
+"""Checkpoints in megatron-core's ``torch_dist`` form: written aside, hashed, renamed, then announced.
+
+Any layout can be loaded in any other (the layers are stored stacked, and shards are cut anew).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.errors import CorruptError, MismatchError
+from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
+from megakd.model.config import ModelShape, shape_to_dict
+from megakd.model.gpt import HiddenGPTModel
+from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
+from megakd.parallel import Groups
+
+# isort: split
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+# module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
+_METADATA_NAMES: dict[str, set[str] | None] = {
+    "torch": None,
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.planner": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+}
+_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
+
+
+class CheckpointWriter:
+    """Saves checkpoints of one run, in the foreground or, with ``background``, while training goes on."""
+
+    def __init__(self, folder: str | Path, *, background: bool) -> None:
+        self.folder = Path(folder)
+        self._queue = AsyncCallsQueue(persistent=False) if background else None
+
+    def save(
+        self,
+        iteration: int,
+        chunks: list[HiddenGPTModel],
+        optimizer: Any,
+        groups: Groups,
+        *,
+        parameters: dict[str, Any],
+        parents: dict[str, str],
+        tokenizer: dict[str, Any] | None,
+    ) -> None:
+        """Write ``iter_...`` and move the tracker to it. All ranks call it.
+
+        parameters: what ``CheckpointRecord`` reads back, beside what is known here. optimizer: megatron's.
+        """
+        self.finish()
+        final = checkpoint_path(self.folder, iteration)
+        partial = final.with_name(final.name + ".partial")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        tree = _model_state(chunks, groups)
+        tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=_metadata(groups))
+        tree["rng_state"] = _rng_state(groups)
+
+        def announce() -> None:
+            _commit(partial, final, parameters=parameters, parents=parents, tokenizer=tokenizer)
+            if dist.get_rank() == 0:
+                atomic_write(self.folder / TRACKER, f"{iteration}\n".encode())
+            dist.barrier()
+
+        request = dist_checkpointing.save(tree, str(partial), async_sharded_save=self._queue is not None)
+        if self._queue is None:
+            announce()
+        else:
+            request.add_finalize_fn(announce)
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Announce a background checkpoint that has been written meanwhile. All ranks call it, every step."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for a background checkpoint and announce it."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+
+def record_parameters(
+    shape: ModelShape, groups: Groups, *, iteration: int, vocab_size: int, seq_length: int, loader_state: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of a manifest that ``read_record`` understands."""
+    return {
+        "iteration": iteration,
+        "shape": shape_to_dict(shape),
+        "vocab_size": vocab_size,
+        "seq_length": seq_length,
+        "loader_state": loader_state,
+        "layout": _layout(groups),
+        "use_distributed_optimizer": groups.parallel.use_distributed_optimizer,
+        "rng_states": True,
+        "torch": torch.__version__,
+    }
+
+
+def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], optimizer: Any, groups: Groups) -> None:
+    """Weights, optimizer state and (in the same layout) random states of ``record``, in place."""
+    path = record.path
+    tree = _model_state(chunks, groups)
+    tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=True, metadata=_metadata(groups))
+    same_layout = record.layout == _layout(groups)
+    if same_layout:
+        tree["rng_state"] = _rng_state(groups)
+    loaded = _load(tree, path, role="checkpoint")
+    _set_model_state(chunks, loaded)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        _set_rng_state(loaded["rng_state"])
+
+
+def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
+    """The weights of ``record`` and nothing else, in place."""
+    _set_model_state(chunks, _load(_model_state(chunks, groups), record.path, role="checkpoint"))
+
+
+def load_teacher(
+    record: CheckpointRecord,
+    chunks: list[HiddenGPTModel],
+    groups: Groups,
+    student: Groups,
+    *,
+    rows: int,
+) -> Tensor | None:
+    """The teacher's weights in its own layout, and its head's shard ``[rows, H]`` in the student's, on its last stage.
+
+    rows: the head's rows a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
+    """
+    tree = _model_state(chunks, groups)
+    head = None
+    if student.is_last_stage:
+        config = chunks[0].config
+        head = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=student.device)
+        key = "embedding.word_embeddings.weight" if record.shape.tied else "output_layer.weight"
+        tree["head"] = ShardedTensor.from_rank_offsets(
+            key,
+            head,
+            (0, student.tensor_rank, student.parallel.tensor_model_parallel_size),
+            replica_id=(0, 0, student.collection.dp_cp.rank()),
+            allow_shape_mismatch=True,
+        )
+    loaded = _load(tree, record.path, role="teacher", reads_twice=True)
+    _set_model_state(chunks, loaded)
+    return loaded.get("head")
+
+
+def check_runs_no_code(path: Path) -> None:
+    """Refuse a checkpoint whose pickled metadata names anything but torch's plain checkpoint classes.
+
+    megatron-core unpickles ``.metadata`` unrestrictedly; this reads it first with an unpickler that resolves only
+    those names.
+
+    Raises:
+        CorruptError: the file is missing, cut, or names something else; the name is in the message.
+    """
+    try:
+        with open(path / ".metadata", "rb") as file:
+            _PlainUnpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, ValueError) as error:
+        raise CorruptError(f"{path / '.metadata'} cannot be trusted: {error}") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = _METADATA_NAMES.get(module, set())
+        if module in _METADATA_NAMES and (allowed is None or name in allowed):
+            found = super().find_class(module, name)
+            if module != "torch" or isinstance(found, _TORCH_VALUES) or found is torch.Size:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _model_state(chunks: list[HiddenGPTModel], groups: Groups) -> dict[str, Any]:
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {name: chunk.sharded_state_dict(metadata=_metadata(groups)) for name, chunk in zip(names, chunks)}
+
+
+def _set_model_state(chunks: list[HiddenGPTModel], loaded: dict[str, Any]) -> None:
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    for name, chunk in zip(names, chunks):
+        chunk.load_state_dict(loaded[name])
+
+
+def _metadata(groups: Groups) -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
+
+
+def _load(tree: dict[str, Any], path: Path, *, role: str, reads_twice: bool = False) -> dict[str, Any]:
+    check_runs_no_code(path)
+    _check_complete(tree, path, role)
+    loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), validate_access_integrity=not reads_twice)
+    return loaded
+
+
+def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:
+    """Every weight that the model has must be in the checkpoint, in its shape; every rank raises or none."""
+    available = dist_checkpointing.load_tensors_metadata(str(path))
+    problems = []
+    for tensor in _wanted_tensors(tree):
+        found = available.get(tensor.key)
+        if found is None:
+            problems.append(f"{tensor.key} is missing")
+        elif not tensor.allow_shape_mismatch and tuple(found.global_shape) != tuple(tensor.global_shape):
+            problems.append(f"{tensor.key} is {tuple(found.global_shape)} there, {tuple(tensor.global_shape)} here")
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, problems)
+    merged = sorted({problem for rank in gathered for problem in rank})
+    if merged:
+        raise MismatchError(f"{role}: {path} does not fit the model: {'; '.join(merged[:5])} ({len(merged)} in all)")
+
+
+def _wanted_tensors(tree: dict[str, Any]) -> Iterator[ShardedTensor]:
+    for value in nested_values(tree):
+        if isinstance(value, ShardedTensorFactory):
+            value = value.build()
+            yield from (part for part in nested_values(value) if isinstance(part, ShardedTensor))
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def _layout(groups: Groups) -> dict[str, int]:
+    parallel = groups.parallel
+    return {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual": parallel.virtual_pipeline_model_parallel_size or 1,
+        "context": parallel.context_parallel_size,
+        "data": groups.data_size,
+    }
+
+
+def _rng_state(groups: Groups) -> ShardedObject:
+    """Every rank's generators. They matter only with dropout, and only in the layout that wrote them."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = {"cpu": torch.get_rng_state(), "tracker": dict(tracker.get_states())}
+    if groups.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+
+
+def _set_rng_state(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _commit(
+    partial: Path, final: Path, *, parameters: dict[str, Any], parents: dict[str, str], tokenizer: dict[str, Any] | None
+) -> None:
+    """Hash (each rank the files it wrote), write the manifest, rename the folder. All ranks call it."""
+    dist.barrier()
+    rank = dist.get_rank()
+    names = sorted(path.name for path in partial.iterdir())
+    mine = [name for name in names if name.startswith(f"__{rank}_")]
+    if rank == 0:
+        mine += [name for name in names if not name.startswith("__")]
+    gathered: list[list[FileRecord]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, [_durable(partial / name) for name in mine])
+    if rank == 0:
+        files = sorted((record for records in gathered for record in records), key=lambda record: record.name)
+        write_manifest(
+            partial / MANIFEST,
+            format=FORMAT,
+            version=VERSION,
+            parameters=parameters,
+            parents=parents,
+            tokenizer=tokenizer,
+            files=files,
+        )
+        if final.exists():  # the same iteration again, after a resume from an earlier one
+            shutil.rmtree(final)
+        os.rename(partial, final)
+    dist.barrier()
+
+
+def _durable(path: Path) -> FileRecord:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return hash_file(path)

@@ -1,0 +1,181 @@
+"""What a frozen teacher says about the microbatches of a step: one interface for none, a model, and (later) a store.
+
+Axes: B microbatch, S sequence, H hidden of the teacher, T = S x B tokens in megatron's order (sequence first).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.layout import Coordinates, rank_of
+from megakd.model.attention import slice_sequence
+from megakd.model.gpt import HiddenGPTModel
+from megakd.parallel import Groups
+from megakd.targets import DenseTargets, Targets
+
+# isort: split
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+
+class Batch(Protocol):
+    """What a teacher needs of a step's batch: any data-parallel rank's microbatches, by index."""
+
+    @property
+    def num_microbatches(self) -> int: ...
+
+    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Any: ...
+
+
+class Teacher(Protocol):
+    """Gives targets for this rank's microbatches in order. Every rank must call it, once a step."""
+
+    def targets(self, batch: Batch) -> Iterator[Targets | None]: ...
+
+
+class NoTeacher:
+    """LM loss alone."""
+
+    def targets(self, batch: Batch) -> Iterator[Targets | None]:
+        return itertools.repeat(None)
+
+
+class ModelTeacher:
+    """A frozen model beside the student, in a layout of its own.
+
+    Where both have one stage and the same layout it runs inside the student's forward step. Else it runs its own
+    forward-only schedule over the microbatches of the whole step first, and its hidden states travel to the student's
+    last stage; the student's schedule then runs untouched.
+
+    chunks: the teacher without its head. head_weight_vH: the head's rows for the *student's* slice of the vocabulary,
+    on ranks of the student's last stage; None elsewhere.
+    """
+
+    def __init__(
+        self, chunks: list[HiddenGPTModel], head_weight_vH: Tensor | None, groups: Groups, student: Groups
+    ) -> None:
+        (self._model,) = chunks
+        self._model.eval().requires_grad_(False)
+        self._head_weight_vH = head_weight_vH
+        self._groups = groups
+        self._student = student
+        same_groups = groups.collection is student.collection
+        self._inline = same_groups and groups.parallel.pipeline_model_parallel_size == 1
+
+    def targets(self, batch: Batch) -> Iterator[Targets | None]:
+        if self._inline:
+            return (self._targets(self._hidden(batch.microbatch(i))) for i in range(batch.num_microbatches))
+        hidden = self._run_step(batch)
+        return iter([self._targets(hidden[index]) for index in sorted(hidden)])
+
+    def _targets(self, hidden_SBH: Tensor) -> DenseTargets:
+        assert self._head_weight_vH is not None
+        return DenseTargets(hidden_SBH.reshape(-1, hidden_SBH.shape[-1]), self._head_weight_vH)
+
+    @torch.no_grad()
+    def _hidden(self, microbatch: Any) -> Tensor:
+        """Final hidden states ``[S, B, H]`` of one microbatch, the whole sequence (this rank's context part)."""
+        return self._whole_sequence(self._model(self._tokens(microbatch), None, None))
+
+    def _tokens(self, microbatch: Any) -> Tensor:
+        whole_BS = torch.from_numpy(microbatch.tokens_BS).to(self._groups.device, non_blocking=True)
+        size = self._groups.parallel.context_parallel_size
+        return slice_sequence(whole_BS, dim=1, rank=self._groups.context_rank, size=size)
+
+    def _whole_sequence(self, hidden_SBH: Tensor) -> Tensor:
+        if self._groups.parallel.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self._groups.tensor
+            )
+        return hidden_SBH
+
+    @torch.no_grad()
+    def _run_step(self, batch: Batch) -> dict[int, Tensor]:
+        """Hidden states of this rank's microbatches by index, on the student's last stage; empty elsewhere."""
+        student_data = self._student.data_size
+        total = batch.num_microbatches * student_data
+        mine = range(self._groups.data_rank, total, self._groups.data_size)
+        microbatches = [batch.microbatch(number // student_data, number % student_data) for number in mine]
+        if self._groups.parallel.pipeline_model_parallel_size == 1:
+            made = [self._hidden(microbatch) for microbatch in microbatches]
+        else:
+            made = self._run_pipeline(microbatches)
+        own = batch.microbatch(0).tokens_BS
+        context = self._groups.parallel.context_parallel_size
+        shape = (own.shape[1] // context, own.shape[0], self._model.config.hidden_size)
+        return self._redistribute(dict(zip(mine, made)), total, shape)
+
+    def _run_pipeline(self, microbatches: list[Any]) -> list[Tensor]:
+        """Megatron's forward-only schedule in the teacher's groups; results on its last stage."""
+        if not microbatches:
+            return []
+
+        def forward_step(iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+            def keep(hidden_SBH: Tensor, non_loss_data: bool = True) -> Tensor:
+                return self._whole_sequence(hidden_SBH)
+
+            return model(self._tokens(next(iterator)), None, None), keep
+
+        config = self._model.config
+        made: list[Tensor] = forward_backward_pipelining_without_interleaving(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=self._model,
+            num_microbatches=len(microbatches),
+            seq_length=microbatches[0].tokens_BS.shape[1],
+            micro_batch_size=microbatches[0].tokens_BS.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+            p2p_communicator=P2PCommunicator(self._groups.collection.pp, config),
+            pg_collection=self._groups.collection,
+        )
+        return made if self._groups.is_last_stage else []
+
+    def _redistribute(self, made: dict[int, Tensor], total: int, shape: tuple[int, ...]) -> dict[int, Tensor]:
+        """Send each microbatch's hidden states from the teacher's last stage to the student's.
+
+        Both sides walk the same list of (microbatch, source, destination) in one order, so that messages between two
+        ranks match.
+        """
+        received: dict[int, Tensor] = {}
+        operations, rank = [], self._student.rank
+        for number, source, destination in self._routes(total):
+            index = number // self._student.data_size
+            if source == destination == rank:
+                received[index] = made[number]
+            elif source == rank:
+                operations.append(dist.P2POp(dist.isend, made[number].contiguous(), destination, tag=number))
+            elif destination == rank:
+                dtype = self._model.config.params_dtype
+                received[index] = torch.empty(shape, dtype=dtype, device=self._groups.device)
+                operations.append(dist.P2POp(dist.irecv, received[index], source, tag=number))
+        if operations:
+            for request in dist.batch_isend_irecv(operations):
+                request.wait()
+        return received
+
+    def _routes(self, total: int) -> Iterator[tuple[int, int, int]]:
+        """(microbatch of the step, teacher rank that made it, student rank that needs it)."""
+        own, student = _sizes(self._groups), _sizes(self._student)
+        last_own = self._groups.parallel.pipeline_model_parallel_size - 1
+        last_student = self._student.parallel.pipeline_model_parallel_size - 1
+        for number in range(total):
+            for context in range(student["context"]):
+                for tensor in range(student["tensor"]):
+                    place = Coordinates(tensor % own["tensor"], context, number % own["data"], last_own)
+                    need = Coordinates(tensor, context, number % student["data"], last_student)
+                    yield number, rank_of(place, **own), rank_of(need, **student)
+
+def _sizes(groups: Groups) -> dict[str, int]:
+    return {
+        "tensor": groups.parallel.tensor_model_parallel_size,
+        "context": groups.parallel.context_parallel_size,
+        "data": groups.data_size,
+    }

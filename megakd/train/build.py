@@ -1,0 +1,181 @@
+"""How each part of a run is built from the configuration and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.config import dump
+from megakd.data.loader import Loader
+from megakd.data.tokenizer import build_tokenizer
+from megakd.manifest import atomic_write
+from megakd.model.checkpoint import (
+    CheckpointWriter,
+    load_teacher,
+    load_training_state,
+    load_weights,
+    record_parameters,
+)
+from megakd.model.gpt import build_model, resolve_transformer_impl
+from megakd.model.initial import set_initial_weights
+from megakd.model.teacher import ModelTeacher, NoTeacher, Teacher
+from megakd.parallel import Groups, build_groups
+from megakd.train.config import TrainConfig
+from megakd.train.evaluate import Evaluator
+from megakd.train.metrics import Cost, Metrics
+from megakd.train.objective import Objective, make_objective
+from megakd.train.optim import Optimizer, Student, wrap_student
+from megakd.train.preflight import Plan, student_rows
+
+
+def build_student(config: TrainConfig, plan: Plan, groups: Groups) -> Student:
+    """The student: weights from the seed, or from the checkpoint that ``--finetune`` starts from."""
+    chunks = build_model(plan.student, groups, vocab_size=plan.vocab_size, seq_length=config.data.seq_length)
+    if plan.resume is None:
+        set_initial_weights(chunks, plan.student, groups, vocab_size=plan.vocab_size, seed=config.training.seed)
+    elif plan.weights_only:
+        load_weights(plan.resume, chunks, groups)
+    return wrap_student(chunks, config.parallel, groups)
+
+
+def build_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Teacher:
+    """The frozen teacher in its own layout, or none."""
+    if plan.teacher is None or plan.teacher_shape is None:
+        return NoTeacher()
+    own = build_groups(config.teacher_parallel(), groups)
+    chunks = build_model(
+        plan.teacher_shape, own, vocab_size=plan.vocab_size, seq_length=config.data.seq_length, with_head=False
+    )
+    rows = student_rows(plan.student, plan.vocab_size, config) // config.parallel.tensor_model_parallel_size
+    head_weight_vH = load_teacher(plan.teacher, chunks, own, groups, rows=rows)
+    return ModelTeacher(chunks, head_weight_vH, own, groups)
+
+
+def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objective:
+    """The loss for this rank's slice of the vocabulary."""
+    return make_objective(
+        config.objective,
+        groups,
+        vocab_size=plan.vocab_size,
+        padded_vocab_size=student_rows(plan.student, plan.vocab_size, config),
+        with_teacher=plan.teacher is not None,
+    )
+
+
+def restore(plan: Plan, student: Student, optimizer: Optimizer, groups: Groups) -> int:
+    """Load the state to continue from, in place; the step it was taken at, 0 for a new run."""
+    if plan.resume is None or plan.weights_only:
+        return 0
+    load_training_state(plan.resume, student.chunks, optimizer.inner, groups)
+    return plan.resume.iteration
+
+
+def build_loader(config: TrainConfig, plan: Plan, groups: Groups) -> Loader:
+    """The batches of every step, continued where the checkpoint stopped."""
+    return Loader(
+        plan.blend,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        data_parallel_rank=groups.data_rank,
+        data_parallel_size=groups.data_size,
+        eod_token=(plan.tokenizer or {}).get("eod"),
+        eod_mask_loss=config.data.eod_mask_loss,
+        vocab_size=plan.vocab_size,
+        state=plan.resume.loader_state if plan.resume is not None and not plan.weights_only else None,
+    )
+
+
+def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: int) -> Metrics:
+    """The record of the run; writes the resolved configuration beside it and says what runs where."""
+    cost = Cost.of(plan.student, plan.teacher_shape, seq_length=config.data.seq_length, vocab_size=plan.vocab_size)
+    metrics = Metrics(config, cost, rank=groups.rank, world_size=groups.world_size, start_step=start_step)
+    parallel = config.parallel
+    metrics.say(
+        f"world size {groups.world_size} on {groups.device.type}: TP {parallel.tensor_model_parallel_size}, "
+        f"PP {parallel.pipeline_model_parallel_size}, CP {parallel.context_parallel_size}, DP {groups.data_size} | "
+        f"layers: {resolve_transformer_impl(plan.student)} | vocabulary {plan.vocab_size}"
+        + (f" | teacher {plan.teacher.path}" if plan.teacher else "")
+        + (f" | continues after iteration {start_step}" if start_step else "")
+    )
+    if groups.rank == 0 and config.checkpoint.save:
+        atomic_write(Path(config.checkpoint.save) / "config.yaml", dump(config).encode())
+    return metrics
+
+
+def build_evaluator(
+    config: TrainConfig,
+    plan: Plan,
+    student: Student,
+    teacher: Teacher,
+    objective: Objective,
+    groups: Groups,
+    metrics: Metrics,
+) -> Evaluator | None:
+    """Evaluation on the held-out data, or None where there is none."""
+    if plan.valid_blend is None:
+        return None
+    return Evaluator(
+        student,
+        teacher,
+        objective,
+        groups,
+        blend=plan.valid_blend,
+        config=config,
+        vocab_size=plan.vocab_size,
+        token_bytes=_token_bytes(config, plan, metrics),
+    )
+
+
+def build_writer(
+    config: TrainConfig,
+    plan: Plan,
+    student: Student,
+    optimizer: Optimizer,
+    batches: Loader,
+    groups: Groups,
+) -> tuple[CheckpointWriter, Callable[[int], None]]:
+    """The checkpoint writer, and ``save(step)``; without ``--save`` both do nothing."""
+    folder = config.checkpoint.save
+    writer = CheckpointWriter(folder or ".", background=config.checkpoint.async_save and folder is not None)
+
+    def save(step: int) -> None:
+        if folder is None:
+            return
+        parameters = record_parameters(
+            plan.student,
+            groups,
+            iteration=step,
+            vocab_size=plan.vocab_size,
+            seq_length=config.data.seq_length,
+            loader_state=batches.state(),
+        )
+        writer.save(
+            step,
+            student.chunks,
+            optimizer.inner,
+            groups,
+            parameters=parameters,
+            parents=plan.parents,
+            tokenizer=plan.tokenizer,
+        )
+
+    return writer, save
+
+
+def _token_bytes(config: TrainConfig, plan: Plan, metrics: Metrics) -> NDArray[np.int32] | None:
+    """UTF-8 bytes of each token, for bits per byte; None, with a word why, where the tokenizer cannot be opened."""
+    recorded = plan.tokenizer or {}
+    kind: Any = config.data.tokenizer_type or recorded.get("type")
+    model = config.data.tokenizer_model or recorded.get("path")
+    if kind is None:
+        return None
+    if model is not None and not Path(model).exists():
+        metrics.say(f"no bits per byte: tokenizer {model} is not there (--tokenizer-model tells where it is)")
+        return None
+    vocab_size = plan.vocab_size - 1 if kind == "NullTokenizer" else plan.vocab_size
+    return build_tokenizer(kind, model, vocab_size=vocab_size).token_bytes()

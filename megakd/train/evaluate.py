@@ -1,0 +1,110 @@
+"""Evaluation on held-out data: the same global batches every time, forward only, through the same head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megakd.data.blend import Blend
+from megakd.data.loader import Loader
+from megakd.model.teacher import Teacher
+from megakd.parallel import Groups
+from megakd.train.config import TrainConfig
+from megakd.train.objective import Objective
+from megakd.train.optim import Student
+from megakd.train.step import run_step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the held-out tokens, in nats; ``bits_per_byte`` is None without a tokenizer.
+
+    bits_per_byte: LM loss summed over tokens, in bits, over the UTF-8 bytes those tokens stand for; it compares
+    models of different tokenizers.
+    """
+
+    loss: float
+    lm_loss: float
+    kd_loss: float | None
+    agreement: float | None
+    teacher_entropy: float | None
+    bits_per_byte: float | None
+    num_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs ``eval_iters`` global batches from the beginning of the held-out order.
+
+    token_bytes: ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out.
+    """
+
+    student: Student
+    teacher: Teacher
+    objective: Objective
+    groups: Groups
+    blend: Blend
+    config: TrainConfig
+    vocab_size: int
+    token_bytes: NDArray[np.int32] | None
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Evaluation:
+        """Evaluate after ``step`` (named in errors). All ranks call it."""
+        for chunk in self.student.wrapped:
+            chunk.eval()
+        sums: dict[str, float] = {}
+        num_tokens, num_bytes = 0, 0
+        batches = self._batches()
+        for _ in range(self.config.evaluate.eval_iters):
+            batch = next(batches)
+            result = run_step(
+                self.student, batch, self.teacher, self.objective, self.groups, step=step, forward_only=True
+            )
+            num_tokens += result.num_tokens
+            for key in ("loss", "lm", "kd", "agreement", "teacher_entropy"):
+                value = getattr(result, key)
+                if value is not None:
+                    sums[key] = sums.get(key, 0.0) + value * result.num_tokens
+            if self.token_bytes is not None:
+                num_bytes += sum(int(self.token_bytes[mb.labels_BS][mb.loss_mask_BS].sum()) for mb in batch)
+        for chunk in self.student.wrapped:
+            chunk.train()
+        return self._result(sums, num_tokens, self._over_ranks(num_bytes))
+
+    def _batches(self) -> Loader:
+        return Loader(
+            self.blend,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            global_batch_size=self.config.training.global_batch_size,
+            data_parallel_rank=self.groups.data_rank,
+            data_parallel_size=self.groups.data_size,
+            vocab_size=self.vocab_size,
+        )
+
+    def _over_ranks(self, count: int) -> int:
+        total = torch.tensor(count, dtype=torch.int64, device=self.groups.device)
+        dist.all_reduce(total, group=self.groups.collection.dp)
+        return int(total)
+
+    def _result(self, sums: dict[str, float], num_tokens: int, num_bytes: int) -> Evaluation:
+        means = {key: total / max(num_tokens, 1) for key, total in sums.items()}
+        return Evaluation(
+            loss=means["loss"],
+            lm_loss=means["lm"],
+            kd_loss=means.get("kd"),
+            agreement=means.get("agreement"),
+            teacher_entropy=means.get("teacher_entropy"),
+            bits_per_byte=sums["lm"] / math.log(2) / num_bytes if num_bytes else None,
+            num_tokens=num_tokens,
+        )

@@ -1,0 +1,70 @@
+"""The training run. Read this first: everything that happens in a run is named here, in order."""
+
+from __future__ import annotations
+
+from megakd.errors import ExitStatus
+from megakd.parallel import init_parallel
+from megakd.train.build import (
+    build_evaluator,
+    build_loader,
+    build_metrics,
+    build_objective,
+    build_student,
+    build_teacher,
+    build_writer,
+    restore,
+)
+from megakd.train.config import TrainConfig
+from megakd.train.optim import Optimizer
+from megakd.train.preflight import Plan
+from megakd.train.signals import StopRequest
+from megakd.train.step import run_step
+
+
+def train(config: TrainConfig, plan: Plan) -> ExitStatus:
+    """Train the student that ``config`` describes, from step 0 or from the checkpoint that ``plan`` found.
+
+    All ranks call it. Returns COMPLETE, or STOPPED if a signal or ``exit_interval`` ended the run after a save.
+
+    Raises:
+        NonFiniteError: a loss or a gradient is not finite; nothing of that step was applied.
+    """
+    last_step = config.training.train_iters
+    groups = init_parallel(config.parallel, seed=config.training.seed)
+    stop = StopRequest(groups.device)
+    student = build_student(config, plan, groups)
+    teacher = build_teacher(config, plan, groups)  # a model, or none
+    objective = build_objective(config, plan, groups)
+    optimizer = Optimizer(config.optim, student, train_iters=last_step)
+    start_step = restore(plan, student, optimizer, groups)
+    batches = build_loader(config, plan, groups)
+    metrics = build_metrics(config, plan, groups, start_step)
+    evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
+    writer, save = build_writer(config, plan, student, optimizer, batches, groups)
+
+    stopped = False
+    for step in range(start_step + 1, last_step + 1):
+        metrics.start_clock()
+        optimizer.zero_grad()
+        loss = run_step(student, next(batches), teacher, objective, groups, step=step)
+        update = optimizer.step(step)
+        metrics.log(step, loss, update)
+        writer.poll()
+
+        at_end = step == last_step
+        stopped = not at_end and (stop.agreed() or step - start_step == config.training.exit_interval)
+        if evaluate is not None and not stopped and _due(step, config.evaluate.eval_interval, at_end):
+            metrics.log_evaluation(step, evaluate(step))
+        if _due(step, config.checkpoint.save_interval, at_end or stopped):
+            save(step)
+        if stopped:
+            metrics.say(f"stopped after iteration {step} as asked; the same command continues from here")
+            break
+
+    writer.finish()
+    metrics.close()
+    return ExitStatus.STOPPED if stopped else ExitStatus.COMPLETE
+
+
+def _due(step: int, interval: int, at_end: bool) -> bool:
+    return at_end or (interval > 0 and step % interval == 0)

@@ -1,0 +1,27 @@
+"""``megakd train``: pre-train a student, with or without a teacher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megakd.config import parse
+from megakd.train.config import TrainConfig
+from megakd.train.preflight import check_run
+
+HELP = "pre-train a student on an indexed dataset, with or without a teacher (under torchrun or alone)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check everything that can be checked without a process group, then train. Returns the exit status."""
+    config = parse(
+        TrainConfig,
+        argv,
+        prog="megakd train",
+        description="Pre-train a student. Alone: python -m megakd train ...; on several ranks: torchrun "
+        "--nproc-per-node N -m megakd train ... The same flags can stand in a YAML file (--config).",
+    )
+    plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from megakd.train.loop import train  # late: torch and megatron load for seconds, a wrong flag should not
+
+    return int(train(config, plan))

@@ -1,0 +1,160 @@
+"""The record of a run: a console line in Megatron's shape, a JSON line a step, TensorBoard. Rank 0 writes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megakd.manifest import atomic_write
+from megakd.model.config import ModelShape
+from megakd.train.config import TrainConfig
+from megakd.train.evaluate import Evaluation
+from megakd.train.optim import Update
+from megakd.train.step import StepLoss
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one token costs: floating-point operations of the student's training and of the teacher's forward pass."""
+
+    student: float
+    teacher: float
+
+    @classmethod
+    def of(cls, student: ModelShape, teacher: ModelShape | None, *, seq_length: int, vocab_size: int) -> Cost:
+        """Backward is twice the forward; a multiply-add counts as two. Recomputed activations are not counted."""
+        forward = student.flops_forward(seq_length=seq_length, vocab_size=vocab_size)
+        other = teacher.flops_forward(seq_length=seq_length, vocab_size=vocab_size) if teacher else 0.0
+        return cls(3.0 * forward, other)
+
+
+class Metrics:
+    """Writes ``SAVE/metrics.jsonl`` (every step, every evaluation), TensorBoard, and a line every ``log_interval``."""
+
+    def __init__(self, config: TrainConfig, cost: Cost, *, rank: int, world_size: int, start_step: int) -> None:
+        self._config, self._cost, self._world_size = config, cost, world_size
+        self._writes = rank == 0
+        self._start_step = start_step
+        self._start = self._last = time.perf_counter()
+        self._times: list[float] = []
+        self._file: int | None = None
+        self._board: Any = None
+        if not self._writes or not config.checkpoint.save:
+            return
+        folder = Path(config.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only one rank needs it
+
+        board = config.logging.tensorboard_dir or str(folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=start_step + 1)
+
+    def start_clock(self) -> None:
+        """The next step begins now: what came before (building, evaluating, saving) is not its time."""
+        self._last = time.perf_counter()
+
+    def log(self, step: int, loss: StepLoss, update: Update) -> None:
+        """Record one step; print every ``log_interval``, and the first."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._times.append(seconds)
+        training = self._config.training
+        samples = step * training.global_batch_size
+        record: dict[str, Any] = {
+            "step": step,
+            "samples": samples,
+            "tokens": samples * self._config.data.seq_length,
+            "loss": loss.loss,
+            "lm_loss": loss.lm,
+            "kd_loss": loss.kd,
+            "agreement": loss.agreement,
+            "teacher_entropy": loss.teacher_entropy,
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "seconds": seconds,
+        }
+        self._write({key: value for key, value in record.items() if value is not None})
+        if step % self._config.logging.log_interval == 0 or step in (self._start_step + 1, training.train_iters):
+            self._report(step, record)
+            self._times.clear()
+
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Record and print one evaluation."""
+        values = evaluation.as_dict()
+        self._write({"step": step, "valid": values})
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(f"{key.replace('_', ' ')} validation", value, step)
+        shown = " | ".join(f"{key.replace('_', ' ')}: {value:.6g}" for key, value in values.items())
+        self.say(f"validation at iteration {step} | {shown} |")
+
+    def say(self, text: str) -> None:
+        """Print one line with the time, on rank 0."""
+        if self._writes:
+            print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}", flush=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._board.close()
+
+    def _report(self, step: int, record: dict[str, Any]) -> None:
+        training = self._config.training
+        seconds = sum(self._times) / len(self._times)
+        tokens = training.global_batch_size * self._config.data.seq_length
+        flops = tokens * (self._cost.student + self._cost.teacher)
+        throughput = flops / seconds / self._world_size / 1e12
+        left = timedelta(seconds=round(seconds * (training.train_iters - step)))
+        parts = [
+            f"iteration {step:8d}/{training.train_iters:8d}",
+            f"consumed samples: {record['samples']:12d}",
+            f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+            f"throughput per GPU (TFLOP/s/GPU): {throughput:.3f}",
+            f"tokens/s: {tokens / seconds:.0f}",
+            f"learning rate: {record['lr']:.6E}",
+            f"global batch size: {training.global_batch_size:5d}",
+            f"lm loss: {record['lm_loss']:.6E}",
+        ]
+        if record["kd_loss"] is not None:
+            parts += [f"kd loss: {record['kd_loss']:.6E}", f"agreement: {record['agreement']:.4f}"]
+        parts += [f"grad norm: {record['grad_norm']:.3f}", f"ETA: {left}"]
+        self.say(" | ".join(parts) + " |")
+        if self._board is not None:
+            named = {
+                "learning-rate": record["lr"], "grad-norm": record["grad_norm"], "iteration-time": seconds,
+                "throughput": throughput, "tokens-per-second": tokens / seconds, "total loss": record["loss"],
+                "lm loss": record["lm_loss"], "kd loss": record["kd_loss"], "teacher agreement": record["agreement"],
+                "teacher entropy": record["teacher_entropy"],
+            }  # fmt: skip
+            for tag, value in named.items():
+                if value is not None:
+                    self._board.add_scalar(tag, value, step)
+                    self._board.add_scalar(f"{tag} vs samples", value, record["samples"])
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            os.write(self._file, orjson.dumps(record) + b"\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop what a run wrote after the checkpoint it continues from; those steps come again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            break  # the line that was being written when the run was killed
+        if record["step"] <= step:
+            kept.append(line)
+    atomic_write(path, b"".join(line + b"\n" for line in kept))

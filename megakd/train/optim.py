@@ -1,0 +1,130 @@
+"""The student ready to train, and the update: megatron's data parallelism and optimizer, and no non-finite step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megakd.layout import ParallelConfig
+from megakd.model.gpt import HiddenGPTModel
+from megakd.parallel import Groups
+from megakd.train.adamw import use_where_fused_adam_is_missing
+from megakd.train.config import OptimConfig
+from megakd.train.schedules import build_lr_schedule
+
+# isort: split
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity in a loss or a gradient; nothing was applied."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model under training: the bare chunks, and the same chunks inside megatron's data parallelism."""
+
+    chunks: list[HiddenGPTModel]
+    wrapped: list[DistributedDataParallel]
+
+    def output_weight(self, chunk: Any) -> torch.Tensor:
+        """The head's shard ``[v, H]`` of a chunk that ends the model, gathered if its gathering is still under way."""
+        weight = chunk.module.output_weight()
+        if chunk.ddp_config.overlap_param_gather:
+            # the output layer's own forward, whose hook would wait, never runs
+            chunk.param_to_bucket_group[weight].finish_param_sync()
+        return weight  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    lr: float
+
+
+def wrap_student(chunks: list[HiddenGPTModel], parallel: ParallelConfig, groups: Groups) -> Student:
+    """Put the chunks into megatron's data parallelism; gradients are summed in fp32 over ranks and microbatches."""
+    config = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups.collection,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        syncs = [model.no_sync for model in wrapped]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return Student(chunks, wrapped)
+
+
+class Optimizer:
+    """megatron's optimizer with the learning-rate schedule, one call a step."""
+
+    def __init__(self, optim: OptimConfig, student: Student, *, train_iters: int) -> None:
+        use_where_fused_adam_is_missing()
+        config = student.chunks[0].config
+        self._clip = optim.clip_grad
+        self._student = student
+        self.inner: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                min_lr=optim.min_lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.adam_beta1,
+                adam_beta2=optim.adam_beta2,
+                adam_eps=optim.adam_eps,
+                clip_grad=optim.clip_grad,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=student.wrapped[0].ddp_config.use_distributed_optimizer,
+                overlap_param_gather=student.wrapped[0].ddp_config.overlap_param_gather,
+            ),
+            student.wrapped,
+        )
+        self.schedule = build_lr_schedule(optim, self.inner, train_iters=train_iters)
+
+    def zero_grad(self) -> None:
+        for chunk in self._student.wrapped:
+            chunk.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def step(self, step: int) -> Update:
+        """Clip by the global norm and apply, at the learning rate of ``step`` (the first is 1).
+
+        Raises:
+            NonFiniteError: on every rank, if any gradient is not finite; nothing was applied.
+        """
+        self.schedule.num_steps = 0
+        self.schedule.step(step)
+        if self.inner.prepare_grads():
+            raise NonFiniteError(f"step {step}: a gradient is not finite; the step was not applied")
+        grad_norm = float(self.inner.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"step {step}: the gradient norm is {grad_norm}; the step was not applied")
+        if self._clip > 0:
+            for part in self.inner.chained_optimizers:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self._clip, total_norm=grad_norm)
+        self.inner.step_with_ready_grads()
+        return Update(grad_norm, lr=float(self.schedule.get_lr({})))

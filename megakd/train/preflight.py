@@ -1,0 +1,160 @@
+"""Everything about a run that can be refused is refused here, in a second, before a process group exists. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megakd.data.blend import Blend, parse_data_path
+from megakd.data.indexed import IndexedDataset
+from megakd.data.loader import check_vocabulary
+from megakd.data.samples import ConcatSamples
+from megakd.data.tokenizer import same_tokenizer
+from megakd.errors import MismatchError, UsageError
+from megakd.layout import padded_vocab_size
+from megakd.model.config import ModelShape
+from megakd.model.record import CheckpointRecord, check_resume, latest_iteration, read_record
+from megakd.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the configuration comes to, checked against the data and the checkpoints on disk."""
+
+    student: ModelShape
+    vocab_size: int
+    tokenizer: dict[str, Any] | None
+    blend: Blend
+    valid_blend: Blend | None
+    resume: CheckpointRecord | None
+    weights_only: bool
+    """Take only the weights of ``resume``: a new run from a trained model."""
+    teacher: CheckpointRecord | None
+    teacher_shape: ModelShape | None
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Fingerprints of what this run is made from."""
+        found = {f"data{index}": samples.dataset.fingerprint for index, samples in enumerate(self.blend.datasets)}
+        return found | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
+
+
+def check_run(config: TrainConfig, world_size: int) -> Plan:
+    """Refuse what cannot work, and return what the rest of the run needs to know.
+
+    Raises:
+        UsageError, MismatchError, CorruptError: with the value, what was expected, and the flag to change.
+    """
+    data_size = config.parallel.data_parallel_size(world_size)
+    config.training.check_batch(data_size)
+    student = config.student.resolve("student")
+    student.check_layout(config.parallel, "student")
+    if config.parallel.interleaved:
+        _check_interleaving(config, data_size)
+    blend = _open_blend(config, config.data.data_path)
+    valid_blend = _open_blend(config, config.data.valid_data_path) if config.data.valid_data_path else None
+    datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
+    tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
+    vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
+    if vocab_size is None:
+        raise UsageError("the data has no manifest that tells its vocabulary: set --vocab-size")
+    check_vocabulary(datasets, vocab_size)
+    teacher, teacher_shape = _check_teacher(config, world_size, vocab_size, tokenizer)
+    resume, weights_only = _check_resume(config, student, vocab_size)
+    return Plan(
+        student=student,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        blend=blend,
+        valid_blend=valid_blend,
+        resume=resume,
+        weights_only=weights_only,
+        teacher=teacher,
+        teacher_shape=teacher_shape,
+    )
+
+
+def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int:
+    """Rows of the padded vocabulary in the student's layout."""
+    return padded_vocab_size(
+        vocab_size,
+        divisible_by=shape.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+    )
+
+
+def _open_blend(config: TrainConfig, data_path: list[str | float]) -> Blend:
+    weights, prefixes = parse_data_path([str(part) for part in data_path])
+    datasets = [ConcatSamples(IndexedDataset(prefix), config.data.seq_length) for prefix in prefixes]
+    return Blend(datasets, weights, config.training.seed)
+
+
+def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:
+    known = [(d.prefix, dict(d.manifest.tokenizer)) for d in datasets if d.manifest and d.manifest.tokenizer]
+    for prefix, tokenizer in known[1:]:
+        if not same_tokenizer(known[0][1], tokenizer):
+            raise MismatchError(
+                f"datasets were made with different tokenizers: {known[0][0]} with {_name(known[0][1])}, "
+                f"{prefix} with {_name(tokenizer)}"
+            )
+    return known[0][1] if known else None
+
+
+def _name(tokenizer: dict[str, Any]) -> str:
+    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"
+
+
+def _check_interleaving(config: TrainConfig, data_size: int) -> None:
+    count = config.training.global_batch_size // (config.training.micro_batch_size * data_size)
+    if count % config.parallel.pipeline_model_parallel_size:
+        raise UsageError(
+            f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size "
+            f"{config.parallel.pipeline_model_parallel_size} microbatches a step; this run has {count} "
+            "(--global-batch-size / (--micro-batch-size x data-parallel size))"
+        )
+
+
+def _check_teacher(
+    config: TrainConfig, world_size: int, vocab_size: int, tokenizer: dict[str, Any] | None
+) -> tuple[CheckpointRecord | None, ModelShape | None]:
+    own = config.teacher
+    if own.load is None:
+        return None, None
+    if config.objective.kd_alpha == 0:
+        raise UsageError("--kd-alpha 0 with a teacher: it would run and change nothing; drop --teacher-load")
+    record = read_record(own.load, own.iteration, role="teacher")
+    if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
+        raise MismatchError(
+            f"teacher and data have different tokenizers: the teacher was trained with {_name(record.tokenizer)}, the "
+            f"data was made with {_name(tokenizer)}; its probabilities would be of other tokens"
+        )
+    if record.vocab_size != vocab_size:
+        raise MismatchError(f"teacher: vocabulary {record.vocab_size}, the student's is {vocab_size}")
+    layout = config.teacher_parallel()
+    layout.data_parallel_size(world_size)
+    shape = dataclasses.replace(
+        record.shape,
+        transformer_impl=own.transformer_impl,
+        bf16=config.student.bf16 if own.bf16 is None else own.bf16,
+        fp8_format=own.fp8_format,
+        fp8_recipe=own.fp8_recipe,
+        fp4_format=None,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    shape.check_layout(layout, "teacher")
+    return record, shape
+
+
+def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> tuple[CheckpointRecord | None, bool]:
+    checkpoint, weights_only = config.checkpoint, False
+    if checkpoint.save and latest_iteration(checkpoint.save) is not None:
+        record = read_record(checkpoint.save, role="--save")  # a run that was stopped continues, whatever --load says
+    elif checkpoint.load:
+        record, weights_only = read_record(checkpoint.load, role="--load"), checkpoint.finetune
+    else:
+        return None, False
+    distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
+    check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
+    return record, weights_only
