@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -182,6 +183,7 @@ def _medians(peer: Callable[[], object], ours: Callable[[], object], repeats: in
     times: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
         for side, work in enumerate((peer, ours)):
+            os.sync()  # or the side that fsyncs would also write out what the other has left in the cache
             start = time.perf_counter()
             work()
             if repeat:  # the first round warms caches and pages

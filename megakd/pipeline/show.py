@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from megakd.config import option, parse
 from megakd.data.indexed import IndexedDataset
-from megakd.errors import ExitStatus, UsageError
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
+from megakd.errors import ExitStatus, MismatchError, UsageError
 
 HELP = "print what an indexed dataset holds"
 _BAR = 40
@@ -25,6 +26,10 @@ class ShowConfig:
     prefix: str = option(..., "dataset prefix, without .bin or .idx", positional=True)
     documents: int = option(0, "print the first tokens of so many documents", common=True)
 
+    tokenizer_type: TokenizerType | None = option(None, "show documents as text, by this tokenizer", common=True)
+    tokenizer_model: str | None = option(None, "its file, or folder", common=True)
+    vocab_size: int | None = option(None, "ids of a NullTokenizer", common=True)
+
     def validate(self) -> None:
         """Numbers in range."""
         if self.documents < 0:
@@ -35,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb."""
     config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
     dataset = IndexedDataset(config.prefix)
+    tokenizer = None
+    if config.tokenizer_type is not None:
+        tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
+        _check_tokenizer(dataset, tokenizer)
     print("\n".join(describe(dataset)))
     for document in range(min(config.documents, dataset.num_documents)):
-        print(f"document {document}: {preview(dataset.document(document), None)}")
+        print(f"document {document}: {preview(dataset.document(document), tokenizer)}")
     return ExitStatus.COMPLETE
 
 
@@ -83,12 +92,25 @@ def histogram(lengths: NDArray[np.int64]) -> list[str]:
     return lines
 
 
-def preview(tokens: NDArray[Any], decode: Callable[[list[int]], str] | None) -> str:
-    """The beginning of a document, as text where ``decode`` is given, else as ids."""
+def preview(tokens: NDArray[Any], tokenizer: Tokenizer | None) -> str:
+    """The beginning of a document, as text where there is a tokenizer, else as ids."""
     ids = tokens[:_TOKENS_SHOWN].tolist()
-    text = repr(decode(ids)) if decode is not None else " ".join(map(str, ids))
+    text = repr(tokenizer.decode(ids)) if tokenizer is not None else " ".join(map(str, ids))
     return text + (f" ... ({len(tokens)} tokens)" if len(tokens) > _TOKENS_SHOWN else "")
 
 
-def _flat(mapping: Any) -> str:
+def _check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    recorded = None if dataset.manifest is None else dataset.manifest.tokenizer
+    if recorded is not None and not same_tokenizer(recorded, tokenizer):
+        raise MismatchError(
+            f"{dataset.prefix}: made with the tokenizer {_flat(recorded)}; "
+            f"the one given is {_flat(tokenizer.describe())}"
+        )
+    recorded_largest = dataset.max_token_id
+    largest = int(dataset.tokens.max(initial=0)) if recorded_largest is None else recorded_largest
+    if largest >= tokenizer.vocab_size:
+        raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
+
+
+def _flat(mapping: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in mapping.items())

@@ -14,6 +14,7 @@ from megakd.config import option, parse
 from megakd.data.idx_format import bin_path, idx_path, manifest_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.indexed_writer import FORMAT, write_dataset_manifest
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, UsageError
 from megakd.manifest import Manifest, hash_file, read_manifest, verify_files
 
@@ -27,23 +28,27 @@ class VerifyConfig:
 
     artefact: list[str] = option(..., "dataset prefix, folder with a manifest.json, or manifest", positional=True)
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
+    tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
+    tokenizer_model: str | None = option(None, "its file, or folder", common=True)
     vocab_size: int | None = option(None, "with --adopt: refuse token ids from this one on", common=True)
 
     def validate(self) -> None:
         """The vocabulary is looked at only when ids are."""
-        if self.vocab_size is not None and not self.adopt:
-            raise UsageError("--vocab-size goes with --adopt; a manifest records the largest id, see megakd show")
+        if not self.adopt and (self.vocab_size, self.tokenizer_type, self.tokenizer_model) != (None, None, None):
+            raise UsageError("--vocab-size and --tokenizer-type go with --adopt; a manifest has both, see megakd show")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb: status 5 where any artefact is at fault, with a line for each file and block."""
     config = parse(VerifyConfig, argv, prog="megakd verify", description=HELP)
-    status = ExitStatus.COMPLETE
+    status, tokenizer = ExitStatus.COMPLETE, None
+    if config.tokenizer_type is not None:
+        tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
     for name in config.artefact:
         faults: list[str] = []
         try:
-            if config.adopt and not manifest_path(name).exists():
-                manifest = adopt(Path(name), vocab_size=config.vocab_size)
+            if config.adopt and _existing_manifest(name) is None:
+                manifest = adopt(Path(name), vocab_size=config.vocab_size, tokenizer=tokenizer)
             else:
                 manifest, faults = verify(find_manifest(name))
         except CorruptError as error:
@@ -59,12 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_manifest(name: str) -> Path:
     """The manifest of an artefact given by its prefix, its folder or the manifest itself."""
-    candidates = [manifest_path(name), Path(name) / "manifest.json", Path(name)]
-    for path in candidates:
-        if path.is_file():
-            return path
-    hint = f"; `megakd verify --adopt {name}` checks the dataset and writes one" if idx_path(name).exists() else ""
-    raise UsageError(f"{name}: no manifest: looked for {candidates[0]} and {candidates[1]}{hint}")
+    path = _existing_manifest(name)
+    if path is None:
+        hint = f"; `megakd verify --adopt {name}` checks the dataset and writes one" if idx_path(name).exists() else ""
+        raise UsageError(f"{name}: no manifest: looked for {name}.manifest.json and {name}/manifest.json{hint}")
+    return path
 
 
 def verify(path: Path) -> tuple[Manifest, list[str]]:
@@ -78,16 +82,19 @@ def verify(path: Path) -> tuple[Manifest, list[str]]:
     return manifest, faults
 
 
-def adopt(prefix: Path, *, vocab_size: int | None = None) -> Manifest:
+def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None) -> Manifest:
     """Check a dataset that has no manifest, index and ids, and write the manifest that makes it an artefact.
+
+    tokenizer: recorded; ids are held against its vocabulary, or else against ``vocab_size``.
 
     Raises CorruptError for a broken index, UsageError for an id below 0 or outside ``vocab_size``.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the manifest is missing is why we are here
         dataset = IndexedDataset(prefix)
-    largest = -1
-    limit = vocab_size if vocab_size is not None else 2**63
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+    limit, largest = 2**63 if vocab_size is None else vocab_size, -1
     with tqdm(total=2 * dataset.tokens.nbytes, unit="B", unit_scale=True, desc=prefix.name, disable=None) as bar:
         for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
             piece = dataset.tokens[start : start + _TOKENS_AT_ONCE]
@@ -107,4 +114,10 @@ def adopt(prefix: Path, *, vocab_size: int | None = None) -> Manifest:
         num_documents=dataset.num_documents,
         num_sequences=dataset.num_sequences,
         max_token_id=largest,
+        tokenizer=None if tokenizer is None else tokenizer.describe(),
     )
+
+
+def _existing_manifest(name: str) -> Path | None:
+    candidates = (manifest_path(name), Path(name) / "manifest.json", Path(name))
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,0 +1,79 @@
+"""``show``: its numbers are those of the dataset."""
+
+import numpy as np
+import pytest
+
+from megakd.__main__ import run
+from megakd.data.indexed import IndexedWriter
+from megakd.data.tokenizer import ByteTokenizer
+from megakd.errors import ExitStatus
+from megakd.pipeline import show
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    tokenizer = ByteTokenizer()
+    texts = ["hello world", "", "x" * 100]
+    with IndexedWriter(tmp_path / "d", np.uint16) as writer:
+        for text in texts:
+            writer.add_documents(np.array(tokenizer.encode(text), dtype=np.uint16), np.array([len(text)]))
+        writer.finish(tokenizer=tokenizer.describe(), parents={"corpus": "abc"}, parameters={"append_eod": False})
+    return tmp_path / "d"
+
+
+def run_show(*arguments):
+    return run(show.main, [str(argument) for argument in arguments])
+
+
+def test_numbers(prefix, capsys):
+    assert run_show(prefix, "--documents", 9) == ExitStatus.COMPLETE
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for line in (
+        ["documents", "3"],
+        ["tokens", "111"],
+        ["dtype", "uint16"],
+        ["largest", "token", "id", str(ord("x"))],
+        ["append_eod", "False"],
+        ["parent", "corpus", "abc"],
+    ):
+        assert line in lines
+
+
+def test_documents_as_ids_and_as_text(prefix, capsys):
+    run_show(prefix, "--documents", 2)
+    assert "document 0: 104 101 108" in capsys.readouterr().out
+    assert run_show(prefix, "--documents", 3, "--tokenizer-type", "ByteTokenizer") == ExitStatus.COMPLETE
+    out = capsys.readouterr().out
+    assert "document 0: 'hello world'\n" in out and "document 1: ''\n" in out
+    assert f"document 2: '{'x' * 64}' ... (100 tokens)" in out
+
+
+def test_another_tokenizer_is_refused(prefix, capsys):
+    assert run_show(prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 500) == ExitStatus.MISMATCH
+    assert "ByteTokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*no manifest")
+def test_without_a_manifest(prefix, capsys):
+    prefix.with_name("d.manifest.json").unlink()
+    assert run_show(prefix) == ExitStatus.COMPLETE
+    assert "not recorded" in capsys.readouterr().out
+    assert run_show(prefix, "--tokenizer-type", "NullTokenizer", "--vocab-size", 50) == ExitStatus.MISMATCH
+    assert f"token id {ord('x')}, the tokenizer has 51" in capsys.readouterr().err
+
+
+def test_wrong_arguments(tmp_path, prefix):
+    assert run_show(tmp_path / "none") == ExitStatus.USAGE
+    assert run_show(prefix, "--documents", -1) == ExitStatus.USAGE
+
+
+def test_histogram_counts_every_document_in_its_class():
+    lengths = np.array([0, 0, 1, 2, 3, 4, 7, 8, 2**31 - 1])
+    lines = show.histogram(lengths)[2:]
+    found = {(int(line.split()[0]), int(line.split()[2])): int(line.split()[3]) for line in lines}
+    assert sum(found.values()) == len(lengths)
+    assert found == {
+        (low, high): int(((lengths >= low) & (lengths <= high)).sum()) for low, high in found
+    }  # fmt: skip
+    assert found[(0, 0)] == 2 and found[(4, 7)] == 2 and found[(2**30, 2**31 - 1)] == 1
+    assert show.histogram(lengths[:0]) == []
