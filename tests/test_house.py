@@ -1,0 +1,238 @@
+"""The rules of the house, read from the source: layers, lengths, names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(path for folder in ("megakd", "tools") for path in (ROOT / folder).rglob("*.py"))
+
+# From the ground up. A module imports from lower rows or from its own entry, never upwards, never from a neighbour.
+LAYERS = (
+    ("config", "manifest", "durable", "errors", "targets", "layout", "_csrc", ""),  # "" is megakd/__init__.py
+    ("data", "logits", "losses"),
+    ("cpu", "parallel"),
+    ("model",),
+    ("train", "pipeline"),
+    ("__main__",),
+    ("tools",),
+)
+NEIGHBOURS = {("parallel", "cpu")}  # what starts the process groups must first make megatron run here
+FOUNDATION_MAY_IMPORT_ITSELF = 0
+SEAM = ("model", "parallel", "cpu", "train")  # the only entries that may import megatron
+LOCAL_IMPORTS_ALLOWED = {
+    ("megakd/__main__.py", "megakd"),  # the version, for --version alone
+    # --help and refusals must not wait for what does the work
+    ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
+    ("megakd/train/main.py", "megakd.train.loop"),
+}
+# Wrong input is refused by these before torch or megatron is loaded, so nothing that they load may load either.
+TORCH_FREE = (
+    "megakd.__main__",
+    "megakd.layout",
+    "megakd.model.config",
+    "megakd.model.record",
+    "megakd.train.config",
+    "megakd.train.main",
+    "megakd.train.preflight",
+)
+HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # dotted; for `from a import b`, both `a` and, if it is a module of ours, `a.b`
+    line: int
+    local: bool  # inside a function
+    typing_only: bool  # under `if TYPE_CHECKING`
+
+
+def imports_of(path: Path) -> list[Import]:
+    found: list[Import] = []
+
+    def visit(node: ast.AST, local: bool, typing_only: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, local, typing_only) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole name"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            ours = [name for name in names if name in MODULES]
+            modules = ours if len(ours) == len(names) else [node.module, *ours]
+            found.extend(Import(module, node.lineno, local, typing_only) for module in modules)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+            return  # what stands there is a program, above every layer
+        inside = local or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        checking = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside, checking)
+
+    visit(ast.parse(path.read_text(), str(path)), False, False)
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def entry_of(module: str) -> str:
+    """The row entry of a module: ``megakd.data.loader`` -> ``data``."""
+    parts = module.split(".")
+    if parts[0] == "tools":
+        return "tools"
+    return parts[1] if len(parts) > 1 else ""
+
+
+def row_of(entry: str) -> int:
+    rows = [index for index, row in enumerate(LAYERS) if entry in row]
+    assert rows, f"'{entry}' stands in no layer; say in tests/test_house.py where it belongs"
+    return rows[0]
+
+
+def first_party() -> Iterator[tuple[str, Import]]:
+    for name, path in MODULES.items():
+        for found in imports_of(path):
+            if found.module.split(".")[0] in ("megakd", "tools"):
+                yield name, found
+
+
+def breaches_layers(importer: str, imported: str) -> bool:
+    """Whether one module of ours may not import another: it stands higher, or beside it."""
+    source, target = entry_of(importer), entry_of(imported)
+    if source == target or target == "" or (source, target) in NEIGHBOURS:
+        return False
+    if row_of(source) == row_of(target) == FOUNDATION_MAY_IMPORT_ITSELF:
+        return False
+    return row_of(target) >= row_of(source)
+
+
+def test_layers() -> None:
+    wrong = [f"{name}:{at.line} imports {at.module}" for name, at in first_party() if breaches_layers(name, at.module)]
+    assert not wrong, "upwards or sideways:\n" + "\n".join(wrong)
+
+
+def test_layers_notice_a_breach() -> None:
+    assert breaches_layers("megakd.data.loader", "megakd.losses.head")
+    assert breaches_layers("megakd.losses.head", "megakd.parallel")
+    assert breaches_layers("megakd.train.loop", "megakd.pipeline.merge")
+    assert breaches_layers("megakd.manifest", "megakd.data.idx_format")
+    assert not breaches_layers("megakd.train.loop", "megakd.data.loader")
+    assert not breaches_layers("megakd.data.loader", "megakd.data.blend")
+    with pytest.raises(AssertionError, match="no layer"):
+        row_of("utils")
+
+
+def test_imports_are_seen_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text(
+        "import torch\nfrom megakd import config\ndef f():\n    from megakd.data.loader import Loader\n"
+        "if TYPE_CHECKING:\n    import numpy as np\nif __name__ == '__main__':\n    import json\n"
+    )
+    seen = [(at.module, at.local, at.typing_only) for at in imports_of(file)]
+    assert seen == [
+        ("torch", False, False),
+        ("megakd.config", False, False),
+        ("megakd.data.loader", True, False),
+        ("numpy", False, True),
+    ]
+
+
+def test_only_the_seam_imports_megatron() -> None:
+    wrong = [
+        f"{name}:{found.line}"
+        for name, path in MODULES.items()
+        for found in imports_of(path)
+        if found.module.split(".")[0] in ("megatron", "transformer_engine") and entry_of(name) not in SEAM
+    ]
+    assert not wrong
+
+
+def test_no_first_party_import_hides_in_a_function() -> None:
+    wrong = [
+        f"{name}:{found.line} imports {found.module}"
+        for name, found in first_party()
+        if found.local and (str(MODULES[name].relative_to(ROOT)), found.module) not in LOCAL_IMPORTS_ALLOWED
+    ]
+    assert not wrong
+
+
+def test_no_import_cycle() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for name, found in first_party():
+        if found.module in MODULES and found.module != name and not found.typing_only:
+            graph[name].add(found.module)
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_what_must_start_fast_loads_nothing_heavy() -> None:
+    starts = [*TORCH_FREE, *(name for name in MODULES if entry_of(name) in ("data", "pipeline"))]
+    wrong = [chain for start in starts for chain in heavy_chains(start)]
+    assert not wrong, "\n".join(" -> ".join(chain) for chain in wrong)
+
+
+def heavy_chains(start: str) -> list[list[str]]:
+    """Every way from module ``start`` to a heavy package by imports outside functions."""
+    chains, seen, todo = [], {start}, [[start]]
+    while todo:
+        chain = todo.pop()
+        for found in imports_of(MODULES[chain[-1]]):
+            if found.local or found.typing_only:
+                continue
+            if found.module.split(".")[0] in HEAVY:
+                chains.append([*chain, found.module])
+            elif found.module in MODULES and found.module not in seen:
+                seen.add(found.module)
+                todo.append([*chain, found.module])
+    return chains
+
+
+def test_files_are_short() -> None:
+    folders = ("megakd", "tools", "csrc", "benchmarks", "examples", "tests")
+    written = [path for folder in folders for path in files(folder)]
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in written}
+    assert not {path: lines for path, lines in long.items() if lines >= 400}
+    assert not {path: lines for path, lines in long.items() if path.startswith("tools/") and lines > 40}
+
+
+def files(folder: str) -> list[Path]:
+    return [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu", ".sh")]
+
+
+def test_every_file_says_which_idea_it_is() -> None:
+    assert not [name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not [path for path in MODULES.values() if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+def test_no_script_hides_a_standard_module() -> None:
+    scripts = [path for folder in ("tools", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in scripts if path.stem in sys.stdlib_module_names and not path.stem.startswith("__")]
+
+
+def test_help_lists_every_verb() -> None:
+    from megakd.__main__ import VERBS
+
+    shown = subprocess.run([sys.executable, "-m", "megakd", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    listed = [line.split(maxsplit=1) for line in shown.stdout.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in listed] == list(VERBS) and all(len(words) == 2 for words in listed)
