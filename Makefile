@@ -1,0 +1,52 @@
+# The two commands to know are `make demo` and `make test`. Each makes .venv first, where it is missing or out of date,
+# from exact pins; Python 3.11 or newer and a C++ compiler are all that must be there before.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+PIP    := $(PYTHON) -m pip install --disable-pip-version-check --quiet
+
+# The first interpreter that runs and is new enough: python3.11 is what the pins were tested with.
+FIND_PYTHON = for name in python3.11 python3 python3.12 python3.13; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$name; break; fi; done
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast test-slow check bench clean
+
+help:  ## this list
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.built  ## teacher, plain student, distilled student on real text; a table and a plot in demo-out/
+	$(PYTHON) examples/demo/demo.py
+
+test: $(VENV)/.built  ## every test
+	$(PYTHON) -m pytest -q
+
+test-fast: $(VENV)/.built  ## the tests that take no more than a few seconds each
+	$(PYTHON) -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.built  ## the others: whole runs, kills, resumes
+	$(PYTHON) -m pytest -q -m slow
+
+check: $(VENV)/.built  ## ruff and mypy --strict
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+bench: $(VENV)/.built  ## every benchmark, one table each
+	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+clean:  ## remove all that make made: .venv, the native extension, caches, demo-out/
+	rm -rf $(VENV) build dist *.egg-info megakd/_csrc*.so demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: requirements/base.txt requirements/dev.txt
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then echo "error: no Python 3.11 or newer found; install it, e.g. apt install python3.11-venv" >&2; exit 1; fi; \
+	if ! $(PYTHON) -c '' >/dev/null 2>&1; then echo "making $(VENV) with $$python"; $$python -m venv --clear $(VENV); fi
+	@echo "installing requirements/dev.txt into $(VENV): some minutes the first time"
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
+	@echo "building the native extension"
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
