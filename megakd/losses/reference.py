@@ -61,7 +61,8 @@ class ReferenceKernels:
                 q_Rv=(s_Rv / term.student_temperature).exp() / rows["student_kd_sum"].unsqueeze(1),
             )
             slope_Rv = DIVERGENCES[term.divergence].gradient(entries, rows)
-            gradient_Rv += _weighted(chunk.teacher.weight_R * (term.scale / term.student_temperature), slope_Rv)
+            gradient_Rv += _weighted(chunk.teacher.weight_R, slope_Rv * (term.scale / term.student_temperature))
+        gradient_Rv[:, chunk.num_valid :] = 0.0  # also where the row is NaN
         return gradient_Rv.to(chunk.student_Rv.dtype)
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.kernels import Chunk, KDTerm, Kernels, Teacher, statistics_columns
-from megakd.losses.vocab_parallel import RowStatistics, VocabShard, merge_statistics
+from megakd.losses.vocab_parallel import RowStatistics, VocabShard, gather_statistics
 
 _PRODUCT_BLOCK_BYTES = 4 << 20
 
@@ -104,7 +104,7 @@ def _statistics_and_gradient(
     if gradient and shard.world_size == 1:
         return kernels.statistics_and_gradient(chunk)
     term = KDTerm() if chunk.teacher is None else chunk.teacher.term
-    merged = merge_statistics(
+    merged = gather_statistics(
         kernels.statistics(chunk),
         shard=shard,
         student_temperature=term.student_temperature,

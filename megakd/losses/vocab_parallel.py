@@ -69,20 +69,28 @@ def pivot(maximum_R: Tensor) -> Tensor:
     return torch.where(maximum_R == -math.inf, 0.0, maximum_R)
 
 
-def merge_statistics(
-    parts: RowStatistics, *, shard: VocabShard, student_temperature: float, teacher_temperature: float
+def gather_statistics(
+    part: RowStatistics, *, shard: VocabShard, student_temperature: float, teacher_temperature: float
 ) -> RowStatistics:
-    """The statistics of whole rows from those of every rank's slice: one all-gather, then a merge in rank order.
-
-    parts: this rank's statistics. The temperatures are those its sums were made with.
-    """
+    """The statistics of whole rows from this rank's part of them: one all-gather and a merge."""
     if shard.world_size == 1:
-        return parts
-    columns = parts.columns
-    k, num_rows = parts.values_kR.shape
-    gathered = parts.values_kR.new_empty(shard.world_size * k, num_rows)
-    dist.all_gather_into_tensor(gathered, parts.values_kR.contiguous(), group=shard.group)
-    ranks_nR = dict(zip(columns, gathered.view(shard.world_size, k, num_rows).unbind(1)))
+        return part
+    k, num_rows = part.values_kR.shape
+    gathered = part.values_kR.new_empty(shard.world_size * k, num_rows)
+    dist.all_gather_into_tensor(gathered, part.values_kR.contiguous(), group=shard.group)
+    return merge_statistics(
+        part.columns,
+        gathered.view(shard.world_size, k, num_rows),
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+    )
+
+
+def merge_statistics(
+    columns: tuple[str, ...], parts_nkR: Tensor, *, student_temperature: float, teacher_temperature: float
+) -> RowStatistics:
+    """The statistics of whole rows from those of every slice, in rank order; the temperatures are those of the sums."""
+    ranks_nR = dict(zip(columns, parts_nkR.unbind(1)))
 
     merged: dict[str, Tensor] = {"label": ranks_nR["label"].sum(0)}
     # How much lower than the row's maximum each rank's own pivot lies, in logits.
@@ -98,7 +106,7 @@ def merge_statistics(
         merged["teacher_sum"] = _rescaled_sum(teacher_nR, drop_t)
         merged["teacher_self"] = _rescaled_sum(ranks_nR["teacher_self"] + teacher_nR * drop_t, drop_t)
         at_top = (ranks_nR["student_max"] == merged["student_max"]) & (ranks_nR["teacher_max"] == merged["teacher_max"])
-        merged["agree"] = (at_top & (ranks_nR["agree"] > 0)).any(0).to(parts.values_kR.dtype)
+        merged["agree"] = (at_top & (ranks_nR["agree"] > 0)).any(0).to(parts_nkR.dtype)
         if "forward" in columns:
             merged["forward"] = _rescaled_sum(ranks_nR["forward"] + teacher_nR * (drop_t - drop_s), drop_t)
         if "reverse" in columns:
