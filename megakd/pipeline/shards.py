@@ -1,4 +1,4 @@
-"""Shards: how a corpus is cut so that the cuts depend on it alone, and the encoding of one of them, committed on its own.
+"""Shards: how a corpus is cut, by itself alone, and the encoding of one shard, committed on its own.
 
 Shard ``s`` of a file is the lines that start in bytes ``[s * shard_bytes, (s + 1) * shard_bytes)`` of it, decompressed.
 A plain file is entered at any shard; a compressed one is read from its beginning, committing shard after shard.
@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megakd.data.engines import Choice, Engine
+from megakd.data.engines import Engine
 from megakd.data.indexed import Part, best_dtype
 from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, build_tokenizer
 from megakd.durable import HashingWriter

@@ -1,0 +1,253 @@
+"""Preprocessing from end to end: inputs, engine, shards spread over workers, the budget of bad records, the dataset.
+
+The dataset's bytes are a function of the inputs and the flags that name them: neither the number of workers nor how
+often the run was killed shows in them. Inputs that changed since an unfinished run have another fingerprint, hence
+another folder for unfinished work: that run starts afresh. Inputs that change under a run make it a MismatchError.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from megakd import __version__
+from megakd.data.engines import Choice, choose_engine, give_back_memory
+from megakd.data.indexed import best_dtype, concatenate
+from megakd.data.tokenizer import build_tokenizer
+from megakd.durable import HashingWriter, fsync_directory
+from megakd.errors import DataBudgetError, MismatchError, UsageError
+from megakd.manifest import Manifest
+from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
+from megakd.pipeline.interrupt import BackgroundHashes, StopFlag
+from megakd.pipeline.lock import RunLock
+from megakd.pipeline.preprocess import PreprocessConfig
+from megakd.pipeline.progress import Progress
+from megakd.pipeline.shards import Counts, Settings, Shard, finished_shards, num_shards
+from megakd.pipeline.workers import WorkerPool
+
+_WORKER = "megakd.pipeline.shard_worker"
+QUARANTINE = ".quarantine.jsonl"
+"""What the name of the list of bad records ends in."""
+_ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
+_MAX_SHARDS = 4096
+# For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
+_RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 290 << 20, 112 << 20
+
+
+def preprocess(config: PreprocessConfig) -> list[Manifest]:
+    """Tokenize; returns the manifest of each key's dataset.
+
+    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile, CorruptError for a cut or
+    damaged input, NoSpaceError, ChildProcessError for workers that keep dying, StoppedBySignal.
+    """
+    with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
+        inputs = find_inputs(config.input, own=config.output_prefix + QUARANTINE)
+        tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
+        if config.append_eod and tokenizer.eod is None:
+            raise UsageError(f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token)")
+        choice = choose_engine(tokenizer, sample_texts(inputs, config.json_keys), mode=config.tokenizer_engine)
+        print(f"tokenizer engine: {choice.engine} ({choice.reason})", file=sys.stderr)
+        description, dtype = tokenizer.describe(), best_dtype(tokenizer.vocab_size)
+        del tokenizer
+        give_back_memory()
+
+        root = Path(config.work_dir or config.output_prefix + ".work")
+        folder = root / _fingerprint(config, inputs, choice, description)
+        _make_folder(root, folder)
+        num_workers = config.workers or len(os.sched_getaffinity(0))
+        settings = _settings(config, inputs, choice, folder, num_workers)
+        hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
+        progress = _encode(config, settings, inputs, num_workers, stop)
+
+        shards = _collect(settings)
+        counts = Counts()
+        for shard in (shard for per_file in shards for shard in per_file):
+            counts.add(shard.counts)
+        quarantine = _write_quarantine(config, settings, shards, counts)
+        _check_budget(config, counts, quarantine)
+        parents = dict(zip(distinct_names(inputs), hashes.wait()))
+        check_unchanged(inputs)
+        manifests = []
+        for column, key in enumerate(config.json_keys):
+            manifests.append(
+                concatenate(
+                    [shard.parts[column] for per_file in shards for shard in per_file],
+                    f"{config.output_prefix}_{key}_document",
+                    dtype=dtype,
+                    parameters=_parameters(config, key, choice, counts),
+                    parents=parents,
+                    tokenizer=description,
+                    progress=lambda _: stop.check(),
+                )
+            )
+        shutil.rmtree(folder)
+        if not any(root.iterdir()):
+            root.rmdir()
+        print(
+            f"{counts.documents} documents ({counts.empty_documents} empty), {counts.tokens} tokens, "
+            f"{counts.bad_records} bad records, {counts.blank_lines} blank lines, "
+            f"{counts.duplicate_keys} duplicate keys; {progress.summary()}",
+            file=sys.stderr,
+        )
+    return manifests
+
+
+def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, tokenizer: Mapping[str, Any]) -> str:
+    """Of all that decides the bytes of a shard; inputs by size and time, as reading them all would take too long."""
+    content = {
+        "megakd": __version__,
+        "versions": {name: _version(name) for name in _ENGINES},
+        "inputs": [[os.path.abspath(item.path), item.kind, item.size_bytes, item.modified_ns] for item in inputs],
+        "tokenizer": {key: value for key, value in tokenizer.items() if key != "path"},
+        "choice": choice.as_dict(),
+        "flags": [config.json_keys, config.append_eod, config.max_doc_bytes, config.shard_bytes],
+    }
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _make_folder(root: Path, folder: Path) -> None:
+    if folder.is_dir():
+        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
+    elif root.is_dir() and any(root.iterdir()):
+        print(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    fsync_directory(root)
+    fsync_directory(root.parent)
+
+
+def _settings(
+    config: PreprocessConfig, inputs: list[Input], choice: Choice, folder: Path, num_workers: int
+) -> Settings:
+    total = sum(item.size_bytes for item in inputs)
+    return Settings(
+        paths=[item.path for item in inputs],
+        kinds=[item.kind for item in inputs],
+        json_keys=config.json_keys,
+        append_eod=config.append_eod,
+        tokenizer_type=config.tokenizer_type,
+        tokenizer_model=config.tokenizer_model,
+        vocab_size=config.vocab_size,
+        choice=choice.as_dict(),
+        max_doc_bytes=config.max_doc_bytes,
+        shard_bytes=config.shard_bytes or max(16 << 20, total // _MAX_SHARDS),
+        folder=str(folder),
+        max_resident_bytes=max(_RESIDENT_BYTES // num_workers, _LEAST_RESIDENT_BYTES),
+    )
+
+
+def _encode(
+    config: PreprocessConfig, settings: Settings, inputs: list[Input], num_workers: int, stop: StopFlag
+) -> Progress:
+    """Encode the shards that an earlier run has not."""
+    jobs = []
+    done_bytes = 0
+    for file, item in enumerate(inputs):
+        for shard, finished in enumerate(finished_shards(settings, file, verify=True)):
+            stop.check()
+            if finished is None:
+                jobs.append({"file": file, "shard": shard})
+            elif item.kind == "plain":
+                done_bytes += min(settings.shard_bytes, item.size_bytes - shard * settings.shard_bytes)
+            elif finished.last:
+                done_bytes += item.size_bytes
+    total = sum(item.size_bytes for item in inputs)
+    progress = Progress(total, done_bytes=done_bytes, log_interval=config.log_interval)
+    positions: dict[tuple[int, int], int] = {}
+
+    def on_message(job: Mapping[str, Any], message: dict[str, Any]) -> None:
+        where = (job["file"], job["shard"])
+        before = positions.get(where, 0)
+        positions[where] = max(before, message["position"])
+        progress.add(
+            num_bytes=positions[where] - before,
+            documents=message["documents"],
+            tokens=message["tokens"],
+            bad=message["bad_records"],
+        )
+
+    try:
+        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stop.is_set) as pool:
+            pool.run(jobs, on_message)
+    finally:
+        progress.close()
+    return progress
+
+
+def _collect(settings: Settings) -> list[list[Shard]]:
+    """Every shard of every file."""
+    collected = []
+    for file, path in enumerate(settings.paths):
+        found = list(finished_shards(settings, file, verify=False))
+        shards = [shard for shard in found if shard is not None]
+        if len(shards) != len(found) or num_shards(settings, file) not in (None, len(shards)):
+            raise MismatchError(f"{path}: changed while it was read; run again when it is complete")
+        collected.append(shards)
+    return collected
+
+
+def _write_quarantine(config: PreprocessConfig, settings: Settings, shards: list[list[Shard]], counts: Counts) -> Path:
+    """List the bad records of all shards, in the order of the inputs; without any, no such file is left."""
+    path = Path(config.output_prefix + QUARANTINE)
+    if counts.bad_records == 0:
+        path.unlink(missing_ok=True)
+        return path
+    with HashingWriter(path) as out:
+        for file, per_file in zip(settings.paths, shards):
+            for line in _bad_lines(file, per_file):
+                out.write(line)
+        out.commit()
+    return path
+
+
+def _bad_lines(file: str, shards: list[Shard]) -> Iterator[bytes]:
+    lines_before = 0
+    for shard in shards:
+        if shard.bad_path is not None:
+            with open(shard.bad_path, "rb") as stream:
+                for line in stream:
+                    record = orjson.loads(line)
+                    record["line"] += lines_before
+                    yield orjson.dumps({"file": file, **record}, option=orjson.OPT_APPEND_NEWLINE)
+        lines_before += shard.counts.lines
+
+
+def _check_budget(config: PreprocessConfig, counts: Counts, quarantine: Path) -> None:
+    records = counts.documents + counts.bad_records
+    if counts.bad_records > config.bad_budget * records:
+        with open(quarantine, "rb") as stream:
+            first = orjson.loads(stream.readline())
+        budget = "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
+        raise DataBudgetError(
+            f"{counts.bad_records} of {records} records are bad, more than {budget} allows; all are in {quarantine}; "
+            f"the first is {first['file']} line {first['line']} byte {first['byte_offset']}: {first['reason']}: "
+            f"{first['detail']}. With a larger budget the same command finishes from what is done"
+        )
+    if counts.documents == 0:
+        raise UsageError(f"--input {' '.join(config.input)[:200]}: no document in {counts.lines} lines")
+
+
+def _parameters(config: PreprocessConfig, key: str, choice: Choice, counts: Counts) -> dict[str, Any]:
+    met = {name: count for name, count in asdict(counts).items() if name != "tokens"}
+    return {
+        "json_key": key,
+        "append_eod": config.append_eod,
+        "max_doc_bytes": config.max_doc_bytes,
+        "tokenizer_engine": choice.as_dict(),
+        "counts": met,
+    }

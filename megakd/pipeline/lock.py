@@ -1,0 +1,55 @@
+"""One run at a time on one output."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from megakd.errors import UsageError
+
+
+class RunLock:
+    """Holds ``path`` while a run writes its outputs. A context manager.
+
+    The kernel drops the lock when its process dies, however it dies, and the next run takes over the file it left.
+
+    Raises UsageError where another run holds it, with that run's host, process and start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: BinaryIO | None = None
+
+    def __enter__(self) -> RunLock:
+        stream = open(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = stream.read().decode(errors="replace").strip() or "it has just started"
+            stream.close()
+            raise UsageError(
+                f"{self._path}: another run is writing this output: {holder}; wait for it or end it"
+            ) from None
+        if not self._path.exists() or not os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
+            stream.close()
+            raise UsageError(
+                f"{self._path}: another run on this output has just ended; run again to replace what it made"
+            )
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        stream.truncate(0)
+        stream.write(
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode() + b"\n"
+        )
+        self._stream = stream
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stream is not None:
+            self._path.unlink(missing_ok=True)
+            self._stream.close()
+            self._stream = None

@@ -1,0 +1,59 @@
+"""The process that encodes shards: settings and jobs come in, progress goes out, as lines of JSON (see `workers`)."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from megakd.data.engines import Choice, Engine
+from megakd.pipeline.shards import Settings, encode_shards
+
+
+def main() -> int:
+    """Serve until the input ends."""
+    # What a library prints must not mix with the answers.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
+
+    def answer(message: Mapping[str, Any]) -> None:
+        os.write(answers, orjson.dumps(message) + b"\n")
+
+    try:
+        settings = Settings(**inbox.get())
+        engine = Engine(
+            settings.build_tokenizer(),
+            Choice.from_dict(settings.choice),
+            max_resident_bytes=settings.max_resident_bytes,
+        )
+        while True:
+            job = inbox.get()
+            encode_shards(settings, engine, job["file"], job["shard"], answer)
+            answer({"done": True})
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) or not hasattr(error, "status"):
+            traceback.print_exc()
+        details = [value for value in error.args if isinstance(value, (int, str))]
+        if isinstance(error, OSError) and error.filename is not None:
+            details.append(str(error.filename))
+        answer({"error": type(error).__name__, "message": str(error), "args": details})
+        return 1
+
+
+def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Pass on what comes in. The end of the input is the end of the parent, or its wish: end at once, mid-shard too."""
+    for line in sys.stdin.buffer:
+        inbox.put(orjson.loads(line))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
