@@ -103,7 +103,7 @@ inline Vec exp2(Vec x) {
   // Adding a number so large that fractions are rounded away leaves the integer part, biased by 127, in the low bits.
   constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
   x = max(broadcast(-126.5f), x);
-  const Vec shifted = (x - 0.5f) + kRounder;
+  const Vec shifted = (x - 0.49999997f) + kRounder;  // a little less than a half, so that integers go to themselves
   const Vec fraction = x - (shifted - kRounder);
 #endif
   Vec poly = fraction * 1.8671316863e-03f + 9.0170269014e-03f;
