@@ -1,7 +1,11 @@
 """Samples are slices of the token stream, and their order is a permutation that mixes."""
 
+import math
+import struct
+
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +61,35 @@ def test_permute_is_a_bijection(num_samples):
     for seed, epoch in ((0, 0), (1, 0), (0, 1), (2**61, 10**9)):
         places = permute(np.arange(num_samples), num_samples=num_samples, seed=seed, epoch=epoch)
         assert np.array_equal(np.sort(places), np.arange(num_samples))
+
+
+def slow_permute(place, num_samples, seed, epoch):
+    """docs/formats.md, one place at a time, in Python's own integers."""
+    a = math.isqrt(num_samples - 1) + 1
+    b = -(-num_samples // a)
+    keys = [xxhash.xxh3_64_intdigest(struct.pack("<qqq", seed, epoch, r)) for r in range(8)]
+
+    def h(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    while True:
+        y, x = divmod(place, a)
+        for j in range(4):
+            x = (x + h(y ^ keys[2 * j]) % a) % a
+            y = (y + h(x ^ keys[2 * j + 1]) % b) % b
+        place = y * a + x
+        if place < num_samples:
+            return place
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 2**50), st.integers(0, 2**61), st.integers(0, 2**31), st.data())
+def test_permute_equals_the_slow_twin(num_samples, seed, epoch, data):
+    places = data.draw(st.lists(st.integers(0, num_samples - 1), min_size=1, max_size=9))
+    fast = permute(np.array(places), num_samples=num_samples, seed=seed, epoch=epoch)
+    assert fast.tolist() == [slow_permute(place, num_samples, seed, epoch) for place in places]
 
 
 @settings(max_examples=50, deadline=None)

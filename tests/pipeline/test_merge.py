@@ -1,11 +1,15 @@
 """``merge``: the joined dataset is its inputs one after the other, and what does not belong together is refused."""
 
+import multiprocessing
+import time
+
 import numpy as np
 import pytest
 
 from megakd.__main__ import run
 from megakd.data.indexed import IndexedDataset, IndexedWriter
-from megakd.errors import ExitStatus
+from megakd.errors import ExitStatus, UsageError
+from megakd.manifest import verify_files
 from megakd.pipeline import merge
 
 TOKENIZER = {"type": "bpe", "hash": "aa", "vocab_size": 300, "eod": 0, "path": "/t"}
@@ -108,6 +112,40 @@ def test_a_corrupt_input_stops_it_before_it_writes(tmp_path):
         stream.write(b"1")
     assert run_merge("--input", tmp_path, "--output-prefix", tmp_path / "o") == ExitStatus.CORRUPT
     assert not list(tmp_path.glob("o.*"))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_killed_at_any_moment_it_leaves_a_whole_dataset_or_none(tmp_path, existing):
+    for seed, name in enumerate("ab"):
+        lengths = np.full(200_000, 5, dtype=np.int32)
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_documents(np.random.default_rng(seed).integers(0, 300, lengths.sum()), lengths)
+            writer.finish()
+    inputs, output = [tmp_path / "a", tmp_path / "b"], tmp_path / "o"
+    start = time.monotonic()
+    whole = merge.merge(inputs, output).fingerprint
+    duration = time.monotonic() - start
+    old = merge.merge(inputs[:1], tmp_path / "old").fingerprint
+    for delay in np.linspace(0, duration * 1.2, 12):
+        for path in tmp_path.glob("o.*"):
+            path.unlink()
+        if existing:
+            merge.merge(inputs[:1], output)
+        child = multiprocessing.get_context("fork").Process(target=merge.merge, args=(inputs, output))
+        child.start()
+        time.sleep(delay)
+        child.kill()
+        child.join(30)
+        if (tmp_path / "o.manifest.json").exists():
+            assert verify_files(tmp_path / "o.manifest.json") == []
+            assert IndexedDataset(output).fingerprint in ({whole, old} if existing else {whole})
+        elif (tmp_path / "o.idx").exists():  # killed between the index and the manifest: whole, but for its manifest
+            assert IndexedDataset(output).num_documents == 400_000
+        else:
+            with pytest.raises(UsageError):
+                IndexedDataset(output)
+    assert merge.merge(inputs, output).fingerprint == whole
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_too_little_room_is_said_before_it_writes(tmp_path, capsys, monkeypatch):
