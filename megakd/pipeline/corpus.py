@@ -29,7 +29,7 @@ from megakd.manifest import Manifest
 from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.pipeline.interrupt import BackgroundHashes, StopFlag
 from megakd.pipeline.lock import RunLock
-from megakd.pipeline.preprocess import PreprocessConfig
+from megakd.pipeline.preprocess_config import PreprocessConfig
 from megakd.pipeline.progress import Progress
 from megakd.pipeline.shards import Counts, Settings, Shard, finished_shards, num_shards
 from megakd.pipeline.workers import WorkerPool
