@@ -114,9 +114,9 @@ def _statistics_and_gradient(
 
 
 def _even_chunk(num_rows: int, *, most: int) -> int:
-    """Rows of a chunk, at most ``most``, so that chunks are of even size."""
-    num_chunks = -(-num_rows // most)
-    return -(-num_rows // num_chunks) if num_chunks else 0
+    """Rows of a chunk, at least 1 and at most ``most``, so that chunks are of even size."""
+    num_chunks = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // num_chunks))
 
 
 def _add_product_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor) -> None:

@@ -60,13 +60,13 @@ def logits_twin(
     keep_T = (lm_weight_T != 0) | (kd_weight_T != 0)
     student, teacher = student_TV[keep_T].double(), teacher_TV[keep_T].double()
     log_q1 = student.log_softmax(-1)
-    has_label = lm_weight_T[keep_T] != 0
-    lm = -log_q1.gather(1, torch.where(has_label, labels_T[keep_T], 0)[:, None])[:, 0]
+    labels, has_lm = labels_T[keep_T], lm_weight_T[keep_T] != 0
+    lm = -log_q1.gather(1, labels.clamp(0, student_TV.shape[1] - 1)[:, None])[:, 0]
     log_q = (student / student_temperature).log_softmax(-1)
     log_p = (teacher / teacher_temperature).log_softmax(-1)
     kd = scale * DIVERGENCES[divergence](log_p, log_q)
     has_kd = kd_weight_T[keep_T] != 0
-    loss = (lm_weight_T[keep_T].double() * lm)[has_label].sum() + (kd_weight_T[keep_T].double() * kd)[has_kd].sum()
+    loss = (lm_weight_T[keep_T].double() * lm)[has_lm].sum() + (kd_weight_T[keep_T].double() * kd)[has_kd].sum()
     gradients = torch.autograd.grad(loss, inputs) if keep_T.any() else tuple(torch.zeros_like(x) for x in inputs)
 
     def spread(values: Tensor) -> Tensor:
