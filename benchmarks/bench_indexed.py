@@ -120,7 +120,7 @@ def measure(folder: Path, num_documents: int, repeats: int) -> list[dict[str, An
         f"open, {millions}",
         lambda: megatron.IndexedDataset(str(prefix)),
         lambda: IndexedDataset(prefix),
-        0.5,
+        0.4,  # reading the manifest as well costs a tenth of a millisecond
         4 * repeats,
     )
     _compare_fetches(prefix, compare)
