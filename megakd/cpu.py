@@ -17,6 +17,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,16 +75,20 @@ def install() -> None:
         return
     hide_absent_cuda_packages()
     check_version(importlib.import_module("megatron.core.package_info").__version__)
-    for name in ("optimizer", "transformer.moe.token_dispatcher", "tensor_parallel.random", "models.gpt"):
-        importlib.import_module(f"megatron.core.{name}")
+    with warnings.catch_warnings():
+        # eight modules say that Transformer Engine and apex are not there, which is so by design
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+        for name in ("optimizer", "transformer.moe.token_dispatcher", "tensor_parallel.random", "models.gpt"):
+            importlib.import_module(f"megatron.core.{name}")
+        importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     facade = _build_facade()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
             _bind(module, facade)
     sys.meta_path.insert(0, _FacadeFinder(facade))
     _patch_rng()
-    _patch_optimizer()
-    _patch_embeddings()
+    _patch_type_names()
+    _patch_moves()
     _patch_moe()
 
 
@@ -240,7 +245,7 @@ def _patch_rng() -> None:
     _replace("tensor_parallel.random", "_set_cuda_rng_state", lambda _original: set_state)
 
 
-def _patch_optimizer() -> None:
+def _patch_type_names() -> None:
     """optimizer/optimizer.py:481, distrib_optimizer.py:361, clip_grads.py:167 compare ``type()`` with CUDA names."""
 
     def named(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,8 +278,8 @@ def _cuda_type_names() -> Iterator[None]:
         torch.Tensor.type = original  # type: ignore[method-assign]
 
 
-def _patch_embeddings() -> None:
-    """language_module.py:244 and rope_utils.py:64 call ``tensor.cuda()``."""
+def _patch_moves() -> None:
+    """language_module.py:244, rope_utils.py:64 and distrib_optimizer.py:1089 call ``tensor.cuda()``."""
 
     def without_move(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -292,6 +297,7 @@ def _patch_embeddings() -> None:
     _replace(language_module, "LanguageModule.setup_embeddings_and_output_layer", without_move)
     _replace("models.common.embeddings.rope_utils", "get_pos_emb_on_this_cp_rank", without_move)
     _replace("models.common.embeddings.rotary_pos_embedding", "get_pos_emb_on_this_cp_rank", without_move)
+    _replace("optimizer.distrib_optimizer", "DistributedOptimizer.get_parameter_state_dp_zero", without_move)
 
 
 def _patch_moe() -> None:

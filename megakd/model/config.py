@@ -199,8 +199,15 @@ class ModelShape:
             raise UsageError(
                 f"{role}: --num-experts {self.num_experts} is not a multiple of --expert-model-parallel-size {experts}"
             )
-        if self.num_experts and tensor > 1 and not parallel.sequence_parallel:
-            raise UsageError(f"{role}: experts with --tensor-model-parallel-size {tensor} need --sequence-parallel")
+        if self.num_experts and tensor > 1:
+            if not parallel.sequence_parallel:
+                raise UsageError(f"{role}: experts with --tensor-model-parallel-size {tensor} need --sequence-parallel")
+            if experts == 1 and parallel.expert_tensor_parallel_size == 1:
+                raise UsageError(
+                    f"{role}: experts with --tensor-model-parallel-size {tensor}, --expert-model-parallel-size 1 and "
+                    "--expert-tensor-parallel-size 1 train wrong: megatron-core does not add up the experts' gradients "
+                    "over tensor-parallel ranks then. Set --expert-model-parallel-size > 1"
+                )
 
     @property
     def flops_per_token_forward(self) -> float:

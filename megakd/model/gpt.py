@@ -5,6 +5,7 @@ A model here is a list of chunks, one for each virtual pipeline stage of this ra
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -40,6 +42,15 @@ class HiddenGPTModel(GPTModel):  # type: ignore[misc]
         if self.share_embeddings_and_output_weights:
             return cast(Tensor, self.shared_embedding_or_output_weight())
         return cast(Tensor, self.output_layer.weight)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As megatron's, also for a model built without its head (language_module.py:302 takes the head for given)."""
+        ends_here = self.post_process
+        self.post_process = ends_here and self.output_layer is not None
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.post_process = ends_here
 
 
 class RMSNorm(torch.nn.Module):
@@ -97,7 +108,10 @@ def build_model(
         divisible_by=shape.make_vocab_size_divisible_by,
         tensor_model_parallel_size=groups.parallel.tensor_model_parallel_size,
     )
-    config = transformer_config(shape, groups, training=with_head)
+    with warnings.catch_warnings():
+        # megatron warns of its own default (transformer_config.py:1705)
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
+        config = transformer_config(shape, groups, training=with_head)
     models = []
     for stage in range(chunks) if chunks else [None]:
         model = HiddenGPTModel(
@@ -117,10 +131,25 @@ def build_model(
             vp_stage=stage,
         )
         if not with_head and groups.has_output(stage):
-            del model.output_layer
             model.output_layer = None
+        _mark_split_weights(model)
         models.append(model)
     return models
+
+
+def partition_dim(name: str) -> int | None:
+    """Along which axis megatron splits a matrix over tensor-parallel ranks; None if every rank holds it whole."""
+    if any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
+        return 0
+    return 1 if "linear_proj" in name or "linear_fc2" in name else None
+
+
+def _mark_split_weights(model: HiddenGPTModel) -> None:
+    """megatron marks weights only while it initialises them (layers.py:855); gradient norms count by the mark."""
+    for name, weight in model.named_parameters():
+        dim = partition_dim(name)
+        if weight.dim() == 2 and dim is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> TransformerConfig:

@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megakd.model.config import ModelShape
-from megakd.model.gpt import HiddenGPTModel
+from megakd.model.gpt import HiddenGPTModel, partition_dim
 from megakd.parallel import Groups
-
-# isort: split
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 
 @torch.no_grad()
@@ -34,13 +31,11 @@ def set_initial_weights(
             if weight.dim() == 1:
                 weight.fill_(0.0 if key.endswith("bias") else 1.0)
                 continue
-            dim, experts = _partition_dim(key), ".experts." in key
+            experts = ".experts." in key
             size = groups.parallel.expert_tensor_parallel_size if experts else tensor_size
-            if dim is not None and not hasattr(weight, "tensor_model_parallel"):
-                # megatron marks its weights only while it initialises them, and gradient norms count by this mark
-                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
             whole = _draw_matrix(key, weight, shape, size, vocab_size, seed)
-            weight.copy_(_slice_matrix(whole, key, weight, size, 0 if experts else groups.tensor_rank))
+            rank = groups.collection.expt_tp.rank() if experts else groups.tensor_rank
+            weight.copy_(_slice_matrix(whole, key, weight, size, rank))
 
 
 def global_name(model: HiddenGPTModel, name: str, groups: Groups) -> str:
@@ -57,7 +52,7 @@ def global_name(model: HiddenGPTModel, name: str, groups: Groups) -> str:
 
 def _draw_matrix(key: str, weight: Tensor, shape: ModelShape, size: int, vocab_size: int, seed: int) -> Tensor:
     whole = list(weight.shape)
-    dim = _partition_dim(key)
+    dim = partition_dim(key)
     if dim is not None:
         whole[dim] *= size
     if "word_embeddings" in key or "output_layer" in key:
@@ -73,7 +68,7 @@ def _draw_matrix(key: str, weight: Tensor, shape: ModelShape, size: int, vocab_s
 
 
 def _slice_matrix(whole: Tensor, key: str, weight: Tensor, size: int, rank: int) -> Tensor:
-    dim = _partition_dim(key)
+    dim = partition_dim(key)
     if dim is None:
         return whole
     if "word_embeddings" in key or "output_layer" in key:
@@ -82,10 +77,3 @@ def _slice_matrix(whole: Tensor, key: str, weight: Tensor, size: int, rank: int)
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
     return whole.chunk(size, dim)[rank]
-
-
-def _partition_dim(key: str) -> int | None:
-    """Along which axis megatron splits a weight over tensor-parallel ranks; None if every rank holds it whole."""
-    if any(part in key for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
-        return 0
-    return 1 if "linear_proj" in key or "linear_fc2" in key else None

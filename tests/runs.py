@@ -1,0 +1,84 @@
+"""Small training runs for tests: a dataset, a configuration tree, one step, a whole run."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megakd.config import from_dict, validate
+from megakd.data.indexed_writer import IndexedWriter
+from megakd.train.config import TrainConfig
+from megakd.train.preflight import check_run
+
+VOCAB = 251
+TOKENIZER = {"type": "NullTokenizer", "hash": "0" * 32, "vocab_size": VOCAB, "eod": VOCAB - 1, "path": None}
+
+
+def write_dataset(prefix: Path, *, num_tokens: int = 6000, seed: int = 0, tokenizer: dict[str, Any] = TOKENIZER) -> str:
+    """Learnable text: arithmetic progressions modulo the vocabulary, in documents of 50 tokens."""
+    rng = np.random.default_rng(seed)
+    starts, strides = rng.integers(0, VOCAB, num_tokens // 50), rng.integers(1, 4, num_tokens // 50)
+    tokens = (starts[:, None] + strides[:, None] * np.arange(50)) % VOCAB
+    writer = IndexedWriter(prefix, np.uint16)
+    writer.add_documents(tokens.reshape(-1), np.full(len(tokens), 50, np.int32))
+    writer.finish(parameters={}, parents={}, tokenizer=tokenizer)
+    return str(prefix)
+
+
+def make_tree(data: str, /, **overrides: dict[str, Any]) -> dict[str, Any]:
+    """A configuration tree of a tiny student; overrides are merged group by group."""
+    tree: dict[str, Any] = {
+        "training": {"train_iters": 4, "micro_batch_size": 2, "global_batch_size": 8, "seed": 5},
+        "student": {
+            "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4,
+            "qk_layernorm": True, "make_vocab_size_divisible_by": 4,
+        },
+        "data": {"data_path": [data], "seq_length": 16},
+        "optim": {"lr": 3e-3},
+        "logging": {"log_interval": 1000},
+    }  # fmt: skip
+    for group, values in overrides.items():
+        tree.setdefault(group, {}).update(values)
+    return copy.deepcopy(tree)
+
+
+def make_config(tree: dict[str, Any]) -> TrainConfig:
+    config = from_dict(TrainConfig, tree)
+    validate(config)
+    return config
+
+
+def run_training(tree: dict[str, Any]) -> int:
+    """A whole run in a world; the exit status."""
+    from megakd.train.loop import train
+
+    config = make_config(tree)
+    return int(train(config, check_run(config, int(os.environ["WORLD_SIZE"]))))
+
+
+def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]:
+    """The first step of a run: losses and gradient norm, before any update."""
+    from megakd.parallel import init_parallel
+    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
+    from megakd.train.optim import Optimizer
+    from megakd.train.step import run_step
+
+    config = make_config(tree)
+    plan = check_run(config, int(os.environ["WORLD_SIZE"]))
+    groups = init_parallel(config.parallel, seed=config.training.seed)
+    student = build_student(config, plan, groups)
+    teacher = build_teacher(config, plan, groups)
+    objective = build_objective(config, plan, groups)
+    optimizer = Optimizer(config.optim, student, train_iters=config.training.train_iters)
+    optimizer.zero_grad()
+    batch = next(build_loader(config, plan, groups))
+    loss = run_step(student, batch, teacher, objective, groups, step=1, forward_only=forward_only)
+    result = {"loss": loss.loss, "lm": loss.lm, "kd": loss.kd, "agreement": loss.agreement, "tokens": loss.num_tokens}
+    if not forward_only:
+        optimizer.inner.prepare_grads()
+        result["grad_norm"] = float(optimizer.inner.get_grad_norm())
+    return result
