@@ -1,0 +1,133 @@
+"""The demo: one student trained twice on the same real text, without and with a teacher. ``main`` is the whole of it.
+
+Environment: DEMO_SEED (1234), DEMO_STEPS (400, the student's; the teacher gets 7/4 of them), DEMO_OUT (demo-out).
+A stage whose result is there is skipped, so that a second call continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import corpus
+import report
+
+from megakd.model.record import latest_iteration
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path("examples/demo")
+PIPELINE_STEPS = 25
+# bf16 keeps 8 bits; the two layouts add up the same products in another order, and 25 steps let that grow.
+PIPELINE_TOLERANCE = 2e-3
+HELD_OUT_BATCHES = 44  # of 16 samples of 256 tokens: nearly the whole split, each sample once
+ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "PYTHONWARNINGS": "ignore"}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """seed: of weights and data order, for teacher and students. steps: of the student."""
+
+    seed: int
+    steps: int
+    out: Path
+
+    @property
+    def teacher_steps(self) -> int:
+        return self.steps * 7 // 4
+
+    @property
+    def text(self) -> Path:
+        return self.out / "text"
+
+    @property
+    def runs(self) -> Path:
+        return self.out / f"seed-{self.seed}-steps-{self.steps}"
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    os.environ.update(ENVIRONMENT)
+    print("export " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()))
+    demo = Demo(
+        seed=int(os.environ.get("DEMO_SEED", "1234")),
+        steps=int(os.environ.get("DEMO_STEPS", "400")),
+        out=Path(os.environ.get("DEMO_OUT", "demo-out")),
+    )
+    prepare_text(demo)
+    plain, distilled, teacher = demo.runs / "plain", demo.runs / "distilled", demo.runs / "teacher"
+    with_teacher = ["--teacher-load", str(teacher)]
+    schedule = ["--lr-warmup-iters", str(demo.steps // 20), "--lr-decay-iters", str(demo.steps)]
+    teacher_schedule = ["--lr-warmup-iters", str(demo.steps // 10), "--lr-wsd-decay-iters", str(demo.steps // 2)]
+    held_out = ["--valid-data-path", str(demo.text / "held-out_text_document")]
+    train(demo, teacher, "teacher.yaml", demo.teacher_steps, *teacher_schedule, *held_out)
+    train(demo, plain, "student.yaml", demo.steps, *schedule, *held_out)
+    train(demo, distilled, "student.yaml", demo.steps, *schedule, *with_teacher, *held_out)
+
+    # The same run over two pipeline stages instead of two halves of every layer: its losses must be the same.
+    steps = min(PIPELINE_STEPS, demo.steps)
+    stages = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"]
+    train(demo, demo.runs / "pipeline", "student.yaml", steps, *schedule, *with_teacher, *stages)
+    difference = report.largest_difference(distilled, demo.runs / "pipeline")
+    print(f"\nPP 2 against TP 2: {steps} steps, largest difference of a loss {difference:.1e} nats (bf16)")
+    if difference > PIPELINE_TOLERANCE:
+        sys.exit(f"error: that is more than {PIPELINE_TOLERANCE:.0e}: the two layouts do not train the same model")
+
+    # Both students on the whole held-out split beside the teacher: one more step, at learning rate 0, then evaluate.
+    whole = [*schedule, *held_out, "--eval-interval", "0", "--eval-iters", str(HELD_OUT_BATCHES)]
+    for student in (plain, distilled):
+        result = student.with_name(f"{student.name}-held-out")
+        train(demo, result, "student.yaml", demo.steps + 1, "--load", str(student), *with_teacher, *whole)
+    print("\n" + report.write(demo.runs, seed=demo.seed))
+
+
+def prepare_text(demo: Demo) -> None:
+    """Corpus, tokenizer, and one indexed dataset for each split."""
+    demo.text.mkdir(parents=True, exist_ok=True)
+    splits = {name: demo.text / f"{name}.jsonl" for name in ("train", "held-out")}
+    model = demo.text / "bpe.model"
+    stage(splits["held-out"], "corpus", lambda: print(corpus.write_corpus(splits["train"], splits["held-out"])))
+    stage(model, "tokenizer", lambda: corpus.train_tokenizer(splits["train"], model))
+    for name, file in splits.items():
+        flags: list[str | Path] = ["--input", file, "--output-prefix", demo.text / name, "--append-eod"]
+        tokenizer: list[str | Path] = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+        command = partial(run, [sys.executable, "-m", "megakd", "preprocess", *flags, *tokenizer])
+        stage(demo.text / f"{name}_text_document.manifest.json", f"tokens of {name}", command)
+
+
+def train(demo: Demo, save: Path, config: str, steps: int, *flags: str) -> None:
+    """One training run under torchrun on two ranks, unless its last checkpoint is there."""
+    if save.is_dir() and (latest_iteration(save) or 0) >= steps:
+        print(f"\n== {save.name}: done")
+        return
+    print(f"\n== {save.name}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    data: list[str | Path] = ["--data-path", demo.text / "train_text_document", "--save", save]
+    numbers = ["--train-iters", str(steps), "--seed", str(demo.seed)]
+    run([*launcher, "-m", "megakd", "train", "--config", HERE / config, *data, *numbers, *flags])
+
+
+def stage(result: Path, name: str, make: Callable[[], None]) -> None:
+    """Make ``result`` unless it is there."""
+    print(f"\n== {name}" + (": done" if result.exists() else ""))
+    if not result.exists():
+        make()
+
+
+def run(command: Sequence[str | Path]) -> None:
+    """Print a command so that a reader can run it alone, then run it; end with its status if it fails."""
+    words = [str(word) for word in command]
+    executable = os.path.relpath(words[0]) if words[0].startswith(str(ROOT)) else words[0]
+    print("$ " + shlex.join([executable, *words[1:]]), flush=True)
+    status = subprocess.run(words).returncode
+    if status:
+        sys.exit(f"error: that command ended with status {status}; what is finished is kept: run the demo again")
+
+
+if __name__ == "__main__":
+    main()
