@@ -91,6 +91,7 @@ void head_sweep(const std::string& sweep, const py::array& student, std::optiona
         run_pair<Divergence>(a, s, t);
       };
       if (divergence == "forward_kl") with(Tag<ForwardKL>{});
+      else if (divergence == "reverse_kl") with(Tag<ReverseKL>{});
       else require(false, "divergence: not implemented natively");
     });
   });

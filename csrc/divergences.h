@@ -24,6 +24,9 @@ struct RowSums {
   const float* own;
 };
 
+// mass * ratio, exactly 0 where there is no mass, whatever the ratio.
+inline Vec product(Vec mass, Vec ratio) { return mass == 0.0f ? Vec{} : mass * ratio; }
+
 // sum += mass * ratio, leaving the sum alone where there is no mass, whatever the ratio.
 inline void add_product(Vec& sum, Vec mass, Vec ratio) { sum = mass == 0.0f ? sum : sum + mass * ratio; }
 
@@ -34,6 +37,16 @@ struct ForwardKL {
 
   explicit ForwardKL(const RowSums&) {}
   Vec slope(const Probabilities& e) const { return e.q - e.p; }
+};
+
+struct ReverseKL {
+  static constexpr int kSums = 1;  // reverse
+
+  static void accumulate(const Entries& e, Vec sums[]) { add_product(sums[0], e.exp_s, e.s2 - e.t2); }
+
+  explicit ReverseKL(const RowSums& row) : mean(row.own[0] / row.student) {}
+  Vec slope(const Probabilities& e) const { return product(e.q, (e.s2 - e.t2) * kLn2 - mean); }
+  float mean;
 };
 
 }  // namespace megakd

@@ -3,10 +3,9 @@
 Axes: ``T`` tokens, ``R`` rows (the tokens of one chunk), ``H`` hidden, ``v`` this rank's slice of the vocabulary ``V``.
 
 A chunk's logits are made once, turned into statistics, merged over the group by one all-gather, and overwritten by
-their own gradient, from which dHidden and dWeight follow at once. So no ``[T, V]`` tensor exists, nothing is
-recomputed in the backward, and the backward does nothing but multiply by the incoming gradient and add dHidden up over
-the group.
-The price: how much each token weighs must be known before the sweep. Precision is described in ``docs/numerics.md``.
+their own gradient, from which dHidden and dWeight follow at once. So no ``[T, V]`` tensor exists, and the backward only
+multiplies by the incoming gradient and adds dHidden up over the group. The price: how much each token weighs must be
+known before the sweep. Formulas and precision are in ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class HeadOutput:
 
     loss: scalar, sum over tokens of lm_weight · lm + kd_weight · kd; differentiable by hidden states and weight.
     lm_T: cross-entropy with the label; 0 where the row was not computed or the label is no vocabulary id.
-    kd_T: the divergence, temperature² included; 0 where the row was not computed. None without a teacher, like the
-        rest.
+    kd_T: the divergence, temperature² included; 0 where the row was not computed. None without a teacher, as the rest.
     agree_T: bool, student and teacher have the same top-1 id (one of them, where logits tie).
     entropy_T: the teacher's entropy after its temperature.
     """
@@ -74,9 +72,8 @@ def head_loss(
     """LM loss, and distillation loss when ``kd`` is given, of an output head whose vocabulary is split over a group.
 
     All ranks of ``shard.group`` call this with the same hidden states, labels and weights of tokens. Tokens whose
-    weights
-    are all 0 are dropped before any arithmetic: NaN there changes nothing. Without gradients to make
-        (``torch.no_grad``, or inputs that ask for none) only values are computed.
+    weights are all 0 are dropped before any arithmetic: NaN there changes nothing. Without gradients to make
+    (``torch.no_grad``, or inputs that ask for none) only values are computed.
 
     hidden_TH: ``[T, H]`` final hidden states, whole sequence (gathered, under sequence parallelism).
     weight_vH: ``[v, H]`` this rank's rows of the output weight; padding rows must be finite.
@@ -88,8 +85,7 @@ def head_loss(
     chunk_bytes: upper bound of the memory for one chunk's logits, student and teacher together.
 
     Raises UsageError for shapes that do not fit, and, on CPU, for a label with weight that is no vocabulary id. (On
-    other
-    devices looking would stall the queue: there such a label makes the loss NaN.)
+    other devices looking would stall the queue: there such a label makes the loss NaN.)
     """
     _check(hidden_TH, weight_vH, labels_T, shard, lm_weight_T, kd_weight_T, kd, targets)
     wants_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad

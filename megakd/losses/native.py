@@ -14,7 +14,7 @@ from megakd.losses.vocab_parallel import RowStatistics
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-FORMULAS = {"forward_kl": "forward_kl", "soft_cross_entropy": "forward_kl"}
+FORMULAS = {"forward_kl": "forward_kl", "soft_cross_entropy": "forward_kl", "reverse_kl": "reverse_kl"}
 """The native formula of a divergence's sums and gradient; its value is made from the sums, in divergences.py."""
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megakd.losses.divergences import DIVERGENCES, Entries
+from megakd.losses.divergences import DIVERGENCES, Entries, product
 from megakd.losses.kernels import Chunk
 from megakd.losses.vocab_parallel import RowStatistics, pivot
 
@@ -38,11 +38,13 @@ class ReferenceKernels:
                 "student_kd_sum": exp_s_Rv.sum(1),
                 "teacher_max": teacher_max_R,
                 "teacher_sum": exp_t_Rv.sum(1),
-                "teacher_self": _product(exp_t_Rv, t_Rv).sum(1),
+                "teacher_self": product(exp_t_Rv, t_Rv).sum(1),
                 "agree": tops_Rv[:, : chunk.num_valid].any(1).to(student_Rv.dtype),
-                "forward": _product(exp_t_Rv, t_Rv - s_Rv).sum(1),
-                "reverse": _product(exp_s_Rv, s_Rv - t_Rv).sum(1),
             }
+            if "forward" in chunk.columns:
+                values["forward"] = product(exp_t_Rv, t_Rv - s_Rv).sum(1)
+            if "reverse" in chunk.columns:
+                values["reverse"] = product(exp_s_Rv, s_Rv - t_Rv).sum(1)
         return RowStatistics(chunk.columns, torch.stack([values[name] for name in chunk.columns]))
 
     def gradient(self, chunk: Chunk, rows: RowStatistics) -> Tensor:
@@ -56,9 +58,12 @@ class ReferenceKernels:
             term = chunk.teacher.term
             teacher_Rv = _masked(chunk.teacher.logits_Rv, chunk.num_valid).to(s_Rv.dtype)
             t_Rv = (teacher_Rv - pivot(rows["teacher_max"]).unsqueeze(1)) / term.temperature
+            s_Rv = s_Rv / term.student_temperature
             entries = Entries(
+                s_Rv=s_Rv,
+                t_Rv=t_Rv,
                 p_Rv=t_Rv.exp() / rows["teacher_sum"].unsqueeze(1),
-                q_Rv=(s_Rv / term.student_temperature).exp() / rows["student_kd_sum"].unsqueeze(1),
+                q_Rv=s_Rv.exp() / rows["student_kd_sum"].unsqueeze(1),
             )
             slope_Rv = DIVERGENCES[term.divergence].gradient(entries, rows)
             gradient_Rv += _weighted(chunk.teacher.weight_R, slope_Rv * (term.scale / term.student_temperature))
@@ -75,11 +80,6 @@ def _masked(logits_Rv: Tensor, num_valid: int) -> Tensor:
     wide_Rv = logits_Rv.to(torch.promote_types(logits_Rv.dtype, torch.float32), copy=True)
     wide_Rv[:, num_valid:] = -math.inf
     return wide_Rv
-
-
-def _product(exp_Rv: Tensor, factor_Rv: Tensor) -> Tensor:
-    """exp · factor where an entry without mass gives exactly 0, whatever its factor."""
-    return torch.where(exp_Rv == 0, 0.0, exp_Rv * factor_Rv)
 
 
 def _weighted(weight_R: Tensor, slope_Rv: Tensor) -> Tensor:

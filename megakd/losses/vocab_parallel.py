@@ -22,10 +22,8 @@ LM_COLUMNS = ("student_max", "student_sum", "label")
 
 KD_COLUMNS = ("student_kd_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
 """What every divergence needs. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) / tau_t: the sums of
-exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1)."""
-
-RATIO_COLUMNS = ("forward", "reverse")
-"""What some divergences need: the sums of exp(t') (t' - s') and of exp(s') (s' - t')."""
+exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1). Divergences may ask for more:
+"forward" and "reverse", the sums of exp(t') (t' - s') and of exp(s') (s' - t')."""
 
 
 @dataclass(frozen=True)

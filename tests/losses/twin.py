@@ -25,9 +25,14 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _expect(log_p.exp(), log_p) - _expect(log_p.exp(), log_q)
 
 
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return forward_kl(log_q, log_p)
+
+
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "soft_cross_entropy": soft_cross_entropy,
     "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
 }
 
 
