@@ -9,14 +9,16 @@ those documents alone go to the reference engine.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.tokenizer import Ragged, SentencePieceTokenizer, Tokenizer
+from megakd.data.tokenizer import Ragged, Tokenizer, TokenizerType, model_file
 from megakd.errors import UsageError
 
 EngineMode = Literal["auto", "reference", "gigatoken"]
@@ -60,17 +62,31 @@ def choose_engine(tokenizer: Tokenizer, sample: Iterable[str], *, mode: EngineMo
 
 
 class Engine:
-    """Encodes batches for one tokenizer with the engine that was chosen; bounded in memory by ``max_resident_bytes``.
+    """Encodes batches with the engine that was chosen; bounded in memory by ``max_resident_bytes``.
 
+    load_reference: called once, and only when the reference engine has something to do: loading it takes a while.
     max_resident_bytes: of this process. gigatoken remembers every word it has seen, 9 bytes of memory a byte of unseen
     text; above this size the engine is loaded afresh. 0: no bound.
     """
 
-    def __init__(self, tokenizer: Tokenizer, choice: Choice, *, max_resident_bytes: int = 0) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer_type: TokenizerType,
+        tokenizer_model: str | Path | None,
+        choice: Choice,
+        load_reference: Callable[[], Tokenizer],
+        *,
+        max_resident_bytes: int = 0,
+    ) -> None:
+        self._type, self._model = tokenizer_type, tokenizer_model
         self._choice = choice
+        self._load_reference = load_reference
         self._limit = max_resident_bytes
-        self._fast = _load_gigatoken(tokenizer) if choice.engine == "gigatoken" else None
+        self._fast = _load_gigatoken(tokenizer_type, tokenizer_model) if choice.engine == "gigatoken" else None
+
+    @cached_property
+    def _reference(self) -> Tokenizer:
+        return self._load_reference()
 
     def encode_batch(self, texts: Sequence[str]) -> Ragged:
         """The ids of each text, one after the other: the reference engine's ids. Raises UnencodableError."""
@@ -81,11 +97,11 @@ class Engine:
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
         """The ids of each text, one array a text. Raises UnencodableError."""
         if self._fast is None:
-            return self.tokenizer.encode_arrays(texts)
+            return self._reference.encode_arrays(texts)
         arrays: list[NDArray[np.integer[Any]]] = []
         for text in texts:
             if any(literal in text for literal in self._choice.routed):
-                arrays.append(np.array(self.tokenizer.encode(text), dtype=np.uint32))
+                arrays.append(np.array(self._reference.encode(text), dtype=np.uint32))
                 continue
             large = len(text) > _LARGE_TEXT
             if large and _resident_bytes() > self._limit // 2:
@@ -106,7 +122,7 @@ class Engine:
         if self._limit:
             self._fast = None
             give_back_memory()
-            self._fast = _load_gigatoken(self.tokenizer)
+            self._fast = _load_gigatoken(self._type, self._model)
 
 
 def hostile_texts(literals: Sequence[str]) -> list[str]:
@@ -185,7 +201,7 @@ def give_back_memory() -> None:
 
 def _try_gigatoken(tokenizer: Tokenizer, sample: Iterable[str]) -> Choice:
     try:
-        fast = _load_gigatoken(tokenizer)
+        fast = _load_gigatoken(tokenizer.type, tokenizer.path)
     except ImportError:
         return Choice("reference", "the package gigatoken is not installed")
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
@@ -212,19 +228,19 @@ def _try_gigatoken(tokenizer: Tokenizer, sample: Iterable[str]) -> Choice:
     )
 
 
-def _load_gigatoken(tokenizer: Tokenizer) -> Any:
-    """gigatoken's engine for the model's bytes, None for a type it has none for.
+def _load_gigatoken(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Any:
+    """gigatoken's engine for a model, None for a type it has none for.
 
     Loaded from bytes: given a path that does not exist, gigatoken would look for it on the network.
     """
-    if tokenizer.type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
+    file = model_file(tokenizer_type, tokenizer_model)
+    if file is None:
         return None
     import gigatoken
 
-    model_bytes: bytes = tokenizer.model_bytes  # type: ignore[attr-defined]
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return gigatoken.Tokenizer.from_sentencepiece(model_bytes)
-    return gigatoken.Tokenizer.from_json(model_bytes)
+    if tokenizer_type == "SentencePieceTokenizer":
+        return gigatoken.Tokenizer.from_sentencepiece(file.read_bytes())
+    return gigatoken.Tokenizer.from_json(file.read_bytes())
 
 
 def _resident_bytes() -> int:

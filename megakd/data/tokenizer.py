@@ -42,7 +42,7 @@ class Ragged:
 class Tokenizer(ABC):
     """Text to ids and back. ``encode`` adds no token of its own, neither at the start nor at the end."""
 
-    type: str
+    type: TokenizerType
     path: Path | None
     vocab_size: int
     """The true size: one more than the largest id. Padding for tensor parallelism is the model's affair."""
@@ -104,10 +104,35 @@ def build_tokenizer(
         if vocab_size is None:
             raise UsageError("--vocab-size is missing; NullTokenizer has no model that tells it")
         return NullTokenizer(vocab_size)
-    tokenizer = ByteTokenizer() if tokenizer_type == "ByteTokenizer" else _open_model(tokenizer_type, tokenizer_model)
+    tokenizer: Tokenizer
+    file = model_file(tokenizer_type, tokenizer_model)
+    if file is None:
+        tokenizer = ByteTokenizer()
+    elif tokenizer_type == "SentencePieceTokenizer":
+        tokenizer = SentencePieceTokenizer(file)
+    else:
+        tokenizer = HuggingFaceTokenizer(file)
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UsageError(f"--vocab-size {vocab_size}: the model has {tokenizer.vocab_size} entries; leave the flag out")
     return tokenizer
+
+
+def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Path | None:
+    """The one file that defines the ids; None for a type that has no model. Raises UsageError where there is none."""
+    if tokenizer_type in ("NullTokenizer", "ByteTokenizer"):
+        return None
+    if tokenizer_model is None:
+        raise UsageError(f"--tokenizer-model is missing; {tokenizer_type} needs a local file or folder")
+    path = Path(tokenizer_model)
+    if not path.exists():
+        raise UsageError(f"--tokenizer-model {path}: no such file; models are local, nothing is downloaded")
+    if path.is_dir() and tokenizer_type == "SentencePieceTokenizer":
+        raise UsageError(f"--tokenizer-model {path}: a folder; SentencePieceTokenizer needs the .model file")
+    if path.is_dir():
+        path /= "tokenizer.json"
+        if not path.is_file():
+            raise UsageError(f"--tokenizer-model {path}: no such file; save a fast tokenizer in that folder")
+    return path
 
 
 def same_tokenizer(one: Mapping[str, Any] | Tokenizer, other: Mapping[str, Any] | Tokenizer) -> bool:
@@ -119,18 +144,16 @@ def same_tokenizer(one: Mapping[str, Any] | Tokenizer, other: Mapping[str, Any] 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece ``.model``. A control token written out in a text is text, as sentencepiece has it."""
 
-    type = "SentencePieceTokenizer"
+    type: TokenizerType = "SentencePieceTokenizer"
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
         self.path = path
-        if path.is_dir():
-            raise UsageError(f"--tokenizer-model {path}: a folder; SentencePieceTokenizer needs the .model file")
-        self.model_bytes = path.read_bytes()
-        super().__init__(self.model_bytes)
+        model_bytes = path.read_bytes()
+        super().__init__(model_bytes)
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
             raise UsageError(f"--tokenizer-model {path}: not a sentencepiece model: {error}") from error
         self.vocab_size = int(self._processor.get_piece_size())
@@ -164,37 +187,37 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` through the package `tokenizers`. A special token written out in a text is that token."""
+    """A ``tokenizer.json`` through the package `tokenizers`. A special token written out in a text is that token.
 
-    type = "HuggingFaceTokenizer"
+    The end of a document is ``eos_token`` of the tokenizer_config.json beside it.
+    """
+
+    type: TokenizerType = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # documents are spread over processes
         from tokenizers import Tokenizer as Engine
 
         self.path = path
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise UsageError(f"--tokenizer-model {path}: the folder has no tokenizer.json; save a fast tokenizer there")
-        self.model_bytes = file.read_bytes()
+        model_bytes = path.read_bytes()
         try:
-            self._engine = Engine.from_str(self.model_bytes.decode())
-            self._json: dict[str, Any] = json.loads(self.model_bytes)
+            self._engine = Engine.from_str(model_bytes.decode())
+            self._json: dict[str, Any] = json.loads(model_bytes)
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, ValueError):
                 raise  # the package raises bare Exception for what it cannot read; anything else is a fault
-            raise UsageError(f"--tokenizer-model {file}: not a tokenizer.json: {error}") from error
+            raise UsageError(f"--tokenizer-model {path}: not a tokenizer.json: {error}") from error
         self._engine.no_truncation()
         self._engine.no_padding()
         added = self._engine.get_added_tokens_decoder()
         self._special_ids = {i for i, token in added.items() if token.special}
         self.literals = tuple(token.content for token in added.values() if token.content)
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1)
-        end_of_text = _read_eos_token(file.parent) or self._guess_eos_token()
+        end_of_text = _read_eos_token(path.parent) or self._guess_eos_token()
         self.eod = None if end_of_text is None else self._engine.token_to_id(end_of_text)
         if end_of_text is not None and self.eod is None:
-            raise UsageError(f"{file.parent}: eos_token {end_of_text!r} is not in the vocabulary of {file.name}")
-        super().__init__(self.model_bytes + b"\0" + str(self.eod).encode())
+            raise UsageError(f"{path.parent}: eos_token {end_of_text!r} is not in the vocabulary of {path.name}")
+        super().__init__(model_bytes + b"\0" + str(self.eod).encode())
 
     def encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
@@ -234,7 +257,7 @@ class HuggingFaceTokenizer(Tokenizer):
 class NullTokenizer(Tokenizer):
     """Text that is ids already, in decimal, separated by white space. The id after the last one ends a document."""
 
-    type = "NullTokenizer"
+    type: TokenizerType = "NullTokenizer"
     path = None
 
     def __init__(self, vocab_size: int) -> None:
@@ -266,7 +289,7 @@ class NullTokenizer(Tokenizer):
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and id 256 for the end of a document. Needs no model."""
 
-    type = "ByteTokenizer"
+    type: TokenizerType = "ByteTokenizer"
     path = None
     vocab_size = 257
     eod = 256
@@ -293,16 +316,6 @@ _TYPES: tuple[TokenizerType, ...] = (
     "NullTokenizer",
     "ByteTokenizer",
 )
-
-
-def _open_model(tokenizer_type: TokenizerType, model: str | Path | None) -> Tokenizer:
-    if model is None:
-        raise UsageError(f"--tokenizer-model is missing; {tokenizer_type} needs a local file or folder")
-    if not Path(model).exists():
-        raise UsageError(f"--tokenizer-model {model}: no such file; models are local, nothing is downloaded")
-    if tokenizer_type == "SentencePieceTokenizer":
-        return SentencePieceTokenizer(Path(model))
-    return HuggingFaceTokenizer(Path(model))
 
 
 def _read_eos_token(folder: Path) -> str | None:

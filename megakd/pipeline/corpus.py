@@ -64,7 +64,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         folder = root / _fingerprint(config, inputs, choice, description)
         _make_folder(root, folder)
         num_workers = config.workers or len(os.sched_getaffinity(0))
-        settings = _settings(config, inputs, choice, folder, num_workers)
+        settings = _settings(config, inputs, choice, description, folder, num_workers)
         hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
         progress = _encode(config, settings, inputs, num_workers, stop)
 
@@ -132,7 +132,12 @@ def _make_folder(root: Path, folder: Path) -> None:
 
 
 def _settings(
-    config: PreprocessConfig, inputs: list[Input], choice: Choice, folder: Path, num_workers: int
+    config: PreprocessConfig,
+    inputs: list[Input],
+    choice: Choice,
+    tokenizer: Mapping[str, Any],
+    folder: Path,
+    num_workers: int,
 ) -> Settings:
     total = sum(item.size_bytes for item in inputs)
     return Settings(
@@ -143,6 +148,8 @@ def _settings(
         tokenizer_type=config.tokenizer_type,
         tokenizer_model=config.tokenizer_model,
         vocab_size=config.vocab_size,
+        num_ids=tokenizer["vocab_size"],
+        eod=tokenizer["eod"],
         choice=choice.as_dict(),
         max_doc_bytes=config.max_doc_bytes,
         shard_bytes=config.shard_bytes or max(16 << 20, total // _MAX_SHARDS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,9 @@ HELP = "tokenize JSON lines into a Megatron .bin/.idx pair"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; returns its exit status, or raises what the caller maps to one."""
     config = parse(PreprocessConfig, argv, prog="megakd preprocess", description=HELP)
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # numpy copies here; starting its threads costs more than it does
     from megakd.pipeline.corpus import preprocess  # numpy and the tokenizers: not for --help
 
     try:

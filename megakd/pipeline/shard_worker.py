@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 
-from megakd.data.engines import Choice, Engine
 from megakd.pipeline.shards import Settings, encode_shards
 
 
@@ -29,11 +28,7 @@ def main() -> int:
 
     try:
         settings = Settings(**inbox.get())
-        engine = Engine(
-            settings.build_tokenizer(),
-            Choice.from_dict(settings.choice),
-            max_resident_bytes=settings.max_resident_bytes,
-        )
+        engine = settings.build_engine()
         while True:
             job = inbox.get()
             encode_shards(settings, engine, job["file"], job["shard"], answer)

@@ -16,9 +16,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megakd.data.engines import Engine
+from megakd.data.engines import Choice, Engine
 from megakd.data.indexed import Part, best_dtype
-from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, build_tokenizer
+from megakd.data.tokenizer import TokenizerType, UnencodableError, build_tokenizer
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
@@ -39,15 +39,24 @@ class Settings:
     tokenizer_type: TokenizerType
     tokenizer_model: str | None
     vocab_size: int | None
+    num_ids: int
+    """The tokenizer's true vocabulary, so that a worker need not load the reference engine to know it."""
+    eod: int | None
     choice: dict[str, Any]
     max_doc_bytes: int
     shard_bytes: int
     folder: str
     max_resident_bytes: int
 
-    def build_tokenizer(self) -> Tokenizer:
-        """The tokenizer that these settings name."""
-        return build_tokenizer(self.tokenizer_type, self.tokenizer_model, vocab_size=self.vocab_size)
+    def build_engine(self) -> Engine:
+        """The engine that was chosen."""
+        return Engine(
+            self.tokenizer_type,
+            self.tokenizer_model,
+            Choice.from_dict(self.choice),
+            lambda: build_tokenizer(self.tokenizer_type, self.tokenizer_model, vocab_size=self.vocab_size),
+            max_resident_bytes=self.max_resident_bytes,
+        )
 
 
 @dataclass
@@ -129,8 +138,8 @@ class _ShardWriter:
         self._prefix = _prefix(settings, file, shard)
         self._keys = settings.json_keys
         self._quoted = [orjson.dumps(key) for key in self._keys]
-        self._dtype = best_dtype(engine.tokenizer.vocab_size)
-        self._eod = np.array([engine.tokenizer.eod] if settings.append_eod else [], dtype=self._dtype)
+        self._dtype = best_dtype(settings.num_ids)
+        self._eod = np.array([settings.eod] if settings.append_eod else [], dtype=self._dtype)
         self._counts = Counts()
         self._reported = Counts()
         self._bad: list[BadRecord] = []
@@ -227,7 +236,7 @@ class _ShardWriter:
         self._counts.empty_documents += int(np.count_nonzero(lengths == 0))
         ends = [piece for ids in documents for piece in (ids, self._eod)] if len(self._eod) else documents
         wide = np.concatenate(ends)
-        vocab_size = self._engine.tokenizer.vocab_size
+        vocab_size = self._settings.num_ids
         if len(wide) and int(wide.max()) >= vocab_size:
             raise CorruptError(f"{self._prefix}: id {wide.max()} from a tokenizer of {vocab_size}: the model is broken")
         self._bins[key].write(wide.astype(self._dtype, copy=False).data)

@@ -148,16 +148,21 @@ def test_what_cannot_work_is_refused(
 class _Fake:
     """A fast engine that is the reference engine but for a planted difference."""
 
-    def __init__(self, tokenizer: Tokenizer, differs: Callable[[str], bool]) -> None:
-        self._tokenizer, self._differs = tokenizer, differs
+    def __init__(self, kind: Any, model: Path, differs: Callable[[str], bool]) -> None:
+        self._tokenizer, self._differs = build_tokenizer(kind, model), differs
 
     def encode(self, text: str) -> Sequence[int]:
         ids = self._tokenizer.encode(text)
         return [7] * (len(ids) + 1) if self._differs(text) else ids
 
 
+def engine_for(tokenizer: Tokenizer, choice: Choice, *, max_resident_bytes: int = 0) -> Engine:
+    kind: Any = tokenizer.type
+    return Engine(kind, tokenizer.path, choice, lambda: tokenizer, max_resident_bytes=max_resident_bytes)
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, differs: Callable[[str], bool]) -> None:
-    monkeypatch.setattr(engines, "_load_gigatoken", lambda tokenizer: _Fake(tokenizer, differs))
+    monkeypatch.setattr(engines, "_load_gigatoken", lambda kind, model: _Fake(kind, model, differs))
 
 
 def test_the_gate_falls_back_on_one_different_id(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +171,7 @@ def test_the_gate_falls_back_on_one_different_id(models: Path, monkeypatch: pyte
     assert choose_engine(tokenizer, ["fine"]).engine == "gigatoken"
     choice = choose_engine(tokenizer, ["fine", "only in the corpus"])
     assert choice.engine == "reference" and "only in the corpus" in choice.reason
-    assert Engine(tokenizer, choice).encode_batch(["only in the corpus"]).tokens.tolist() != [7] * 9
+    assert engine_for(tokenizer, choice).encode_batch(["only in the corpus"]).tokens.tolist() != [7] * 9
     with pytest.raises(UsageError, match="only in the corpus"):
         choose_engine(tokenizer, ["only in the corpus"], mode="gigatoken")
     assert choose_engine(tokenizer, [], mode="reference").engine == "reference"
@@ -189,7 +194,7 @@ def test_documents_with_a_control_token_written_out_go_to_the_reference(
     assert choice.engine == "gigatoken" and "</s>" in choice.routed
     assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
     texts = ["plain", "with </s> inside", "", "</s>"]
-    ragged, want = Engine(tokenizer, choice).encode_batch(texts), tokenizer.encode_batch(texts)
+    ragged, want = engine_for(tokenizer, choice).encode_batch(texts), tokenizer.encode_batch(texts)
     assert ragged.tokens.tolist() == want.tokens.tolist() and ragged.lengths.tolist() == want.lengths.tolist()
     # A guise of the token that a search does not find is a reason to fall back.
     plant(monkeypatch, lambda text: "</s>" in text or "＜／ｓ＞" in text)
@@ -199,7 +204,7 @@ def test_documents_with_a_control_token_written_out_go_to_the_reference(
 def test_a_model_that_the_fast_engine_cannot_load_falls_back(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(tokenizer: Tokenizer) -> None:
+    def refuse(kind: str, model: Path) -> None:
         raise ValueError("unigram is not supported")
 
     monkeypatch.setattr(engines, "_load_gigatoken", refuse)
@@ -212,11 +217,11 @@ def test_the_real_fast_engine_gives_the_reference_ids(normalization: str, models
     pytest.importorskip("gigatoken")
     model = train_sentencepiece(tmp_path / "sp.model", normalization=normalization)
     corpus = ["\n".join(text_lines()[i : i + 30]) for i in range(0, 3000, 30)]
-    for tokenizer in (SentencePieceTokenizer(model), HuggingFaceTokenizer(models / "bpe")):
+    for tokenizer in (SentencePieceTokenizer(model), HuggingFaceTokenizer(models / "bpe/tokenizer.json")):
         choice = choose_engine(tokenizer, corpus)
         # An engine that reloads all the time must give the same ids, too.
         for limit in (0, 1):
-            engine = Engine(tokenizer, choice, max_resident_bytes=limit)
+            engine = engine_for(tokenizer, choice, max_resident_bytes=limit)
             texts = [*corpus, *hostile_texts(tokenizer.literals), "</s> in <|endoftext|> text"]
             ragged, want = engine.encode_batch(texts), tokenizer.encode_batch(texts)
             assert ragged.tokens.tolist() == want.tokens.tolist()
