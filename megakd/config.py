@@ -25,9 +25,7 @@ from megakd.errors import UsageError
 Root = TypeVar("Root")
 
 
-def option(
-    default: Any, help: str, *, common: bool = False, positional: bool = False, flag: str | None = None
-) -> Any:
+def option(default: Any, help: str, *, common: bool = False, positional: bool = False, flag: str | None = None) -> Any:
     """Declare a leaf: its default (``...`` if it must be given) and its meaning in one line.
 
     common: shown by ``--help`` (the others only by ``--help-all``).

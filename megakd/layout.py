@@ -21,9 +21,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = option(1, "ranks that share the experts of one layer (EP)")
     expert_tensor_parallel_size: int = option(1, "ranks that share one expert (ETP)")
     sequence_parallel: bool = option(False, "split activations between layers along the sequence too", common=True)
-    use_distributed_optimizer: bool = option(
-        False, "split optimizer state over data-parallel ranks", common=True
-    )
+    use_distributed_optimizer: bool = option(False, "split optimizer state over data-parallel ranks", common=True)
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = option(False, "gather parameters while the forward pass runs")
     overlap_p2p_comm: bool | None = option(
@@ -49,6 +47,11 @@ class ParallelConfig:
                     "in megatron-core: its sends and receives between the same two ranks are mismatched. Leave "
                     "--overlap-p2p-comm unset or true"
                 )
+        if self.deallocate_pipeline_outputs and self.p2p_overlapped:
+            raise UsageError(
+                "--deallocate-pipeline-outputs with overlapped pipeline messages frees outputs that are still being sent "
+                "(seen on gloo: wrong losses without an error); drop it"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UsageError("--sequence-parallel needs --tensor-model-parallel-size > 1; there is nothing to split")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):

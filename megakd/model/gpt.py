@@ -34,6 +34,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class HiddenGPTModel(GPTModel):  # type: ignore[misc]
     """A GPTModel whose last stage returns the final hidden states ``[S, B, H]`` (after the last norm), not logits."""
 
+    post_process: bool
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 

@@ -173,6 +173,7 @@ class ModelTeacher:
                     need = Coordinates(tensor, context, number % student["data"], last_student)
                     yield number, rank_of(place, **own), rank_of(need, **student)
 
+
 def _sizes(groups: Groups) -> dict[str, int]:
     return {
         "tensor": groups.parallel.tensor_model_parallel_size,
