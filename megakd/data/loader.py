@@ -123,6 +123,7 @@ class Loader:
         self.consumed_samples = 0
         self._eod_token = eod_token if eod_mask_loss else None
         self._vocab_size = vocab_size
+        self._upcoming: StepBatch | None = None
         if state is not None:
             self._restore(state)
 
@@ -130,9 +131,10 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
-        batch = self._step(self.consumed_samples)
+        batch = self._step(self.consumed_samples) if self._upcoming is None else self._upcoming
         self.consumed_samples += self.global_batch_size
-        self._prefetch(self._step(self.consumed_samples))
+        self._upcoming = self._step(self.consumed_samples)
+        self._prefetch(self._upcoming)
         return batch
 
     def state(self) -> dict[str, Any]:

@@ -63,8 +63,9 @@ def global_batches(folder, dp, count, mbs=2, states=None):
 
 def test_the_first_1000_global_batches_are_the_same_for_any_layout(folder):
     one, states = global_batches(folder, 1, 1000)
-    for dp, mbs in ((2, 2), (4, 2), (2, 1), (4, 1)):
-        assert global_batches(folder, dp, 1000, mbs=mbs)[0] == one
+    for dp in (2, 4):
+        assert global_batches(folder, dp, 1000)[0] == one
+        assert global_batches(folder, dp, 100, mbs=1)[0] == one[:100]
     assert len({tuple(step) for step in one}) == 1000
     half, states = global_batches(folder, 4, 500)
     assert half == one[:500]  # asking for more steps changes nothing
