@@ -27,7 +27,7 @@ from megakd.losses.head import KDTerm, VocabShard, head_loss
 from megakd.targets import DenseTargets
 
 TOKENS, HIDDEN, TEACHER_HIDDEN = 2048, 512, 1024
-GOAL_OVER_PRODUCTS, GOAL_OVER_UNFUSED, GOAL_MEMORY = 1.2, 2.4, 0.25
+GOAL_OVER_PRODUCTS, GOAL_OVER_UNFUSED = 1.2, 2.4
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def sweep(
     chunk_rows = _even_chunk(num_rows, most=max(1, chunk_bytes // row_bytes))
 
     wide = torch.promote_types(weight_vH.dtype, torch.float32)
-    d_hidden_RH = torch.empty_like(hidden_RH) if wants_hidden else None
+    d_hidden_RH = hidden_RH.new_empty(hidden_RH.shape) if wants_hidden else None
     d_weight_vH = None
     if wants_weight:
         d_weight_vH = torch.zeros_like(weight_vH, dtype=wide if num_rows > chunk_rows else weight_vH.dtype)
