@@ -64,8 +64,9 @@ def run_step(
     chunks = student.wrapped
     seq_length = batch.microbatch(0).tokens_BS.shape[1]
     run_schedule = get_forward_backward_func()
+    non_finite: list[str] = []
     sums = run_schedule(
-        forward_step_func=_forward_step(student, targets, objective, groups, step),
+        forward_step_func=_forward_step(student, targets, objective, groups, non_finite),
         data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch.num_microbatches,
@@ -73,11 +74,14 @@ def run_step(
         micro_batch_size=batch.microbatch(0).tokens_BS.shape[0],
         forward_only=forward_only,
     )
-    return _reduce(sums, groups, with_teacher=objective.term is not None, step=step)
+    total = _sum_over_batch(sums, groups)
+    if not torch.isfinite(total).all():
+        _raise_non_finite(non_finite, step)
+    return _means(total, with_teacher=objective.term is not None)
 
 
 def _forward_step(
-    student: Student, targets: Iterator[Targets | None], objective: Objective, groups: Groups, step: int
+    student: Student, targets: Iterator[Targets | None], objective: Objective, groups: Groups, non_finite: list[str]
 ) -> Callable[..., tuple[Tensor, LossFunction]]:
     """What megatron's schedule calls for each microbatch and model chunk: the output, and the loss on it."""
 
@@ -93,7 +97,7 @@ def _forward_step(
             result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, next(targets))
             sums = _sums(result, mask_SB)
             if not torch.isfinite(result.loss):
-                _report_non_finite(result, mask_SB, microbatch, step)
+                non_finite.extend(_non_finite_samples(result, mask_SB, microbatch))
             # three values: with two, megatron multiplies by the context parallel size (schedules.py:268). It may scale
             # the loss in place, so what is logged is a tensor of its own.
             return result.loss, mask_SB.sum().to(torch.int), sums
@@ -118,7 +122,8 @@ def _sums(result: HeadOutput, mask_SB: Tensor) -> Tensor:
     return torch.stack([part.double() for part in parts])
 
 
-def _reduce(sums: list[Tensor], groups: Groups, *, with_teacher: bool, step: int) -> StepLoss:
+def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
+    """The sums of all microbatches of all ranks, on every rank."""
     total = torch.zeros(6, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         total = torch.stack(list(sums)).sum(0)
@@ -126,12 +131,11 @@ def _reduce(sums: list[Tensor], groups: Groups, *, with_teacher: bool, step: int
     pipeline = groups.collection.pp
     if pipeline.size() > 1:
         dist.broadcast(total, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+    return total
+
+
+def _means(total: Tensor, *, with_teacher: bool) -> StepLoss:
     tokens, loss, lm, kd, agree, entropy = total.tolist()
-    if not np.isfinite([loss, lm, kd]).all():
-        raise NonFiniteError(
-            f"step {step}: the loss of the global batch is not finite (loss {loss}, LM {lm}, KD {kd}); the step was "
-            "not applied. The rank that saw it names the samples"
-        )
     count = max(tokens, 1.0)
     return StepLoss(
         loss=loss / count,
@@ -143,13 +147,22 @@ def _reduce(sums: list[Tensor], groups: Groups, *, with_teacher: bool, step: int
     )
 
 
-def _report_non_finite(result: HeadOutput, mask_SB: Tensor, microbatch: Microbatch, step: int) -> None:
+def _non_finite_samples(result: HeadOutput, mask_SB: Tensor, microbatch: Microbatch) -> list[str]:
     bad_T = ~torch.isfinite(result.lm_T)
     if result.kd_T is not None:
         bad_T |= ~torch.isfinite(result.kd_T)
     bad_B = (bad_T.reshape(mask_SB.shape) & mask_SB).any(0).cpu().numpy()
-    samples = [
+    return [
         f"dataset {dataset} sample {sample}"
         for dataset, sample in zip(microbatch.dataset_ids_B[bad_B], microbatch.sample_ids_B[bad_B])
     ]
-    print(f"[rank {dist.get_rank()}] step {step}: non-finite loss in {', '.join(samples) or 'the sum'}", flush=True)
+
+
+def _raise_non_finite(samples: list[str], step: int) -> None:
+    """Every rank gets here together, so all can say what any of them saw."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, samples)
+    seen = "; ".join(f"rank {rank}: {', '.join(found[:8])}" for rank, found in enumerate(gathered) if found)
+    raise NonFiniteError(
+        f"step {step}: the loss is not finite ({seen or 'in the sum alone'}); the step was not applied"
+    )

@@ -1,0 +1,90 @@
+"""What a run writes about itself: losses that do not depend on how a batch is cut, evaluation, bits per byte, order."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from runs import make_tree, one_step, run_training, write_dataset
+from worlds import Worlds
+
+from megakd.data.indexed_writer import IndexedWriter
+from megakd.data.tokenizer import build_tokenizer
+from megakd.model.config import ModelConfig
+from megakd.train.metrics import Cost, _keep_until
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_logged_loss_does_not_depend_on_microbatches(world: Worlds, tmp_path: Path) -> None:
+    """megatron divides the loss it was given in place; what is logged must be a tensor of its own."""
+    data = write_dataset(tmp_path / "data")
+    one = world(1).run(one_step, make_tree(data, training={"micro_batch_size": 8}))[0]
+    many = world(1).run(one_step, make_tree(data, training={"micro_batch_size": 1}))[0]
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert many["loss"] == pytest.approx(many["lm"], rel=1e-6)
+    assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("ByteTokenizer", None)
+    text = "".join(chr(97 + i * i % 23) for i in range(4000))
+    writer = IndexedWriter(tmp_path / "data", np.uint16)
+    ids = np.array([*tokenizer.encode(text), tokenizer.eod])
+    writer.add_documents(ids, np.array([len(ids)], np.int32))
+    writer.finish(parameters={}, parents={}, tokenizer=tokenizer.describe())
+    data = str(tmp_path / "data")
+    found = {}
+    for size in (1, 2):
+        save = tmp_path / f"run{size}"
+        tree = make_tree(
+            data,
+            data={"valid_data_path": [data]},
+            evaluate={"eval_interval": 2, "eval_iters": 3},
+            checkpoint={"save": str(save)},
+        )
+        assert set(world(size).run(run_training, tree)) == {0}
+        found[size] = records(save)
+        assert yaml.safe_load((save / "config.yaml").read_text())["training"]["train_iters"] == 4
+        assert list((save / "tensorboard").iterdir())
+    steps = [record["step"] for record in found[1] if "loss" in record]
+    assert steps == [1, 2, 3, 4]
+    evaluations = {record["step"]: record["valid"] for record in found[1] if "valid" in record}
+    assert sorted(evaluations) == [2, 4]
+    for valid in evaluations.values():
+        assert valid["num_tokens"] == 3 * 8 * 16
+        # every token is one byte, but for the end of the document, which is none and is never a label here
+        assert valid["bits_per_byte"] == pytest.approx(valid["lm_loss"] / math.log(2), rel=5e-3)
+    for one, two in zip(found[1], found[2]):
+        for key in ("loss", "grad_norm"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-5)
+        if "valid" in one:
+            assert two["valid"]["bits_per_byte"] == pytest.approx(one["valid"]["bits_per_byte"], rel=1e-5)
+
+
+def test_a_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step":2}\n{"step":2,"valid":{}}\n{"step":3}\n{"st')
+    _keep_until(path, 2)
+    assert path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":2,"valid":{}}\n'
+    _keep_until(tmp_path / "none", 2)
+
+
+def test_floating_point_operations_count_the_teacher() -> None:
+    """Counted by hand for a shape small enough to do so."""
+    shape = ModelConfig(
+        num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1
+    ).resolve("student")
+    matmuls = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)  # q, k and v, projection, gate + up + down
+    forward = 2 * matmuls + 2 * 2 * 2 * 4 * 10 + 2 * 8 * 100  # + causal scores over 10 tokens + head of 100
+    cost = Cost.of(shape, shape, seq_length=10, vocab_size=100)
+    assert cost.teacher == forward and cost.student == 3 * forward
+    assert Cost.of(shape, None, seq_length=10, vocab_size=100).teacher == 0
