@@ -76,7 +76,7 @@ def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, descriptio
         values = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UsageError(_explain(str(error), leaves, prog)) from None
-    missing = [leaf for leaf in leaves if leaf.field.metadata["required"] and values[leaf.key] is None]
+    missing = [leaf for leaf in leaves if leaf.field.metadata["required"] and values[leaf.key] in (None, [])]
     if missing and not print_config:
         names = ", ".join(leaf.field.name if leaf.field.metadata["positional"] else leaf.flag for leaf in missing)
         raise UsageError(f"{prog}: missing: {names} (see {prog} --help)")
@@ -136,8 +136,13 @@ def _build_parser(leaves: list[_Leaf], prog: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, exit_on_error=False, add_help=False)
     parser.add_argument("--config", action="config")
     for leaf in leaves:
-        names = [leaf.key] if leaf.field.metadata["positional"] else list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
-        parser.add_argument(*names, default=_default(leaf), **_type_arguments(leaf.hint))
+        if leaf.field.metadata["positional"]:
+            # jsonargparse gives a positional no default; optional here, so that a missing one is reported as any other.
+            kwargs = _type_arguments(leaf.hint)
+            parser.add_argument(leaf.key, **{**kwargs, "nargs": "*" if "nargs" in kwargs else "?"})
+        else:
+            names = list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
+            parser.add_argument(*names, default=_default(leaf), **_type_arguments(leaf.hint))
     return parser
 
 
