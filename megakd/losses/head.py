@@ -30,7 +30,7 @@ from megakd.targets import DenseTargets
 
 __all__ = ["HeadOutput", "KDTerm", "VocabShard", "head_loss"]
 
-DEFAULT_CHUNK_BYTES = 64 << 20
+DEFAULT_CHUNK_BYTES = 128 << 20
 
 HiddenGrad = Literal["all_reduce", "partial"]
 Implementation = Literal["auto", "reference", "native"]
