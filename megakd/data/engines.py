@@ -8,6 +8,8 @@ those documents alone go to the reference engine.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from megakd.errors import UsageError
 EngineMode = Literal["auto", "reference", "gigatoken"]
 
 _MAX_LITERALS = 64  # each is searched for in every document
-_LARGE_TEXT = 1 << 20  # characters; an unusual text takes gigatoken some 25 bytes of memory a byte
+_LARGE_BYTES = 2 << 20  # of one text; an unusual one takes gigatoken some 35 bytes of memory a byte
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Engine:
     load_reference: called once, and only when the reference engine has something to do: loading it takes a while.
     max_resident_bytes: of this process. gigatoken remembers every word it has seen, 9 bytes of memory a byte of unseen
     text; above this size the engine is loaded afresh. 0: no bound.
+    turns: a file that the processes of a run lock in turn, to have one very long text in memory among them all.
     """
 
     def __init__(
@@ -77,12 +80,14 @@ class Engine:
         load_reference: Callable[[], Tokenizer],
         *,
         max_resident_bytes: int = 0,
+        turns: Path | None = None,
     ) -> None:
         self._type, self._model = tokenizer_type, tokenizer_model
         self._choice = choice
         self._load_reference = load_reference
         self._limit = max_resident_bytes
-        self._fast = _load_gigatoken(tokenizer_type, tokenizer_model) if choice.engine == "gigatoken" else None
+        self._turns = turns
+        self._fast: Any = _load_gigatoken(tokenizer_type, tokenizer_model) if choice.engine == "gigatoken" else None
 
     @cached_property
     def _reference(self) -> Tokenizer:
@@ -103,14 +108,21 @@ class Engine:
             if any(literal in text for literal in self._choice.routed):
                 arrays.append(np.array(self._reference.encode(text), dtype=np.uint32))
                 continue
-            large = len(text) > _LARGE_TEXT
-            if large and _resident_bytes() > self._limit // 2:
-                self._reload()
-            arrays.append(self._fast.encode(text))
-            if large:
-                self._forget_if_large()
+            large = self._limit > 0 and len(text) > _LARGE_BYTES // 4 and len(text.encode()) > _LARGE_BYTES
+            arrays.append(self._encode_large(text) if large else self._fast.encode(text))
         self._forget_if_large()
         return arrays
+
+    def _encode_large(self, text: str) -> NDArray[np.integer[Any]]:
+        with contextlib.ExitStack() as stack:
+            if self._turns is not None:
+                # One at a time over all processes: each may take a hundred megabytes for a moment.
+                fcntl.flock(stack.enter_context(open(self._turns, "ab")), fcntl.LOCK_EX)
+            if _resident_bytes() > self._limit // 2:
+                self._reload()
+            ids: NDArray[np.integer[Any]] = self._fast.encode(text)
+            self._forget_if_large()
+        return ids
 
     def _forget_if_large(self) -> None:
         if self._limit and _resident_bytes() > self._limit:
@@ -119,10 +131,9 @@ class Engine:
             self._limit = max(self._limit, _resident_bytes() + (64 << 20))
 
     def _reload(self) -> None:
-        if self._limit:
-            self._fast = None
-            give_back_memory()
-            self._fast = _load_gigatoken(self._type, self._model)
+        self._fast = None
+        give_back_memory()
+        self._fast = _load_gigatoken(self._type, self._model)
 
 
 def hostile_texts(literals: Sequence[str]) -> list[str]:

@@ -56,6 +56,7 @@ class Settings:
             Choice.from_dict(self.choice),
             lambda: build_tokenizer(self.tokenizer_type, self.tokenizer_model, vocab_size=self.vocab_size),
             max_resident_bytes=self.max_resident_bytes,
+            turns=Path(self.folder) / "turns.lock",
         )
 
 

@@ -226,3 +226,22 @@ def test_the_real_fast_engine_gives_the_reference_ids(normalization: str, models
             ragged, want = engine.encode_batch(texts), tokenizer.encode_batch(texts)
             assert ragged.tokens.tolist() == want.tokens.tolist()
             assert ragged.lengths.tolist() == want.lengths.tolist()
+
+
+def test_a_very_long_text_has_the_reference_ids(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(engines, "_LARGE_BYTES", 1000)
+    tokenizer = HuggingFaceTokenizer(models / "bpe/tokenizer.json")
+    long = "word and wörd " * 100
+    for limit in (1, 1 << 30):
+        engine = Engine(
+            "HuggingFaceTokenizer",
+            tokenizer.path,
+            Choice("gigatoken", "test"),
+            lambda: tokenizer,
+            max_resident_bytes=limit,
+            turns=tmp_path / "turns.lock",
+        )
+        assert engine.encode_batch([long, "short"]).lengths[1] == len(tokenizer.encode("short"))
+        assert np.array_equal(engine.encode_arrays([long])[0], tokenizer.encode_arrays([long])[0])
+    assert (tmp_path / "turns.lock").exists()
