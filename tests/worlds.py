@@ -180,7 +180,10 @@ def _serve(connection: Connection, rank: int, size: int, folder: str) -> None:
 
 
 def _load(file: str, module_name: str) -> ModuleType:
-    """The module in ``file`` under the name pytest gave it, so that pickles of its classes find it."""
+    """The module in ``file`` under the name it has in the test's process, so that pickles of its classes find it."""
+    loaded = sys.modules.get(module_name)
+    if loaded is not None and loaded.__file__ == file:
+        return loaded  # once only: a class that exists twice cannot be pickled
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
