@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,6 +19,7 @@ Kind = Literal["plain", "gzip", "zstd"]
 
 _READ_BYTES = 1 << 20
 _ZSTD_READ_BYTES = 4096  # what they decompress to comes in one piece: 130 MB at the very worst
+_SKIP_REPORT_BYTES = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _SUFFIXES: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -75,15 +76,25 @@ class Lines:
 
     start: in the decompressed file. A plain file is read from there, a compressed one from its beginning.
     max_line_bytes: a longer line is skipped and comes as None.
+    on_skip: called now and then on the way to ``start``, which may take long in a compressed file.
     """
 
-    def __init__(self, path: Path, kind: Kind, *, start: int = 0, max_line_bytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kind: Kind,
+        *,
+        start: int = 0,
+        max_line_bytes: int,
+        on_skip: Callable[[], object] = lambda: None,
+    ) -> None:
         self.path = path
         self.num_bytes_read = 0
         """Of the file as it lies on disk, from its beginning or the start asked for."""
         self._kind = kind
         self._start = start
         self._max = max_line_bytes
+        self._on_skip = on_skip
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         """Pairs of byte offset and line, its line end included."""
@@ -120,6 +131,8 @@ class Lines:
             self.num_bytes_read = offset - base if self._kind == "plain" else file.tell()
             if start >= self._start:
                 yield start, kept
+            elif start // _SKIP_REPORT_BYTES != offset // _SKIP_REPORT_BYTES:
+                self._on_skip()
 
 
 def parse_texts(line: bytes, keys: Sequence[str]) -> list[str]:

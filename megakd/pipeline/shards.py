@@ -113,7 +113,11 @@ def encode_shards(
     Raises CorruptError for a file that is cut or damaged, NoSpaceError.
     """
     path, kind, size = Path(settings.paths[file]), settings.kinds[file], settings.shard_bytes
-    lines = Lines(path, kind, start=first * size, max_line_bytes=settings.max_doc_bytes)
+
+    def report_skipping() -> None:
+        report({**asdict(Counts()), "position": lines.num_bytes_read})
+
+    lines = Lines(path, kind, start=first * size, max_line_bytes=settings.max_doc_bytes, on_skip=report_skipping)
     shard, reader = first, iter(lines)
     pending = next(reader, None)
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -100,14 +101,18 @@ def test_bytes_after_fifty_kills(tmp_path: Path) -> None:
     kill_and_rerun(tmp_path, 50)
 
 
-def test_a_damaged_finished_shard_is_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_damaged_finished_shard_is_done_again(compressed: bool, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "a.jsonl", 300)
     corpus.write_text(corpus.read_text() + "bad\n")
+    if compressed:
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+        corpus = tmp_path / "a.jsonl.gz"
     flags = (*BYTES, "--shard-bytes", "3000")
     assert finish(start(corpus, tmp_path / "o", *flags, "--strict"))[0] == ExitStatus.DATA_BUDGET
     shards = sorted((tmp_path / "o.work").glob("*/*.0.bin"))
     assert len(shards) > 4
-    for shard, content in ((shards[0], b"\x01" * shards[0].stat().st_size), (shards[2], b"")):
+    for shard, content in ((shards[1], b"\x01" * shards[1].stat().st_size), (shards[2], b"")):
         shard.write_bytes(content)
     shards[3].unlink()
     assert finish(start(corpus, tmp_path / "o", *flags, "--max-bad-fraction", "0.1"))[0] == 0
