@@ -15,10 +15,12 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +65,21 @@ def hide_absent_cuda_packages() -> None:
     for name in ("transformer_engine", "apex"):
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]
+
+
+def refuse_foreign_apex() -> None:
+    """Refuse the project that PyPI calls ``apex``: NVIDIA's, which megatron-core looks for, is built from source.
+
+    Raises:
+        UsageError: an ``apex`` without NVIDIA's optimizers is installed.
+    """
+    spec = importlib.util.find_spec("apex")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    if spec is not None and not any((Path(folder) / "optimizers").is_dir() for folder in folders):
+        raise UsageError(
+            f"the installed package 'apex' ({', '.join(folders) or spec.origin}) is not NVIDIA's: megatron-core would "
+            "take it for that. Remove it with: pip uninstall apex"
+        )
 
 
 def install() -> None:

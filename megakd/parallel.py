@@ -15,6 +15,8 @@ from megakd.layout import ParallelConfig
 
 if cpu.needed():
     cpu.install()
+else:
+    cpu.refuse_foreign_apex()
 
 # The CPU layer above must come first; the modules of megakd that import megatron import this one before.
 from megatron.core import parallel_state, tensor_parallel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_an_unchecked_megatron_is_refused() -> None:
         cpu.check_version("0.17.0")
     with pytest.raises(UsageError, match="gone"):
         cpu._replace("optimizer.clip_grads", "no_such_function", lambda original: original)
+
+
+def test_the_other_apex_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    with pytest.raises(UsageError, match="is not NVIDIA's.*pip uninstall apex"):
+        cpu.refuse_foreign_apex()
+    (tmp_path / "apex" / "optimizers").mkdir()
+    cpu.refuse_foreign_apex()
 
 
 def test_the_tracker_forks_and_returns() -> None:

@@ -5,10 +5,12 @@ Any layout can be loaded in any other (the layers are stored stacked, and shards
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.errors import CorruptError, MismatchError
+from megakd.errors import CorruptError, MismatchError, NoSpaceError
 from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
 from megakd.model.config import ModelShape, shape_to_dict
 from megakd.model.gpt import HiddenGPTModel
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
+from megakd.mortal import die_with_parent
 from megakd.parallel import Groups
 
 # isort: split
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 # module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
@@ -48,6 +52,7 @@ class CheckpointWriter:
     def __init__(self, folder: str | Path, *, background: bool) -> None:
         self.folder = Path(folder)
         self._queue = AsyncCallsQueue(persistent=False) if background else None
+        _use_mortal_results_queue()
 
     def save(
         self,
@@ -74,6 +79,7 @@ class CheckpointWriter:
         tree = _model_state(chunks, groups)
         tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=_metadata(groups))
         tree["rng_state"] = _rng_state(groups)
+        _check_space(tree, self.folder, groups)
 
         def announce() -> None:
             _commit(partial, final, parameters=parameters, parents=parents, tokenizer=tokenizer)
@@ -193,6 +199,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
+def _use_mortal_results_queue() -> None:
+    """The process that megatron keeps for the results of its writers would outlive a killed rank; this one does not.
+
+    It is started at the first checkpoint by filesystem_async.py:51, for the life of the rank.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+
 def _model_state(chunks: list[HiddenGPTModel], groups: Groups) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {name: chunk.sharded_state_dict(metadata=_metadata(groups)) for name, chunk in zip(names, chunks)}
@@ -239,6 +256,29 @@ def _wanted_tensors(tree: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield from (part for part in nested_values(value) if isinstance(part, ShardedTensor))
         elif isinstance(value, ShardedTensor):
             yield value
+
+
+def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
+    """Refuse to begin a checkpoint that the disk cannot hold; every rank raises or none.
+
+    Raises:
+        NoSpaceError: with the bytes needed and free. The checkpoint before stays as it is.
+    """
+    mine = sum(
+        tensor.data.nbytes
+        for tensor in _wanted_tensors(tree)
+        if is_main_replica(tensor.replica_id) and tensor.data is not None
+    )
+    needed = torch.tensor([mine, 0], dtype=torch.int64, device=groups.device)
+    if dist.get_rank() == 0:
+        needed[1] = shutil.disk_usage(folder).free
+    dist.all_reduce(needed)
+    needed_bytes, free_bytes = needed.tolist()
+    if needed_bytes > free_bytes:
+        raise NoSpaceError(
+            f"{folder}: a checkpoint needs {needed_bytes / 1e9:.3f} GB, {free_bytes / 1e9:.3f} GB are free; free some "
+            "space and start again, the run continues from the checkpoint before"
+        )
 
 
 def _layout(groups: Groups) -> dict[str, int]:

@@ -79,7 +79,7 @@ class ObjectiveConfig:
         True, "multiply by the squared temperature where it divides both (Hinton)"
     )
     loss_implementation: Literal["auto", "reference", "native"] = option("auto", "code that sweeps the logits")
-    head_chunk_mbytes: int = option(64, "memory for logits of one chunk of tokens, MiB")
+    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
 
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:

@@ -33,7 +33,7 @@ class Objective:
     shard: VocabShard
     sequence_parallel: bool
     implementation: Literal["auto", "reference", "native"] = "auto"
-    chunk_bytes: int = 64 << 20
+    chunk_bytes: int = 128 << 20
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None

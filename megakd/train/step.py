@@ -62,7 +62,7 @@ def run_step(
     """
     targets = teacher.targets(batch)
     chunks = student.wrapped
-    seq_length = batch.microbatch(0).tokens_BS.shape[1]
+    micro_batch_size, seq_length = batch.microbatch(0).tokens_BS.shape
     run_schedule = get_forward_backward_func()
     non_finite: list[str] = []
     sums = run_schedule(
@@ -71,7 +71,7 @@ def run_step(
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch.num_microbatches,
         seq_length=seq_length,
-        micro_batch_size=batch.microbatch(0).tokens_BS.shape[0],
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
     total = _sum_over_batch(sums, groups)

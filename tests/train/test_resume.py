@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from runs import make_tree, run_training, write_dataset
@@ -92,10 +93,14 @@ def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp
     assert world(2).run(run_training, slow_tree(data, whole, **groups)) == [0, 0]
     run = torchrun(slow_tree(data, cut, **groups), tmp_path, 2)
     wait_for_step(cut, 13, run)
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert len(family) >= 4, "two ranks, each with the process for its checkpoint's results"
     killed_at = time.monotonic()
     os.kill(workers(run)[1], signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert time.monotonic() - killed_at < 30, "the death of a rank must be noticed in seconds"
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, "nothing may outlive the run"
     assert (cut / "latest_checkpointed_iteration.txt").read_text().strip() == "10"
     assert 20 not in losses(cut), "the kill came too late to test anything"
     run = torchrun(slow_tree(data, cut, **groups), tmp_path, 2)
