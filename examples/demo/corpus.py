@@ -35,21 +35,11 @@ class Document:
 
 def documents() -> Iterator[Document]:
     """The sources of the standard library and the topics of Python's help(), in a fixed order, each text once."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if EXCLUDED_FOLDERS.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
-            continue
-        try:
-            text = path.read_text("utf-8").strip()
-        except UnicodeDecodeError:
-            continue  # a source in another encoding
-        if len(text) > 100 and text not in seen:
+    for name, text in _texts():
+        if text not in seen:  # a copy could stand on the other side of the split
             seen.add(text)
-            yield Document("/".join(parts), text)
-    for name, text in sorted(pydoc_data.topics.topics.items()):
-        yield Document(f"topics/{name}", text.strip())
+            yield Document(name, text)
 
 
 def write_corpus(train: Path, held_out: Path) -> str:
@@ -88,3 +78,19 @@ def train_tokenizer(corpus: Path, model: Path) -> None:
     )
     Path(f"{model}.part").write_bytes(proto.getvalue())
     os.replace(f"{model}.part", model)
+
+
+def _texts() -> Iterator[tuple[str, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if EXCLUDED_FOLDERS.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        try:
+            text = path.read_text("utf-8").strip()
+        except UnicodeDecodeError:
+            continue  # a source in another encoding
+        if len(text) > 100:
+            yield "/".join(parts), text
+    for name, text in sorted(pydoc_data.topics.topics.items()):
+        yield f"topics/{name}", text.strip()
