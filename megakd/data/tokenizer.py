@@ -202,7 +202,6 @@ class HuggingFaceTokenizer(Tokenizer):
         model_bytes = path.read_bytes()
         try:
             self._engine = Engine.from_str(model_bytes.decode())
-            self._json: dict[str, Any] = json.loads(model_bytes)
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, ValueError):
                 raise  # the package raises bare Exception for what it cannot read; anything else is a fault
@@ -234,7 +233,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
     def token_bytes(self) -> NDArray[np.int32]:
-        byte_level = '"ByteLevel"' in json.dumps(self._json.get("decoder"))
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._engine.to_str()).get("decoder"))
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         added = self._engine.get_added_tokens_decoder()
         for piece, i in self._engine.get_vocab(with_added_tokens=True).items():
