@@ -5,8 +5,8 @@
 The corpus is text that the machine has: Python, C and Perl sources, manual pages, documentation, in documents of a
 few kilobytes. With MEGATRON_LM naming a checkout, its tools/preprocess_data.py runs unchanged (it needs transformers).
 Without one, a STAND-IN written here does the same work for each document: a pool of processes that parses the line,
-makes tokens and then ids as Python lists and sends them back to a megatron-core IndexedDatasetBuilder. It imports none
-of Megatron's training package, which costs the real tool some five CPU seconds more.
+makes tokens and then ids as Python lists and sends them back to a megatron-core IndexedDatasetBuilder. Its
+start-up, which imports megatron-core and with it torch, is counted on its side; the ratio therefore depends on --mb.
 """
 
 from __future__ import annotations
