@@ -49,8 +49,8 @@ class ParallelConfig:
                 )
         if self.deallocate_pipeline_outputs and self.p2p_overlapped:
             raise UsageError(
-                "--deallocate-pipeline-outputs with overlapped pipeline messages frees outputs that are still being sent "
-                "(seen on gloo: wrong losses without an error); drop it"
+                "--deallocate-pipeline-outputs with overlapped pipeline messages frees outputs that are still being "
+                "sent (seen on gloo: wrong losses without an error); drop it"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UsageError("--sequence-parallel needs --tensor-model-parallel-size > 1; there is nothing to split")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
@@ -18,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.errors import CorruptError, MismatchError, NoSpaceError
+from megakd.errors import MismatchError, NoSpaceError
 from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
 from megakd.model.config import ModelShape, shape_to_dict
 from megakd.model.gpt import HiddenGPTModel
+from megakd.model.metadata import read_tensor_names
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
 from megakd.mortal import die_with_parent
 from megakd.parallel import Groups
@@ -32,18 +32,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-# module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
-_METADATA_NAMES: dict[str, set[str] | None] = {
-    "torch": None,
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.planner": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
-}
-_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
 
 
 class CheckpointWriter:
@@ -173,32 +161,6 @@ def load_teacher(
     return loaded.get("head")
 
 
-def check_runs_no_code(path: Path) -> None:
-    """Refuse a checkpoint whose pickled metadata names anything but torch's plain checkpoint classes.
-
-    megatron-core unpickles ``.metadata`` unrestrictedly; this reads it first with an unpickler that resolves only
-    those names.
-
-    Raises:
-        CorruptError: the file is missing, cut, or names something else; the name is in the message.
-    """
-    try:
-        with open(path / ".metadata", "rb") as file:
-            _PlainUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, ValueError) as error:
-        raise CorruptError(f"{path / '.metadata'} cannot be trusted: {error}") from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _METADATA_NAMES.get(module, set())
-        if module in _METADATA_NAMES and (allowed is None or name in allowed):
-            found = super().find_class(module, name)
-            if module != "torch" or isinstance(found, _TORCH_VALUES) or found is torch.Size:
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
 def _use_mortal_results_queue() -> None:
     """The process that megatron keeps for the results of its writers would outlive a killed rank; this one does not.
 
@@ -226,7 +188,7 @@ def _metadata(groups: Groups) -> dict[str, Any]:
 
 
 def _load(tree: dict[str, Any], path: Path, *, role: str, reads_twice: bool = False) -> dict[str, Any]:
-    check_runs_no_code(path)
+    read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
     _check_complete(tree, path, role)
     loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), validate_access_integrity=not reads_twice)
     return loaded

@@ -209,6 +209,18 @@ class ModelShape:
                     "over tensor-parallel ranks then. Set --expert-model-parallel-size > 1"
                 )
 
+    def weight_names(self) -> set[str]:
+        """Names of the weights in a checkpoint of this shape (layers are stored stacked); without the experts' own."""
+        attention = ["linear_qkv.weight", "linear_qkv.layer_norm_weight", "linear_proj.weight"]
+        attention += ["linear_qkv.bias"] if self.add_qkv_bias else []
+        attention += ["q_layernorm.weight", "k_layernorm.weight"] if self.qk_layernorm else []
+        names = {f"decoder.layers.self_attention.{name}" for name in attention}
+        if not self.num_experts:
+            feed_forward = ("linear_fc1.weight", "linear_fc1.layer_norm_weight", "linear_fc2.weight")
+            names |= {f"decoder.layers.mlp.{name}" for name in feed_forward}
+        names |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+        return names if self.tied else names | {"output_layer.weight"}
+
     @property
     def flops_per_token_forward(self) -> float:
         """Floating-point operations of one forward pass a token, without attention scores and the head.

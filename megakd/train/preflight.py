@@ -1,4 +1,7 @@
-"""Everything about a run that can be refused is refused here, in a second, before a process group exists. No torch."""
+"""Everything about a run that can be refused is refused here, in a second or two, before a process group exists.
+
+Without megatron, and without torch unless a checkpoint's list of tensors is to be read.
+"""
 
 from __future__ import annotations
 
@@ -144,6 +147,7 @@ def _check_teacher(
         attention_dropout=0.0,
     )
     shape.check_layout(layout, "teacher")
+    _check_weights(record, "teacher")
     return record, shape
 
 
@@ -157,4 +161,11 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
         return None, False
     distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
     check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
+    _check_weights(record, "checkpoint")
     return record, weights_only
+
+
+def _check_weights(record: CheckpointRecord, role: str) -> None:
+    from megakd.model.metadata import check_weights  # late: it needs torch, which takes a second to load
+
+    check_weights(record.path, record.shape, role)

@@ -16,6 +16,7 @@ from worlds import Worlds
 from megakd.__main__ import run
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.model.config import ModelConfig
+from megakd.model.metadata import read_tensor_names
 from megakd.train import main as train_main
 from megakd.train.preflight import check_run
 
@@ -181,8 +182,8 @@ def test_teacher_with_missing_weights(setting: dict[str, Any], world: Worlds, tm
         )
 
     tree = damaged(setting, tmp_path, promise_more)
-    with pytest.raises(Exception, match="linear_qkv.bias is missing"):
-        world(1).run(run_training, tree)
+    with pytest.raises(MismatchError, match="linear_qkv.bias is missing"):
+        check_run(make_config(tree), 1)
 
 
 def test_resume_with_another_model(setting: dict[str, Any]) -> None:
@@ -224,6 +225,25 @@ def test_presets_have_the_published_sizes() -> None:
         shape = ModelConfig(preset=name).resolve("student")
         count = shape.flops_per_token_forward / 2 + 151552 * shape.hidden_size * (1 if shape.tied else 2)
         assert count / 1e6 == pytest.approx(millions, rel=0.08), (name, count)
+
+
+@pytest.mark.parametrize("student", [{}, {"add_qkv_bias": True, "qk_layernorm": False}, {"num_experts": 4}])
+@pytest.mark.parametrize("untied", [True, False])
+def test_weight_names_are_those_of_a_checkpoint(
+    student: dict[str, Any], untied: bool, setting: dict[str, Any], world: Worlds, tmp_path: Path
+) -> None:
+    student = {**student, "untie_embeddings_and_output_weights": untied}
+    tree = make_tree(
+        setting["data"], student=student, training={"train_iters": 1}, checkpoint={"save": str(tmp_path / "run")}
+    )
+    assert world(1).run(run_training, tree) == [0]
+    path = tmp_path / "run" / "iter_0000001"
+    found = {name for name in read_tensor_names(path) if not name.startswith(("optimizer", "rng"))}
+    found = {name for name in found if "_extra_state" not in name and "mlp." not in name.replace("mlp.linear", "")}
+    expected = make_config(tree).student.resolve("student").weight_names()
+    assert {name for name in expected if "mlp" not in name} == {name for name in found if "mlp" not in name}
+    if "num_experts" not in student:
+        assert expected == found
 
 
 def test_records_are_plain_json(setting: dict[str, Any]) -> None:

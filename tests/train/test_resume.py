@@ -99,7 +99,7 @@ def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp
     os.kill(workers(run)[1], signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert time.monotonic() - killed_at < 30, "the death of a rank must be noticed in seconds"
-    gone, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive, "nothing may outlive the run"
     assert (cut / "latest_checkpointed_iteration.txt").read_text().strip() == "10"
     assert 20 not in losses(cut), "the kill came too late to test anything"
