@@ -147,6 +147,11 @@ class CheckpointConfig:
 class EvaluateConfig:
     eval_interval: int = option(100, "steps between evaluations; one more at the end", common=True)
     eval_iters: int = option(10, "global batches of one evaluation", common=True)
+    skip_train: bool = option(False, "evaluate the checkpoint once, train nothing, save nothing")
+
+    def validate(self) -> None:
+        if self.eval_iters < 1:
+            raise UsageError(f"--eval-iters is {self.eval_iters}; expected at least 1")
 
 
 @dataclass
@@ -175,6 +180,8 @@ class TrainConfig:
     logging: LoggingConfig = group(LoggingConfig, "logging")
 
     def validate(self) -> None:
+        if self.evaluate.skip_train and not self.data.valid_data_path:
+            raise UsageError("--skip-train only evaluates: it needs --valid-data-path")
         self.optim.check_length(self.training.train_iters)
         if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
             raise UsageError(

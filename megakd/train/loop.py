@@ -42,6 +42,10 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
     writer, save = build_writer(config, plan, student, optimizer, batches, groups)
 
+    if config.evaluate.skip_train and evaluate is not None:
+        metrics.log_evaluation(start_step, evaluate(start_step))
+        last_step = start_step
+
     stopped = False
     for step in range(start_step + 1, last_step + 1):
         metrics.start_clock()

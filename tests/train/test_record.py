@@ -70,6 +70,24 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
             assert two["valid"]["bits_per_byte"] == pytest.approx(one["valid"]["bits_per_byte"], rel=1e-5)
 
 
+def test_evaluation_alone_changes_nothing(world: Worlds, tmp_path: Path) -> None:
+    data, save = write_dataset(tmp_path / "data"), tmp_path / "run"
+    groups: dict[str, Any] = {
+        "data": {"valid_data_path": [data]},
+        "evaluate": {"eval_interval": 4, "eval_iters": 2},
+        "checkpoint": {"save": str(save)},
+    }
+    assert world(1).run(run_training, make_tree(data, **groups)) == [0]
+    (trained,) = [record["valid"] for record in records(save) if "valid" in record]
+    before = sorted(path.name for path in save.glob("iter_*"))
+    groups["evaluate"]["skip_train"] = True
+    groups["training"] = {"train_iters": 8}
+    assert world(2).run(run_training, make_tree(data, **groups)) == [0, 0]
+    again = records(save)[-1]
+    assert again["step"] == 4 and again["valid"]["lm_loss"] == pytest.approx(trained["lm_loss"], rel=1e-6)
+    assert sorted(path.name for path in save.glob("iter_*")) == before == ["iter_0000004"]
+
+
 def test_a_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step":2}\n{"step":2,"valid":{}}\n{"step":3}\n{"st')
