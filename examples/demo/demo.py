@@ -82,11 +82,12 @@ def main() -> None:
     if difference > LAYOUT_TOLERANCE:
         sys.exit(f"error: that is more than {LAYOUT_TOLERANCE:.0e}: the two layouts do not train the same model")
 
-    # Both students on the whole held-out split beside the teacher: one more step, at learning rate 0, then evaluate.
-    whole = [*schedule, *held_out, "--eval-interval", "0", "--eval-iters", str(HELD_OUT_BATCHES)]
+    # Both students on the whole held-out split, beside the teacher.
+    whole = [*held_out, "--skip-train", "--eval-iters", str(HELD_OUT_BATCHES)]
     for student in (plain, distilled):
         result = student.with_name(f"{student.name}-held-out")
-        train(demo, result, "student.yaml", demo.steps + 1, "--load", str(student), *with_teacher, *whole)
+        done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
+        launch(demo, result, "student.yaml", done, "--load", str(student), *with_teacher, *whole)
     print("\n" + report.write(demo.runs, seed=demo.seed))
 
 
@@ -95,31 +96,34 @@ def prepare_text(demo: Demo) -> None:
     demo.text.mkdir(parents=True, exist_ok=True)
     splits = {name: demo.text / f"{name}.jsonl" for name in ("train", "held-out")}
     model = demo.text / "bpe.model"
-    stage(splits["held-out"], "corpus", lambda: print(corpus.write_corpus(splits["train"], splits["held-out"])))
-    stage(model, "tokenizer", lambda: corpus.train_tokenizer(splits["train"], model))
+    write = partial(corpus.write_corpus, splits["train"], splits["held-out"])
+    stage(splits["held-out"].exists(), "corpus", lambda: print(write()))
+    stage(model.exists(), "tokenizer", lambda: corpus.train_tokenizer(splits["train"], model))
     for name, file in splits.items():
         flags: list[str | Path] = ["--input", file, "--output-prefix", demo.text / name, "--append-eod"]
         tokenizer: list[str | Path] = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
         command = partial(run, [sys.executable, "-m", "megakd", "preprocess", *flags, *tokenizer])
-        stage(demo.text / f"{name}_text_document.manifest.json", f"tokens of {name}", command)
+        stage((demo.text / f"{name}_text_document.manifest.json").exists(), f"tokens of {name}", command)
 
 
 def train(demo: Demo, save: Path, config: str, steps: int, *flags: str) -> None:
-    """One training run under torchrun on two ranks, unless its last checkpoint is there."""
-    if save.is_dir() and (latest_iteration(save) or 0) >= steps:
-        print(f"\n== {save.name}: done")
-        return
-    print(f"\n== {save.name}")
+    """One training run, unless its last checkpoint is there."""
+    done = save.is_dir() and (latest_iteration(save) or 0) >= steps
+    launch(demo, save, config, done, "--train-iters", str(steps), *flags)
+
+
+def launch(demo: Demo, save: Path, config: str, done: bool, *flags: str) -> None:
+    """``megakd train`` under torchrun on two ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     data: list[str | Path] = ["--data-path", demo.text / "train_text_document", "--save", save]
-    numbers = ["--train-iters", str(steps), "--seed", str(demo.seed)]
-    run([*launcher, "-m", "megakd", "train", "--config", HERE / config, *data, *numbers, *flags])
+    command = [*launcher, "-m", "megakd", "train", "--config", HERE / config, *data, "--seed", str(demo.seed), *flags]
+    stage(done, save.name, partial(run, command))
 
 
-def stage(result: Path, name: str, make: Callable[[], None]) -> None:
-    """Make ``result`` unless it is there."""
-    print(f"\n== {name}" + (": done" if result.exists() else ""))
-    if not result.exists():
+def stage(done: bool, name: str, make: Callable[[], None]) -> None:
+    """Say what comes, and make it unless it is there."""
+    print(f"\n== {name}" + (": done" if done else ""))
+    if not done:
         make()
 
 
