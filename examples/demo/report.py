@@ -97,7 +97,7 @@ def draw(runs: Path, figures: Record) -> None:
     axes.set_ylim(low - 0.3, low + 3)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(runs / "loss.png", dpi=150)
+    figure.savefig(runs / "loss.png", dpi=110)
     pyplot.close(figure)
 
 
