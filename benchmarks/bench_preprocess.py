@@ -5,8 +5,10 @@
 The corpus is text that the machine has: Python, C and Perl sources, manual pages, documentation, in documents of a
 few kilobytes. With MEGATRON_LM naming a checkout, its tools/preprocess_data.py runs unchanged (it needs transformers).
 Without one, a STAND-IN written here does the same work for each document: a pool of processes that parses the line,
-makes tokens and then ids as Python lists and sends them back to a megatron-core IndexedDatasetBuilder. Its
-start-up, which imports megatron-core and with it torch, is counted on its side; the ratio therefore depends on --mb.
+makes tokens and then ids as Python lists and sends them back to a megatron-core IndexedDatasetBuilder. With
+transformers installed the ids come from megatron-core's own tokenizer class, as in the tool; else from tokenizers,
+which is leaner. Its start-up, which imports megatron-core and with it torch, is counted on its side; the ratio
+therefore depends on --mb.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -136,17 +139,19 @@ def peer_command(
     if checkout:
         tool = [sys.executable, f"{checkout}/tools/preprocess_data.py", *flags, "--output-prefix", str(out)]
         return "preprocess_data.py", [*tool, "--log-interval", "1000000"]
-    return "stand-in", [sys.executable, __file__, "--stand-in", kind, str(corpus), str(model), str(out), str(workers)]
+    name = "stand-in" if importlib.util.find_spec("transformers") is None else "stand-in with megatron's tokenizer"
+    return name, [sys.executable, __file__, "--stand-in", kind, str(corpus), str(model), str(out), str(workers)]
 
 
 def run(command: list[str], repeats: int) -> Run:
-    """The run with the median CPU time, and the largest memory of all runs."""
-    runs = sorted((run_once(command) for _ in range(repeats)), key=lambda each: each.cpu_seconds)
+    """The run with the median CPU time, and the memory of one more: looking at it slows the processes down."""
+    watched = run_once(command, watch_memory=True)
+    runs = sorted((run_once(command, watch_memory=False) for _ in range(repeats)), key=lambda each: each.cpu_seconds)
     middle = runs[(len(runs) - 1) // 2]
-    return Run(middle.wall_seconds, middle.cpu_seconds, max(each.resident_mb for each in runs), middle.errors)
+    return Run(middle.wall_seconds, middle.cpu_seconds, watched.resident_mb, middle.errors)
 
 
-def run_once(command: list[str]) -> Run:
+def run_once(command: list[str], *, watch_memory: bool) -> Run:
     """CPU seconds and proportional memory of the process and all its descendants."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -160,11 +165,13 @@ def run_once(command: list[str]) -> Run:
             peak[0] = max(peak[0], sum(map(resident_bytes, descendants(process.pid))))
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
+    if watch_memory:
+        watcher.start()
     _, errors = process.communicate()
     wall = time.perf_counter() - started
     ended.set()
-    watcher.join()
+    if watch_memory:
+        watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}\n{errors[-3000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -202,6 +209,7 @@ class Encoder:
     """What each process of the pool does to a line."""
 
     engine: Any = None
+    megatron: Any = None
     eod = 0
 
     def __init__(self, kind: str, model: str) -> None:
@@ -209,7 +217,12 @@ class Encoder:
 
     def load(self) -> None:
         """Load the tokenizer once a process."""
-        if self.kind == "bpe":
+        if self.kind == "bpe" and importlib.util.find_spec("transformers"):
+            from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+            Encoder.megatron = HuggingFaceTokenizer(self.model)
+            Encoder.eod = Encoder.megatron.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        elif self.kind == "bpe":
             from tokenizers import Tokenizer
 
             Encoder.engine = Tokenizer.from_file(f"{self.model}/tokenizer.json")
@@ -223,7 +236,9 @@ class Encoder:
     def encode(self, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
         """The ids of one document, as the tool returns them: for "bpe" tokens first, and then the id of each."""
         text = json.loads(line)["text"]
-        if self.kind == "bpe":
+        if Encoder.megatron is not None:
+            ids = Encoder.megatron.text_to_ids(text)
+        elif self.kind == "bpe":
             ids = [
                 Encoder.engine.token_to_id(token)
                 for token in Encoder.engine.encode(text, add_special_tokens=False).tokens

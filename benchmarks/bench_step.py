@@ -2,7 +2,8 @@
 
     python benchmarks/bench_step.py [--repeats 3] [--vocab 32768] [--json PATH]
 
-Teacher 12 x 1024, student 8 x 512, sequence 1,024, microbatch 2, bf16, forward and backward on CPU threads, no optimizer.
+Teacher 12 x 1024, student 8 x 512, sequence 1,024, microbatch 2, bf16, forward and backward on CPU threads, without an
+optimizer.
 The cases alternate, each in a process of its own; a figure is the median over the processes of the median of their
 steps. Peak memory is the resident size above what stood before the first step. Peers that are not installed
 (``nvidia-modelopt``) are skipped with the reason. The step with a teacher cannot cost less than the LM step and the

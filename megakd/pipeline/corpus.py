@@ -40,7 +40,7 @@ QUARANTINE = ".quarantine.jsonl"
 _ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
 _MAX_SHARDS = 4096
 # For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
-_RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 256 << 20, 112 << 20
+_RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 304 << 20, 112 << 20
 
 
 def preprocess(config: PreprocessConfig) -> list[Manifest]:

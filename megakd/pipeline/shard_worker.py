@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
@@ -17,6 +18,7 @@ from megakd.pipeline.shards import Settings, encode_shards
 
 def main() -> int:
     """Serve until the input ends."""
+    gc.disable()  # nothing here makes cycles, and the collector would walk the records of a batch again and again
     # What a library prints must not mix with the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
