@@ -8,7 +8,8 @@ from setuptools import setup
 
 # MEGAKD_MARCH=x86-64-v3 builds for machines other than the one that compiles.
 march = os.environ.get("MEGAKD_MARCH")
-flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread"]
+flags += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 if march:
     flags.append(f"-march={march}")
 elif platform.machine() == "x86_64":
