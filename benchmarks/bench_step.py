@@ -81,28 +81,25 @@ def _report(found: dict[str, list[dict[str, float]]], arguments: argparse.Namesp
     rows: list[dict[str, Any]] = []
     ours, peer = medians["megakd"], medians.get("megatron+modelopt")
     if peer:
-        rows.append(_row("KD step, times as fast as megatron+modelopt", peer["seconds"] / ours["seconds"], "x", 1.2))
-        rows.append(_row("KD step, peak memory over megatron+modelopt's", ours["peak"] / peer["peak"], "x", -0.6))
+        rows.append(_row("KD step, times as fast as megatron+modelopt", peer["seconds"] / ours["seconds"], least=1.2))
+        rows.append(_row("KD step, peak memory over megatron+modelopt's", ours["peak"] / peer["peak"], most=0.6))
     theory = medians["megakd LM"]["seconds"] + medians["megakd teacher"]["seconds"]
-    rows.append(_row("KD step over LM step + teacher's forward", ours["seconds"] / theory, "x", -1.05))
+    rows.append(_row("KD step over LM step + teacher's forward", ours["seconds"] / theory, most=1.05))
     lm, megatron = medians["megakd LM"], medians.get("megatron LM")
     if megatron:
-        rows.append(_row("LM step, times as fast as megatron-core's", megatron["seconds"] / lm["seconds"], "x", None))
-        rows.append(_row("LM step, peak memory over megatron-core's", lm["peak"] / megatron["peak"], "x", None))
+        rows.append(_row("LM step, times as fast as megatron-core's", megatron["seconds"] / lm["seconds"]))
+        rows.append(_row("LM step, peak memory over megatron-core's", lm["peak"] / megatron["peak"]))
     print(f"\n{'what':<52} {'value':>8} {'goal':>9}")
     for row in rows:
-        sign = "" if row["goal"] is None else (">= " if row["goal_is"] == "least" else "<= ") + f"{row['goal']}"
-        verdict = "" if row["met"] is None else ("met" if row["met"] else "NOT MET")
-        print(f"{row['name']:<52} {row['value']:>7.2f}x {sign:>9} {verdict}")
+        goal = "" if row["goal"] is None else f"{row['goal']}x {'met' if row['met'] else 'NOT MET'}"
+        print(f"{row['name']:<52} {row['value']:>7.2f}x {goal:>12}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _row(name: str, value: float, unit: str, goal: float | None) -> dict[str, Any]:
-    """A negative goal is an upper bound."""
-    met = None if goal is None else (value >= goal if goal > 0 else value <= -goal)
-    bound = None if goal is None else "least" if goal > 0 else "most"
-    return {"name": name, "value": value, "unit": unit, "goal": goal and abs(goal), "goal_is": bound, "met": met}
+def _row(name: str, value: float, *, least: float | None = None, most: float | None = None) -> dict[str, Any]:
+    met = value >= least if least is not None else value <= most if most is not None else None
+    return {"name": name, "value": value, "unit": "x", "goal": least if least is not None else most, "met": met}
 
 
 def _cores() -> int:
