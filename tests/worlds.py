@@ -2,13 +2,14 @@
 
 ``world(4).run(fn, *args)`` calls ``fn(*args)`` on four ranks; the four results come in rank order. ``fn`` must be a
 module-level function; it is passed by file and name, arguments and results by value. Each rank has the gloo world group
-and one torch thread, nothing else. A function that makes process groups of its own must take them down again.
+and one torch thread, nothing else. Process groups that a function makes are taken down when it returns.
 """
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -176,7 +177,22 @@ def _serve(connection: Connection, rank: int, size: int, folder: str) -> None:
                 answer: tuple[bool, bytes | str] = (True, pickle.dumps(result))
             except BaseException:  # whatever it was, the test that called must see it
                 answer = (False, traceback.format_exc())
+            _take_down_groups()
             connection.send(answer)
+
+
+def _take_down_groups() -> None:
+    """Free every group but the world: each has threads of its own, thousands after a hundred layouts."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import GroupMember, _world
+
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None and megatron.model_parallel_is_initialized():
+        megatron.destroy_model_parallel()
+    for group in list(_world.pg_map):
+        if group is not GroupMember.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _load(file: str, module_name: str) -> ModuleType:
