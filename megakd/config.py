@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import textwrap
@@ -73,9 +74,11 @@ def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, descriptio
     print_config = "--print-config" in arguments
     arguments = [argument for argument in arguments if argument != "--print-config"]
     try:
-        values = parser.parse_args(arguments)
+        values = parser.parse_args(_bare_switches(arguments, leaves))
     except ArgumentError as error:
         raise UsageError(_explain(str(error), leaves, prog)) from None
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{prog}: the configuration file is not a tree of groups and keys: {error}") from None
     missing = [leaf for leaf in leaves if leaf.field.metadata["required"] and values[leaf.key] in (None, [])]
     if missing and not print_config:
         names = ", ".join(leaf.field.name if leaf.field.metadata["positional"] else leaf.flag for leaf in missing)
@@ -89,10 +92,13 @@ def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, descriptio
 
 
 def validate(config: Any) -> None:
-    """Run ``validate()`` of every dataclass in the tree, leaves of the tree first."""
+    """Refuse numbers that are not finite, and run ``validate()`` of every dataclass in the tree, leaves first."""
     for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(getattr(config, field.name)):
-            validate(getattr(config, field.name))
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{field.name.replace('_', '-')} is {value}; expected a finite number")
+        if dataclasses.is_dataclass(value):
+            validate(value)
     if hasattr(config, "validate"):
         config.validate()
 
@@ -144,6 +150,16 @@ def _build_parser(leaves: list[_Leaf], prog: str) -> ArgumentParser:
             names = list(dict.fromkeys([f"--{leaf.key}", leaf.flag]))
             parser.add_argument(*names, default=_default(leaf), **_type_arguments(leaf.hint))
     return parser
+
+
+def _bare_switches(arguments: list[str], leaves: list[_Leaf]) -> list[str]:
+    """``--flag`` of a bool takes the next word only if that is true or false, not a positional that follows."""
+    switches = {name for leaf in leaves if leaf.hint is bool for name in (leaf.flag, f"--{leaf.key}")}
+    following = [*arguments[1:], ""]
+    return [
+        f"{word}=true" if word in switches and after.lower() not in ("true", "false") else word
+        for word, after in zip(arguments, following)
+    ]
 
 
 def _default(leaf: _Leaf) -> Any:
@@ -212,7 +228,11 @@ def _build(cls: Any, values: Namespace) -> Any:
     kwargs = {}
     for field in dataclasses.fields(cls):
         value = values[field.name]
-        kwargs[field.name] = _build(field.metadata["group"], value) if "group" in field.metadata else value
+        if "group" in field.metadata:
+            if not isinstance(value, Namespace):
+                raise UsageError(f"configuration group '{field.name}' is {value!r}; expected keys and values below it")
+            value = _build(field.metadata["group"], value)
+        kwargs[field.name] = value
     return cls(**kwargs)
 
 

@@ -31,9 +31,11 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
 
     def validate(self) -> None:
-        for name in ("tensor", "pipeline", "context", "expert"):
-            key = f"{name}_model_parallel_size" if name != "context" else "context_parallel_size"
-            if getattr(self, key) < 1:
+        for key in (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "expert_model_parallel_size", "expert_tensor_parallel_size", "distributed_timeout_minutes",
+        ):  # fmt: skip
+            if getattr(self, key) < (0.01 if key == "distributed_timeout_minutes" else 1):
                 raise UsageError(f"--{key.replace('_', '-')} is {getattr(self, key)}; expected at least 1")
         if self.virtual_pipeline_model_parallel_size is not None:
             if self.virtual_pipeline_model_parallel_size < 2 or self.pipeline_model_parallel_size < 2:

@@ -11,9 +11,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends. Linux only; elsewhere nothing."""
+    """Ask the kernel to kill this process when its parent ends, however it ends, and leave signals to the parent.
+
+    Linux only; elsewhere nothing.
+    """
     if not sys.platform.startswith("linux"):
         return
+    # A launcher signals the whole process group; what serves a parent that is saving must not go before it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1:  # it ended before the request
         os._exit(1)

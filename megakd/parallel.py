@@ -123,13 +123,14 @@ def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
     shape = [
         parallel.tensor_model_parallel_size, parallel.context_parallel_size, data, parallel.pipeline_model_parallel_size
     ]  # fmt: skip
+    timeout = datetime.timedelta(minutes=base.parallel.distributed_timeout_minutes)
     grid = HyperCommGrid(shape, ["tp", "cp", "dp", "pp"], backend=dist.get_backend())
     collection = ProcessGroupCollection()
     for name, dims in (
         ("tp", ["tp"]), ("cp", ["cp"]), ("dp", ["dp"]), ("pp", ["pp"]), ("mp", ["tp", "pp"]), ("tp_cp", ["tp", "cp"]),
         ("dp_cp", ["cp", "dp"]), ("tp_dp_cp", ["tp", "cp", "dp"]),
     ):  # fmt: skip
-        setattr(collection, name, grid.create_pg(dims))
+        setattr(collection, name, grid.create_pg(dims, timeout=timeout))
     collection.intra_dp_cp = collection.dp_cp
     for name in ("embd", "pos_embd", "ep", "hcp", "expt_tp", "tp_ep", "tp_ep_pp", "expt_dp"):
         setattr(collection, name, None)

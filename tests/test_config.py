@@ -83,6 +83,32 @@ def test_refused_yaml(tmp_path: Path, text: str, expected: str) -> None:
         run("--config", str(file))
 
 
+@dataclass
+class Files:
+    adopt: bool = option(False, "adopt")
+    prefix: list[str] = option(..., "prefixes", positional=True)
+
+
+@pytest.mark.parametrize("words", [["--adopt", "a", "b"], ["a", "b", "--adopt"], ["--adopt", "true", "a", "b"]])
+def test_a_switch_leaves_the_next_word_alone(words: list[str]) -> None:
+    config = parse(Files, words, prog="megakd test", description="test")
+    assert config == Files(adopt=True, prefix=["a", "b"])
+
+
+@pytest.mark.parametrize("content", [b"optim: 3\n", b"\xff\xfe\x00", b"a: [1\n", b"- 1\n"])
+def test_files_that_are_no_tree(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UsageError):
+        run("--name", "x", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_numbers_must_be_finite() -> None:
+    with pytest.raises(UsageError, match="--lr is inf; expected a finite number"):
+        run("--name", "x", "--lr", "1e400")
+    with pytest.raises(UsageError, match="lr"):
+        run("--name", "x", "--lr", "nan")
+
+
 def test_refused_flags() -> None:
     with pytest.raises(UsageError, match=r"--lr"):
         run("--name", "x", "--lrs", "1")

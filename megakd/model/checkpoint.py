@@ -293,9 +293,11 @@ def _commit(
             tokenizer=tokenizer,
             files=files,
         )
+        old = final.with_name(final.name + ".old")
         if final.exists():  # the same iteration again, after a resume from an earlier one
-            shutil.rmtree(final)
+            os.rename(final, old)
         os.rename(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
 

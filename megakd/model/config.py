@@ -91,6 +91,18 @@ class ModelConfig:
             raise UsageError("--fp8-format and --fp4-format exclude each other")
         if self.fp8_format and self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
             raise UsageError("--first-last-layers-bf16 needs --fp8-recipe tensorwise or blockwise; it is delayed")
+        for name in (
+            "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk",
+            "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by",
+            "recompute_num_layers",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        for name in ("norm_epsilon", "rotary_base", "rotary_percent", "init_method_std", "rope_scaling_factor"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a positive number")
+        if self.rotary_percent > 1:
+            raise UsageError(f"--rotary-percent is {self.rotary_percent}; expected at most 1")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= p < 1")

@@ -102,7 +102,7 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         + (f" | teacher {plan.teacher.path}" if plan.teacher else "")
         + (f" | continues after iteration {start_step}" if start_step else "")
     )
-    if groups.rank == 0 and config.checkpoint.save:
+    if groups.rank == 0 and config.checkpoint.save and not config.evaluate.skip_train:
         atomic_write(Path(config.checkpoint.save) / "config.yaml", dump(config).encode())
     return metrics
 

@@ -40,7 +40,9 @@ class DataConfig:
     valid_data_path: list[str | float] = option([], "held-out data, in the same form", common=True)
     seq_length: int = option(1024, "tokens of one sample", common=True)
     vocab_size: int | None = option(None, "true vocabulary (default: what the dataset's manifest records)")
-    tokenizer_type: str | None = option(None, "for bits per byte (default: what the dataset's manifest records)")
+    tokenizer_type: (
+        Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None
+    ) = option(None, "for bits per byte (default: what the dataset's manifest records)")
     tokenizer_model: str | None = option(None, "model file of the tokenizer (default: as the manifest records)")
     eod_mask_loss: bool = option(False, "no loss on the token after an end of document")
 
@@ -63,6 +65,10 @@ class TeacherConfig:
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
 
     def validate(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                flag = f"--teacher-{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is {getattr(self, name)}; expected at least 1")
         if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
             raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
 
@@ -84,8 +90,8 @@ class ObjectiveConfig:
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:
             raise UsageError(f"--kd-alpha is {self.kd_alpha}; expected 0 <= alpha <= 1")
-        if not self.kd_temperature > 0:
-            raise UsageError(f"--kd-temperature is {self.kd_temperature}; expected a positive number")
+        if not 1e-3 <= self.kd_temperature <= 1e3:
+            raise UsageError(f"--kd-temperature is {self.kd_temperature}; expected 0.001 to 1000")
         if self.head_chunk_mbytes < 1:
             raise UsageError(f"--head-chunk-mbytes is {self.head_chunk_mbytes}; expected at least 1")
 
@@ -112,13 +118,22 @@ class OptimConfig:
     def validate(self) -> None:
         if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
             raise UsageError(f"--lr {self.lr} and --min-lr {self.min_lr}; expected 0 <= min-lr <= lr and lr > 0")
-        if self.clip_grad < 0 or self.weight_decay < 0 or self.lr_warmup_iters < 0:
-            raise UsageError("--clip-grad, --weight-decay and --lr-warmup-iters cannot be negative")
+        for name in ("clip_grad", "weight_decay", "lr_warmup_iters"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= beta < 1")
+        if not self.adam_eps > 0:
+            raise UsageError(f"--adam-eps is {self.adam_eps}; expected a positive number")
+        for name in ("lr_decay_iters", "lr_wsd_decay_iters"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
 
     def check_length(self, train_iters: int) -> None:
         """Refuse phases that do not fit into the run."""
         end, decay = self.decay_iters(train_iters), self.wsd_decay_iters(train_iters)
-        if self.lr_decay_style != "constant" and self.lr_warmup_iters >= end:
+        if self.lr_warmup_iters >= end:
             raise UsageError(f"--lr-warmup-iters {self.lr_warmup_iters} leaves nothing of the {end} decay steps")
         if self.lr_decay_style == "WSD" and self.lr_warmup_iters + decay > end:
             raise UsageError(
@@ -146,8 +161,8 @@ class CheckpointConfig:
 @dataclass
 class EvaluateConfig:
     eval_interval: int = option(100, "steps between evaluations; one more at the end", common=True)
-    eval_iters: int = option(10, "global batches of one evaluation", common=True)
-    skip_train: bool = option(False, "evaluate the checkpoint once, train nothing, save nothing")
+    eval_iters: int = option(10, "global batches of one evaluation, at most one pass over the data", common=True)
+    skip_train: bool = option(False, "evaluate the checkpoint once: trains nothing, saves no checkpoint")
 
     def validate(self) -> None:
         if self.eval_iters < 1:

@@ -65,7 +65,7 @@ class Evaluator:
         sums: dict[str, float] = {}
         num_tokens, num_bytes = 0, 0
         batches = self._batches()
-        for _ in range(self.config.evaluate.eval_iters):
+        for _ in range(self._num_batches()):
             batch = next(batches)
             result = run_step(
                 self.student, batch, self.teacher, self.objective, self.groups, step=step, forward_only=True
@@ -80,6 +80,11 @@ class Evaluator:
         for chunk in self.student.wrapped:
             chunk.train()
         return self._result(sums, num_tokens, self._over_ranks(num_bytes))
+
+    def _num_batches(self) -> int:
+        """``eval_iters``, or fewer: no sample is counted twice while another has not been seen."""
+        available = sum(samples.num_samples for samples in self.blend.datasets)
+        return max(1, min(self.config.evaluate.eval_iters, available // self.config.training.global_batch_size))
 
     def _batches(self) -> Loader:
         return Loader(

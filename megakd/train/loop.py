@@ -15,7 +15,7 @@ from megakd.train.build import (
     restore,
 )
 from megakd.train.config import TrainConfig
-from megakd.train.optim import Optimizer
+from megakd.train.optim import NonFiniteError, Optimizer
 from megakd.train.preflight import Plan
 from megakd.train.signals import StopRequest
 from megakd.train.step import run_step
@@ -24,7 +24,8 @@ from megakd.train.step import run_step
 def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     """Train the student that ``config`` describes, from step 0 or from the checkpoint that ``plan`` found.
 
-    All ranks call it. Returns COMPLETE, or STOPPED if a signal or ``exit_interval`` ended the run after a save.
+    All ranks call it. Returns COMPLETE, or STOPPED if a signal or ``exit_interval`` ended the run after a save (FAILED
+    if there was nowhere to save).
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite; nothing of that step was applied.
@@ -50,9 +51,13 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     for step in range(start_step + 1, last_step + 1):
         metrics.start_clock()
         optimizer.zero_grad()
-        loss = run_step(student, next(batches), teacher, objective, groups, step=step)
-        update = optimizer.step(step)
-        metrics.log(step, loss, update)
+        try:
+            loss = run_step(student, next(batches), teacher, objective, groups, step=step)
+            update = optimizer.step(step)
+        except NonFiniteError:
+            writer.finish()  # what is being written in the background is sound
+            raise
+        metrics.log(step, loss, update, samples=batches.consumed_samples)
         writer.poll()
 
         at_end = step == last_step
@@ -62,12 +67,19 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         if _due(step, config.checkpoint.save_interval, at_end or stopped):
             save(step)
         if stopped:
-            metrics.say(f"stopped after iteration {step} as asked; the same command continues from here")
             break
 
     writer.finish()
+    if start_step >= last_step and not config.evaluate.skip_train:
+        metrics.say(f"nothing to do: the checkpoint is at iteration {start_step}, --train-iters is {last_step}")
+    if stopped and config.checkpoint.save:
+        metrics.say(f"stopped after iteration {step} as asked; the same command continues from here")
+    elif stopped:
+        metrics.say(f"stopped after iteration {step} as asked; nothing was saved, because there is no --save")
     metrics.close()
-    return ExitStatus.STOPPED if stopped else ExitStatus.COMPLETE
+    if not stopped:
+        return ExitStatus.COMPLETE
+    return ExitStatus.STOPPED if config.checkpoint.save else ExitStatus.FAILED
 
 
 def _due(step: int, interval: int, at_end: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from megakd.errors import UsageError
 from megakd.manifest import atomic_write
 from megakd.model.config import ModelShape
 from megakd.train.config import TrainConfig
@@ -49,8 +51,10 @@ class Metrics:
             return
         folder = Path(config.checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
         path = folder / "metrics.jsonl"
-        _keep_until(path, start_step)
+        if not config.evaluate.skip_train:
+            _keep_until(path, start_step)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only one rank needs it
 
@@ -61,13 +65,12 @@ class Metrics:
         """The next step begins now: what came before (building, evaluating, saving) is not its time."""
         self._last = time.perf_counter()
 
-    def log(self, step: int, loss: StepLoss, update: Update) -> None:
-        """Record one step; print every ``log_interval``, and the first."""
+    def log(self, step: int, loss: StepLoss, update: Update, *, samples: int) -> None:
+        """Record one step; print every ``log_interval``, and the first. samples: consumed by the run so far."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._times.append(seconds)
         training = self._config.training
-        samples = step * training.global_batch_size
         record: dict[str, Any] = {
             "step": step,
             "samples": samples,
@@ -106,6 +109,7 @@ class Metrics:
             os.fsync(self._file)
             os.close(self._file)
             self._board.close()
+            os.close(self._lock)
 
     def _report(self, step: int, record: dict[str, Any]) -> None:
         training = self._config.training
@@ -143,6 +147,19 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             os.write(self._file, orjson.dumps(record) + b"\n")
+
+
+def _lock(folder: Path) -> int:
+    """Two runs in one folder would overwrite each other's checkpoints; the lock goes with the process that holds it."""
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(
+            f"--save {folder} is in use by another run; stop it or give this one a folder of its own"
+        ) from None
+    return lock
 
 
 def _keep_until(path: Path, step: int) -> None:

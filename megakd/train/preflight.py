@@ -11,7 +11,7 @@ from typing import Any
 
 from megakd.data.blend import Blend, parse_data_path
 from megakd.data.indexed import IndexedDataset
-from megakd.data.loader import check_vocabulary
+from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.samples import ConcatSamples
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
@@ -65,6 +65,15 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     check_vocabulary(datasets, vocab_size)
     teacher, teacher_shape = _check_teacher(config, world_size, vocab_size, tokenizer)
     resume, weights_only = _check_resume(config, student, vocab_size)
+    if resume is not None and not weights_only:
+        Loader(  # refuses a checkpoint of other data or another order
+            blend,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+            global_batch_size=config.training.global_batch_size,
+            data_parallel_size=data_size,
+            state=resume.loader_state,
+        )
     return Plan(
         student=student,
         vocab_size=vocab_size,
@@ -146,6 +155,14 @@ def _check_teacher(
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
+    if shape.num_experts and any(
+        getattr(layout, name) != getattr(config.parallel, name)
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    ):
+        raise UsageError(
+            "a teacher with experts needs the student's layout; drop --teacher-tensor-model-parallel-size and "
+            "--teacher-pipeline-model-parallel-size"
+        )
     shape.check_layout(layout, "teacher")
     _check_weights(record, "teacher")
     return record, shape

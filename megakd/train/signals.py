@@ -1,12 +1,20 @@
-"""SIGTERM and SIGINT: the first one asks the run to finish its step, save and exit; a second one ends it at once."""
+"""SIGTERM and SIGINT: the first one asks the run to finish its step, save and exit; a second one ends it at once.
+
+A launcher passes on what it gets, and a scheduler may signal launcher and ranks alike: what comes within two seconds of
+the first signal is the same request.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+_SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
@@ -14,16 +22,19 @@ class StopRequest:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._asked = False
+        self._asked_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+        elif time.monotonic() - self._asked_at > _SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self) -> bool:
         """The same answer on every rank. All ranks call it, once a step."""
-        flag = torch.tensor(int(self._asked), dtype=torch.int32, device=self._device)
+        flag = torch.tensor(int(self._asked_at is not None), dtype=torch.int32, device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.model.config import ModelConfig
 from megakd.model.metadata import read_tensor_names
 from megakd.train import main as train_main
+from megakd.train.metrics import _lock
 from megakd.train.preflight import check_run
 
 
@@ -126,6 +128,48 @@ REFUSED: dict[str, tuple[int, dict[str, Any], type[ValueError], str]] = {
         "multiple of 2 x",
     ),
 }
+
+
+VALUES = {
+    "optim": {"adam_beta1": 2.0, "adam_beta2": -1.0, "adam_eps": -1.0, "clip_grad": -1.0, "lr_wsd_decay_iters": -5},
+    "student": {
+        "norm_epsilon": -1.0,
+        "rotary_base": 0.0,
+        "rotary_percent": 5.0,
+        "num_query_groups": 0,
+        "ffn_hidden_size": -64,
+        "make_vocab_size_divisible_by": 0,
+    },
+    "parallel": {"expert_tensor_parallel_size": 0},
+    "teacher": {"tensor_model_parallel_size": -1},
+    "objective": {"kd_temperature": 1e-300},
+    "evaluate": {"eval_iters": 0},
+}
+
+
+@pytest.mark.parametrize(("group", "key"), [(group, key) for group, values in VALUES.items() for key in values])
+def test_values_out_of_range(group: str, key: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=key.replace("_", "-")):
+        make_config(make_tree(setting["data"], **{group: {key: VALUES[group][key]}}))
+
+
+def test_warm_up_that_fills_the_run(setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--lr-warmup-iters 10"):
+        make_config(make_tree(setting["data"], optim={"lr_decay_style": "constant", "lr_warmup_iters": 10}))
+
+
+def test_resume_with_other_data_or_seed(setting: dict[str, Any]) -> None:
+    tree = make_tree(setting["data"], checkpoint={"save": setting["teacher"]}, training={"seed": 6})
+    with pytest.raises(MismatchError, match="seed was 5, is now 6"):
+        check_run(make_config(tree), 1)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    lock = _lock(tmp_path)
+    with pytest.raises(UsageError, match="in use by another run"):
+        _lock(tmp_path)
+    os.close(lock)
+    os.close(_lock(tmp_path))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -142,6 +142,15 @@ def test_resume_in_another_layout(
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
 
 
+def test_samples_are_counted_through_a_change_of_batch(data: str, world: Worlds, tmp_path: Path) -> None:
+    for steps, batch in ((2, 8), (4, 16)):
+        training = {"train_iters": steps, "global_batch_size": batch}
+        tree = make_tree(data, training=training, checkpoint={"save": str(tmp_path / "run")})
+        assert world(1).run(run_training, tree) == [0]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["samples"] for line in lines] == [8, 16, 32, 48]
+
+
 def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: Path) -> None:
     for name, background in (("now", False), ("later", True)):
         checkpoint = {"save": str(tmp_path / name), "save_interval": 3, "async_save": background}
@@ -153,12 +162,18 @@ def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: P
         )
 
 
-def test_sigterm_saves_and_the_same_command_continues(data: str, world: Worlds, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("receiver", "background"), [("rank", False), ("launcher", False), ("launcher", True)])
+def test_sigterm_saves_and_the_same_command_continues(
+    receiver: str, background: bool, data: str, world: Worlds, tmp_path: Path
+) -> None:
+    """To one rank alone, all must agree; the launcher passes it on to every process of its ranks' groups."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert world(2).run(run_training, slow_tree(data, whole, parallel={**TP2})) == [0, 0]
-    run = torchrun(slow_tree(data, cut, parallel={**TP2}), tmp_path, 2)
+    tree = slow_tree(data, cut, parallel={**TP2})
+    tree["checkpoint"].update(save_interval=3, async_save=background)
+    run = torchrun(tree, tmp_path, 2)
     wait_for_step(cut, 4, run)
-    os.kill(workers(run)[0], signal.SIGTERM)  # one rank alone: all must agree
+    os.kill(workers(run)[0] if receiver == "rank" else run.pid, signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
     assert "stopped after iteration" in output
     stopped = int((cut / "latest_checkpointed_iteration.txt").read_text())
