@@ -91,10 +91,10 @@ def install() -> None:
     if any(isinstance(finder, _FacadeFinder) for finder in sys.meta_path):
         return
     hide_absent_cuda_packages()
-    check_version(importlib.import_module("megatron.core.package_info").__version__)
     with warnings.catch_warnings():
         # eight modules say that Transformer Engine and apex are not there, which is so by design
         warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+        check_version(importlib.import_module("megatron.core.package_info").__version__)
         for name in ("optimizer", "transformer.moe.token_dispatcher", "tensor_parallel.random", "models.gpt"):
             importlib.import_module(f"megatron.core.{name}")
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
