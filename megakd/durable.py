@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,9 +114,13 @@ class HashingWriter:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file so that a reader, or a crash, sees the old content or the new one and nothing else."""
+    """Write a small file so that a reader, or a crash, sees the old content or the new one and nothing else.
+
+    What a killed writer left aside is overwritten by the next one, so that nothing stays; two writers of one file must
+    be kept apart by their caller's lock.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with explain_no_space(path, needed_bytes=len(data)):
             temporary.write_bytes(data)
