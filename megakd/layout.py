@@ -107,18 +107,8 @@ class Coordinates:
     pipeline: int
 
 
-def coordinates(rank: int, *, tensor: int, context: int, data: int) -> Coordinates:
-    """Where ``rank`` stands in a grid whose first three sizes are given."""
-    return Coordinates(
-        tensor=rank % tensor,
-        context=rank // tensor % context,
-        data=rank // (tensor * context) % data,
-        pipeline=rank // (tensor * context * data),
-    )
-
-
 def rank_of(place: Coordinates, *, tensor: int, context: int, data: int) -> int:
-    """The inverse of ``coordinates``."""
+    """The rank that stands at ``place`` in a grid whose first three sizes are given."""
     return place.tensor + tensor * (place.context + context * (place.data + data * place.pipeline))
 
 

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.config import to_dict
 from megakd.errors import MismatchError, NoSpaceError
 from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
-from megakd.model.config import ModelShape, shape_to_dict
+from megakd.model.config import ModelShape
 from megakd.model.gpt import HiddenGPTModel
 from megakd.model.metadata import read_tensor_names
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
@@ -99,7 +100,7 @@ def record_parameters(
     """The part of a manifest that ``read_record`` understands."""
     return {
         "iteration": iteration,
-        "shape": shape_to_dict(shape),
+        "shape": to_dict(shape),
         "vocab_size": vocab_size,
         "seq_length": seq_length,
         "loader_state": loader_state,

@@ -252,8 +252,3 @@ class ModelShape:
         """Floating-point operations of one forward pass over one token of a causal sequence, the head included."""
         scores = 2.0 * self.num_layers * self.num_attention_heads * self.kv_channels * seq_length
         return self.flops_per_token_forward + scores + 2.0 * self.hidden_size * vocab_size
-
-
-def shape_to_dict(shape: ModelShape) -> dict[str, Any]:
-    """Plain data for a checkpoint's record."""
-    return dataclasses.asdict(shape)
