@@ -1,91 +1,221 @@
-"""The divergences between teacher and student, each as the formulas of one row and one vocabulary entry.
+"""The divergences from dense targets: the sums over a row that each needs, its value and its gradient from them.
 
 Axes: ``R`` rows (tokens), ``v`` this rank's slice of the vocabulary. p is the teacher's distribution and q the
 student's, each a softmax over the whole vocabulary after its temperature. Nothing here knows about processes: what a
-divergence needs of the other slices it names in ``columns``, and by the time it is called they have been merged.
-Derivations are in ``docs/numerics.md``.
+divergence needs of the other slices it names in ``first`` and ``second``, and by the time it is called they have been
+merged. Derivations are in ``docs/numerics.md``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megakd.losses.vocab_parallel import RowStatistics
+from megakd.losses.pointwise import POINTWISE, Entries, product
+from megakd.losses.terms import KDTerm
+from megakd.losses.vocab_parallel import RowStatistics, pivot
 
 
 @dataclass(frozen=True)
-class Entries:
-    """Every entry of a row slice under both models; -inf logits have probability exactly 0.
+class Pair:
+    """Entries of a row slice, for slopes: logits relative to the row's maximum after temperature, and probabilities.
 
-    s_Rv, t_Rv: logits relative to the row's maximum, after temperature.
-    p_Rv, q_Rv: probabilities over the whole vocabulary.
+    is_label_Rv: bool. s_Rv, t_Rv, p_Rv and q_Rv are those of the row without its label where the divergence treats it
+    apart.
     """
 
     s_Rv: Tensor
     t_Rv: Tensor
     p_Rv: Tensor
     q_Rv: Tensor
+    is_label_Rv: Tensor
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """One divergence D(p, q).
+    """One divergence D(p, q) from dense targets.
 
-    columns: the ratio columns its value is made of, beside the softmax statistics.
+    first: sums its value is made of, beside the softmax statistics.
+    second: sums that need the probabilities, and so a second look at the row once the first are merged.
     value: ``[R]`` D of each row, in nats, from merged statistics.
     gradient: ``[R, v]`` derivative of D by the student's logits divided by their temperature.
-    linear_in_teacher: whether D is linear in p up to terms without the student, so that sampled targets are unbiased.
     """
 
-    columns: tuple[str, ...]
-    value: Callable[[RowStatistics], Tensor]
-    gradient: Callable[[Entries, RowStatistics], Tensor]
-    linear_in_teacher: bool
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    value: Callable[[RowStatistics, KDTerm], Tensor]
+    gradient: Callable[[Pair, RowStatistics, KDTerm], Tensor]
 
 
-def teacher_entropy(rows: RowStatistics) -> Tensor:
+def column(values_R: Tensor) -> Tensor:
+    return values_R.unsqueeze(1)
+
+
+def teacher_entropy(rows: RowStatistics, term: KDTerm) -> Tensor:
     """H(p) = log sum exp(t') - E_p[t'], in nats."""
-    return rows["teacher_sum"].log() - rows["teacher_self"] / rows["teacher_sum"]
+    entropy_R = rows["teacher_sum"].log() - rows["teacher_self"] / rows["teacher_sum"]
+    if "teacher_label" not in rows.columns:
+        return entropy_R
+    log_odds_R, _ = label_log_odds(rows, term)  # the sums leave the label out: two parts and the choice between them
+    log_p = torch.nn.functional.logsigmoid(torch.stack([log_odds_R, -log_odds_R]))
+    return product(log_p[1].exp(), entropy_R) - product(log_p.exp(), log_p).sum(0)
 
 
-def forward_kl(rows: RowStatistics) -> Tensor:
+def forward_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
     """KL(p || q) = E_p[t' - s'] - log sum exp(t') + log sum exp(s')."""
-    return rows["forward"] / rows["teacher_sum"] + (rows["student_kd_sum"] / rows["teacher_sum"]).log()
+    return rows["forward"] / rows["teacher_sum"] + (rows["student_sum"] / rows["teacher_sum"]).log()
 
 
-def soft_cross_entropy(rows: RowStatistics) -> Tensor:
+def soft_cross_entropy(rows: RowStatistics, term: KDTerm) -> Tensor:
     """-E_p[log q] = KL(p || q) + H(p); its gradient is forward KL's."""
-    return forward_kl(rows) + teacher_entropy(rows)
+    return forward_kl(rows, term) + teacher_entropy(rows, term)
 
 
-def reverse_kl(rows: RowStatistics) -> Tensor:
+def reverse_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
     """KL(q || p) = E_q[s' - t'] - log sum exp(s') + log sum exp(t')."""
-    return rows["reverse"] / rows["student_kd_sum"] - (rows["student_kd_sum"] / rows["teacher_sum"]).log()
+    return rows["reverse"] / rows["student_sum"] - (rows["student_sum"] / rows["teacher_sum"]).log()
 
 
-def forward_kl_gradient(entries: Entries, rows: RowStatistics) -> Tensor:
+def _mixed_kl(rows: RowStatistics, term: KDTerm, reverse_weight: Tensor | float) -> Tensor:
+    return (1 - reverse_weight) * forward_kl(rows, term) + reverse_weight * reverse_kl(rows, term)
+
+
+def symmetric_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
+    """(1 - w) KL(p || q) + w KL(q || p)."""
+    return _mixed_kl(rows, term, term.reverse_weight)
+
+
+def adaptive_reverse_weight(rows: RowStatistics) -> Tensor:
+    """What reverse KL weighs in adaptive_kl: the tail's share of the gap; half where there is no gap at all."""
+    total_R = rows["head_gap"] + rows["tail_gap"]
+    return torch.where(total_R == 0, 0.5, rows["tail_gap"] / total_R)
+
+
+def adaptive_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
+    """AKL: forward KL by the head's share of the gap between p and q, reverse KL by the tail's."""
+    return _mixed_kl(rows, term, adaptive_reverse_weight(rows))
+
+
+def mean_square(rows: RowStatistics, term: KDTerm) -> Tensor:
+    """Mean over the ids of the squared difference of logits."""
+    return rows["square"] / rows["count"]
+
+
+def label_log_odds(rows: RowStatistics, term: KDTerm) -> tuple[Tensor, Tensor]:
+    """log of p_y / (1 - p_y) of teacher and student, from rows whose sums leave the label out."""
+    teacher_R = (rows["teacher_label"] - pivot(rows["teacher_max"])) / term.temperature - rows["teacher_sum"].log()
+    student_R = (rows["student_label"] - pivot(rows["student_max"])) / term.student_temperature
+    return teacher_R, student_R - rows["student_sum"].log()
+
+
+def label_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
+    """KL between (p_y, 1 - p_y) and (q_y, 1 - q_y): the target part of DKD."""
+    log_odds = label_log_odds(rows, term)
+    log_p, log_q = (torch.nn.functional.logsigmoid(torch.stack([odds, -odds])) for odds in log_odds)
+    return product(log_p.exp(), log_p - log_q).sum(0)
+
+
+def decoupled(rows: RowStatistics, term: KDTerm) -> Tensor:
+    """alpha · label part + beta · KL among the other ids (DKD, arXiv 2203.08679, equation 7)."""
+    return term.dkd_alpha * label_kl(rows, term) + term.dkd_beta * forward_kl(rows, term)
+
+
+def second_value(rows: RowStatistics, term: KDTerm) -> Tensor:
+    return rows["value"]
+
+
+def forward_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
     """q - p."""
-    return entries.q_Rv - entries.p_Rv
+    return pair.q_Rv - pair.p_Rv
 
 
-def reverse_kl_gradient(entries: Entries, rows: RowStatistics) -> Tensor:
+def reverse_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
     """q ((s' - t') - E_q[s' - t'])."""
-    mean_R1 = (rows["reverse"] / rows["student_kd_sum"]).unsqueeze(1)
-    return product(entries.q_Rv, entries.s_Rv - entries.t_Rv - mean_R1)
+    mean_R1 = column(rows["reverse"] / rows["student_sum"])
+    return product(pair.q_Rv, pair.s_Rv - pair.t_Rv - mean_R1)
 
 
-def product(mass_Rv: Tensor, factor_Rv: Tensor) -> Tensor:
-    """mass · factor where an entry without mass gives exactly 0, whatever its factor."""
-    return torch.where(mass_Rv == 0, 0.0, mass_Rv * factor_Rv)
+def symmetric_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    reverse = reverse_kl_gradient(pair, rows, term)
+    return (1 - term.reverse_weight) * forward_kl_gradient(pair, rows, term) + term.reverse_weight * reverse
 
+
+def adaptive_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """The weights count as constants, as in the paper."""
+    weight_R1 = column(adaptive_reverse_weight(rows))
+    reverse = reverse_kl_gradient(pair, rows, term)
+    return (1 - weight_R1) * forward_kl_gradient(pair, rows, term) + weight_R1 * reverse
+
+
+def logit_difference(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """s / tau_s - t / tau_t, and 0 for an id that both models rule out."""
+    offset_R1 = column(
+        pivot(rows["student_max"]) / term.student_temperature - pivot(rows["teacher_max"]) / term.temperature
+    )
+    both = (pair.s_Rv == -math.inf) & (pair.t_Rv == -math.inf)
+    return torch.where(both, 0.0, pair.s_Rv - pair.t_Rv + offset_R1)
+
+
+def logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """2 d / n."""
+    return 2 / column(rows["count"]) * logit_difference(pair, rows, term)
+
+
+def centred_difference(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    both = (pair.s_Rv == -math.inf) & (pair.t_Rv == -math.inf)
+    mean_R1 = column(rows["difference"] / rows["count"])
+    return torch.where(both, 0.0, logit_difference(pair, rows, term) - mean_R1)
+
+
+def centred_logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """2 (d - mean d) / n."""
+    return 2 / column(rows["count"]) * centred_difference(pair, rows, term)
+
+
+def decoupled_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """At the label alpha (q_y - p_y); elsewhere beta (q' - p') - alpha (q_y - p_y) q', both among the other ids."""
+    teacher_odds_R, student_odds_R = label_log_odds(rows, term)
+    label_R1 = term.dkd_alpha * column(student_odds_R.sigmoid() - teacher_odds_R.sigmoid())
+    others_Rv = term.dkd_beta * (pair.q_Rv - pair.p_Rv) - label_R1 * pair.q_Rv
+    return torch.where(pair.is_label_Rv, label_R1, others_Rv)
+
+
+def pair_entries(pair: Pair, rows: RowStatistics) -> Entries:
+    return Entries(
+        log_p=pair.t_Rv - column(rows["teacher_sum"].log()),
+        log_q=pair.s_Rv - column(rows["student_sum"].log()),
+        p=pair.p_Rv,
+        q=pair.q_Rv,
+    )
+
+
+def pointwise_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """w - q · sum(w)."""
+    slope_Rv = POINTWISE[term.formula].slope(pair_entries(pair, rows), term)
+    return slope_Rv - product(pair.q_Rv, column(rows["slope"]).expand_as(slope_Rv))
+
+
+_MIXTURE = Divergence((), ("value", "slope"), second_value, pointwise_gradient)
 
 DIVERGENCES = {
-    "forward_kl": Divergence(("forward",), forward_kl, forward_kl_gradient, linear_in_teacher=True),
-    "soft_cross_entropy": Divergence(("forward",), soft_cross_entropy, forward_kl_gradient, linear_in_teacher=True),
-    "reverse_kl": Divergence(("reverse",), reverse_kl, reverse_kl_gradient, linear_in_teacher=False),
+    "forward_kl": Divergence(("forward",), (), forward_kl, forward_kl_gradient),
+    "soft_cross_entropy": Divergence(("forward",), (), soft_cross_entropy, forward_kl_gradient),
+    "reverse_kl": Divergence(("reverse",), (), reverse_kl, reverse_kl_gradient),
+    "symmetric_kl": Divergence(("forward", "reverse"), (), symmetric_kl, symmetric_kl_gradient),
+    "adaptive_kl": Divergence(("forward", "reverse"), ("head_gap", "tail_gap"), adaptive_kl, adaptive_kl_gradient),
+    "generalised_jsd": _MIXTURE,
+    "skew_forward_kl": _MIXTURE,
+    "skew_reverse_kl": _MIXTURE,
+    "total_variation": _MIXTURE,
+    "alpha_beta": _MIXTURE,
+    "logit_mse": Divergence(("square", "count"), (), mean_square, logit_mse_gradient),
+    "centred_logit_mse": Divergence(("difference", "count"), ("square",), mean_square, centred_logit_mse_gradient),
+    "decoupled": Divergence(
+        ("forward", "student_label", "teacher_label", "student_top", "teacher_top"), (), decoupled, decoupled_gradient
+    ),
 }
-"""Every divergence by the name that configurations use."""
+"""Every formula (``KDTerm.formula``) on dense targets."""

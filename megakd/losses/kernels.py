@@ -1,99 +1,100 @@
 """The work on one chunk of logits, as every implementation must offer it.
 
-Axes: ``R`` rows (tokens of the chunk), ``v`` this rank's slice of the vocabulary, ``k`` statistics of a row.
+Axes: ``R`` rows (tokens of the chunk), ``v`` this rank's slice of the vocabulary, ``K`` listed ids, ``k`` statistics of
+a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from megakd.errors import UsageError
 from megakd.losses.divergences import DIVERGENCES
-from megakd.losses.vocab_parallel import KD_COLUMNS, LM_COLUMNS, RowStatistics
+from megakd.losses.terms import KDTerm
+from megakd.losses.vocab_parallel import LISTED_COLUMNS, LM_COLUMNS, PAIR_COLUMNS, SPREAD_COLUMNS, RowStatistics
 
 
 @dataclass(frozen=True)
-class KDTerm:
-    """How student and teacher are compared.
-
-    divergence: a key of ``divergences.DIVERGENCES``.
-    temperature: divides the teacher's logits, and the student's too when ``temperature_on`` is ``"both"``.
-    scale_by_temperature_squared: multiply the divergence by temperature², so that its gradient keeps its size (Hinton
-        et al., arXiv 1503.02531); only when the temperature is on both.
-    """
-
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    temperature_on: Literal["teacher", "both"] = "both"
-    scale_by_temperature_squared: bool = True
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise UsageError(f"divergence {self.divergence!r} is not one of {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is {self.temperature}, expected a number greater than 0")
-
-    @property
-    def student_temperature(self) -> float:
-        return self.temperature if self.temperature_on == "both" else 1.0
-
-    @property
-    def scale(self) -> float:
-        """Factor on the divergence."""
-        both = self.temperature_on == "both"
-        return self.temperature**2 if both and self.scale_by_temperature_squared else 1.0
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The teacher's side of a chunk: logits ``[R, v]``, the weight ``[R]`` of each row's divergence, fp32, and the
-    term."""
+class DenseTeacher:
+    """The teacher's side of a chunk: logits ``[R, v]``, read only, and each row's weight ``[R]``, fp32."""
 
     logits_Rv: Tensor
     weight_R: Tensor
     term: KDTerm
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return PAIR_COLUMNS + DIVERGENCES[self.term.formula].first
+
+
+@dataclass(frozen=True)
+class ListedTeacher:
+    """Ids that a sparse target lists, as columns of this slice: int64 ``[R, K]``, negative or >= num_valid where the
+    slot is empty or another rank holds the id. Each column at most once in a row."""
+
+    columns_RK: Tensor
+    term: KDTerm
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return LISTED_COLUMNS + (SPREAD_COLUMNS if self.term.tail == "spread" else ())
 
 
 @dataclass(frozen=True)
 class Chunk:
     """What a kernel is given.
 
-    student_Rv: the student's logits. A kernel may overwrite them with the gradient.
+    student_Rv: the student's logits. ``gradient`` may overwrite them with their gradient.
     num_valid: leading columns that are not padding.
     label_R: int64, the label's column in this slice; negative or >= num_valid where another rank holds it.
     lm_weight_R: fp32. A weight of 0 takes its term out of the gradient before any arithmetic.
+    z_weight_R: fp32, the weight of log-sum-exp squared, or None.
     """
 
     student_Rv: Tensor
     num_valid: int
     label_R: Tensor
     lm_weight_R: Tensor
-    teacher: Teacher | None
+    z_weight_R: Tensor | None = None
+    teacher: DenseTeacher | ListedTeacher | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return statistics_columns(None if self.teacher is None else self.teacher.term)
+        """The statistics of a row, in order."""
+        return LM_COLUMNS if self.teacher is None else LM_COLUMNS + self.teacher.columns
 
 
-def statistics_columns(term: KDTerm | None) -> tuple[str, ...]:
-    """The statistics of a row that the LM loss and ``term`` need, in order."""
-    if term is None:
-        return LM_COLUMNS
-    return LM_COLUMNS + KD_COLUMNS + DIVERGENCES[term.divergence].columns
+@dataclass(frozen=True)
+class ListedSlope:
+    """The gradient of a sparse target's weighted divergence by the student's logits (tau_s included).
+
+    At an id that is not listed: factor_R · exp((s - rest_max) / tau_s) - shift_R. At the listed ids: listed_KR.
+    Exactly 0 everywhere in rows without weight.
+    """
+
+    factor_R: Tensor
+    shift_R: Tensor
+    listed_KR: Tensor
 
 
 class Kernels(Protocol):
     """One implementation."""
 
-    def statistics(self, chunk: Chunk) -> RowStatistics:
-        """The statistics of this slice of every row."""
+    def supports(self, chunk: Chunk) -> bool:
+        """Whether this implementation can do the chunk: device, dtypes, divergence."""
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics) -> Tensor:
+    def statistics(self, chunk: Chunk) -> RowStatistics:
+        """``chunk.columns`` of this slice of every row; with a listed teacher the logits of its ids behind them, a
+        line an id, 0 where this rank lacks it."""
+
+    def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
+        """This slice's share of the divergence's ``second`` columns, from merged first statistics. Plain sums."""
+
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
         """``[R, v]``, the student's dtype: derivative of the chunk's weighted loss by its logits, from merged
-        statistics."""
+        statistics; ``slope`` is the divergence's share where the teacher is a listed one."""
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
-        """Both at once where the slice is the whole vocabulary."""
+        """All at once where the slice is the whole vocabulary; not for listed teachers nor adaptive_kl."""

@@ -1,130 +1,288 @@
-"""The walk over chunks of tokens: logits, statistics, merge, and the gradient products, one chunk at a time.
+"""The walk over chunks of tokens: logits, statistics, merge, values and gradient, one chunk at a time.
 
 Axes: ``R`` rows (the tokens that are computed), ``H`` hidden, ``v`` this rank's slice of the vocabulary, ``k``
 statistics.
+
+Where the vocabulary is split, the all-gather of one chunk's statistics is under way while the next chunk's logits are
+made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megakd.losses.kernels import Chunk, KDTerm, Kernels, Teacher, statistics_columns
-from megakd.losses.vocab_parallel import RowStatistics, VocabShard, gather_statistics
-
-_PRODUCT_BLOCK_BYTES = 4 << 20
+from megakd.losses.adaptive import head_and_tail_gap
+from megakd.losses.divergences import DIVERGENCES, teacher_entropy
+from megakd.losses.implementations import Implementation, kernels_for
+from megakd.losses.kernels import Chunk, DenseTeacher, Kernels, ListedSlope, ListedTeacher
+from megakd.losses.logit_sources import Logits, Student
+from megakd.losses.sparse import Buckets, listed_values
+from megakd.losses.terms import KDTerm
+from megakd.losses.vocab_parallel import LM_COLUMNS, Gather, RowStatistics, VocabShard, merge_statistics
 
 
 @dataclass(frozen=True)
-class TeacherRows:
-    """The teacher's side of a sweep: hidden states ``[R, H_teacher]``, head rows ``[v, H_teacher]``, weights
-    ``[R]``."""
+class Term:
+    """One divergence of the sweep: ``weight_R`` what it weighs in each row, and the teacher, whole or in buckets."""
 
-    hidden_RH: Tensor
-    weight_vH: Tensor
-    kd_weight_R: Tensor
     term: KDTerm
+    weight_R: Tensor
+    teacher: Logits | Buckets
+
+
+@dataclass(frozen=True)
+class TermRows:
+    """What a sweep finds for one term, ``[R]`` each: the divergence, whether the top-1 agree, the teacher's entropy
+    (None for sparse targets)."""
+
+    value_R: Tensor
+    agree_R: Tensor
+    entropy_R: Tensor | None
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep leaves.
+    """What a sweep leaves: the LM statistics of all rows, merged over the group, and every term's values."""
 
-    statistics: merged over the group, of all rows.
-    d_hidden_RH: this rank's part of the gradient by the hidden states, in their dtype.
-    d_weight_vH: gradient by the weight; fp32 for a bf16 weight when it was added up over several chunks.
-    """
-
-    statistics: RowStatistics
-    d_hidden_RH: Tensor | None
-    d_weight_vH: Tensor | None
+    lm: RowStatistics
+    terms: list[TermRows]
 
 
 def sweep(
-    hidden_RH: Tensor,
-    weight_vH: Tensor,
+    student: Student,
     labels_R: Tensor,
     lm_weight_R: Tensor,
+    z_weight_R: Tensor | None,
+    terms: Sequence[Term],
     *,
-    teacher: TeacherRows | None,
     shard: VocabShard,
-    wants_hidden: bool,
-    wants_weight: bool,
-    kernels: Kernels,
+    implementation: Implementation,
     chunk_bytes: int,
 ) -> Swept:
-    """Walk over the rows. One all-gather a chunk, no other collective; gradients only where they are wanted."""
-    num_rows, num_columns = hidden_RH.shape[0], weight_vH.shape[0]
-    row_bytes = num_columns * hidden_RH.element_size()
-    if teacher is not None:
-        row_bytes += num_columns * teacher.hidden_RH.element_size()
-    chunk_rows = _even_chunk(num_rows, most=max(1, chunk_bytes // row_bytes))
+    """Walk over the rows. One all-gather a chunk, and one more for terms with ``second`` sums; the gradient goes to
+    ``student.take`` where the student wants it."""
+    walk = _Walk(student, labels_R, lm_weight_R, z_weight_R, terms, shard, implementation)
+    chunk_rows = _even_chunk(student.num_rows, most=max(1, chunk_bytes // walk.row_bytes))
+    walk.allocate(chunk_rows)
+    pending: _Work | None = None
+    for start in range(0, student.num_rows, chunk_rows):
+        work = walk.begin(slice(start, min(start + chunk_rows, student.num_rows)))
+        if pending is not None:
+            walk.finish(pending)
+            pending = None
+        if work.gather is None:
+            walk.finish(work)
+        else:
+            pending = work
+    if pending is not None:
+        walk.finish(pending)
+    return walk.swept()
 
-    wide = torch.promote_types(weight_vH.dtype, torch.float32)
-    d_hidden_RH = hidden_RH.new_empty(hidden_RH.shape) if wants_hidden else None
-    d_weight_vH = None
-    if wants_weight:
-        d_weight_vH = torch.zeros_like(weight_vH, dtype=wide if num_rows > chunk_rows else weight_vH.dtype)
 
-    # One buffer for all chunks: fresh memory for each would cost more in page faults than the statistics do.
-    student_Rv = hidden_RH.new_empty(chunk_rows, num_columns)
-    teacher_Rv = None if teacher is None else teacher.hidden_RH.new_empty(chunk_rows, num_columns)
-    columns = statistics_columns(None if teacher is None else teacher.term)
-    statistics_kR = hidden_RH.new_empty(len(columns), num_rows, dtype=wide)
+@dataclass
+class _Part:
+    """One term's share of a chunk (or the LM loss alone): its statistics here, then those of the whole rows."""
 
-    for start in range(0, num_rows, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, num_rows))
-        size = rows.stop - rows.start
-        chunk_teacher = None
-        if teacher is not None and teacher_Rv is not None:
-            torch.mm(teacher.hidden_RH[rows], teacher.weight_vH.t(), out=teacher_Rv[:size])
-            chunk_teacher = Teacher(teacher_Rv[:size], teacher.kd_weight_R[rows], teacher.term)
-        chunk = Chunk(
-            student_Rv=torch.mm(hidden_RH[rows], weight_vH.t(), out=student_Rv[:size]),
-            num_valid=shard.num_valid,
-            label_R=labels_R[rows] - shard.start,
-            lm_weight_R=lm_weight_R[rows],
-            teacher=chunk_teacher,
+    chunk: Chunk
+    kernels: Kernels
+    term: Term | None
+    statistics: RowStatistics
+    gradient_Rv: Tensor | None = None
+    slope: ListedSlope | None = None
+
+
+@dataclass
+class _Work:
+    rows: slice
+    parts: list[_Part]
+    gather: Gather | None
+
+
+class _Walk:
+    """The state of one sweep: buffers that all chunks share, and results a row."""
+
+    def __init__(
+        self,
+        student: Student,
+        labels_R: Tensor,
+        lm_weight_R: Tensor,
+        z_weight_R: Tensor | None,
+        terms: Sequence[Term],
+        shard: VocabShard,
+        implementation: Implementation,
+    ) -> None:
+        self._student, self._labels_R = student, labels_R
+        self._lm_weight_R, self._z_weight_R = lm_weight_R, z_weight_R
+        self._terms, self._shard, self._implementation = terms, shard, implementation
+        self._split = shard.world_size > 1
+        # Fresh memory for each chunk would cost more in page faults than the statistics do. While a gather is under
+        # way the next chunk's logits need a place of their own.
+        self._num_buffers = 2 if self._split else 1
+        self._turn = 0
+        wide = torch.promote_types(student.dtype, torch.float32)
+        device = labels_R.device
+        self._lm_kR = torch.empty(len(LM_COLUMNS), student.num_rows, dtype=wide, device=device)
+        self._results = [
+            TermRows(
+                value_R=torch.empty(student.num_rows, dtype=wide, device=device),
+                agree_R=torch.empty(student.num_rows, dtype=torch.bool, device=device),
+                entropy_R=None
+                if isinstance(term.teacher, Buckets)
+                else torch.empty(student.num_rows, dtype=wide, device=device),
+            )
+            for term in terms
+        ]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the buffers for one row's logits."""
+        copies = max(1, len(self._terms)) if self._student.wants_gradient else 1
+        sources: list[tuple[Logits | Student, int]] = [(self._student, copies)]
+        sources += [(term.teacher, 1) for term in self._terms if not isinstance(term.teacher, Buckets)]
+        sizes = (copies * source.width * source.dtype.itemsize for source, copies in sources)
+        return max(1, self._num_buffers * sum(sizes))
+
+    def allocate(self, chunk_rows: int) -> None:
+        """Make the buffers, for chunks of at most this many rows."""
+
+        def make(source: Logits | Student) -> list[Tensor | None]:
+            return [source.buffer(chunk_rows) for _ in range(self._num_buffers)]
+
+        self._student_buffers = make(self._student)
+        self._teacher_buffers = [
+            [None] * self._num_buffers if isinstance(term.teacher, Buckets) else make(term.teacher)
+            for term in self._terms
+        ]
+
+    def begin(self, rows: slice) -> _Work:
+        """Logits and statistics of a chunk, and the start of their gather; all of the chunk where nothing is split."""
+        turn, self._turn = self._turn, (self._turn + 1) % self._num_buffers
+        student_Rv = self._student.logits(rows, self._student_buffers[turn])
+        parts = []
+        for index, term in enumerate(self._terms or [None]):
+            # Each term overwrites logits of its own with its gradient; the LM loss goes with the first.
+            own_Rv = student_Rv if index == 0 or not self._student.wants_gradient else student_Rv.clone()
+            chunk = self._chunk(rows, own_Rv, with_lm=index == 0)
+            if term is not None:
+                buffer = self._teacher_buffers[index][turn]
+                chunk = replace(chunk, teacher=self._teacher(term, rows, student_Rv, buffer))
+            kernels = kernels_for(chunk, self._implementation)
+            parts.append(_Part(chunk, kernels, term, RowStatistics((), self._lm_kR)))
+        for part in parts:
+            if self._student.wants_gradient and self._at_once(part):
+                part.statistics, part.gradient_Rv = part.kernels.statistics_and_gradient(part.chunk)
+            else:
+                part.statistics = part.kernels.statistics(part.chunk)
+        gather = Gather([part.statistics.values_kR for part in parts], self._shard) if self._split else None
+        return _Work(rows, parts, gather)
+
+    def finish(self, work: _Work) -> None:
+        """Values and gradient of a chunk, from the statistics of whole rows."""
+        if work.gather is not None:
+            for part, parts_nkR in zip(work.parts, work.gather.wait()):
+                part.statistics = _merged(part, parts_nkR)
+        self._add_second(work.parts)
+        self._lm_kR[:, work.rows] = work.parts[0].statistics.values_kR[: len(LM_COLUMNS)]
+        for part, result in zip(work.parts, self._results):
+            self._keep(part, result, work.rows)
+        if not self._student.wants_gradient:
+            return
+        gradient_Rv = None
+        for part in work.parts:
+            if part.gradient_Rv is None:
+                part.gradient_Rv = part.kernels.gradient(part.chunk, part.statistics, part.slope)
+            gradient_Rv = part.gradient_Rv if gradient_Rv is None else gradient_Rv.add_(part.gradient_Rv)
+        assert gradient_Rv is not None
+        self._student.take(work.rows, gradient_Rv)
+
+    def swept(self) -> Swept:
+        return Swept(RowStatistics(LM_COLUMNS, self._lm_kR), self._results)
+
+    def _chunk(self, rows: slice, student_Rv: Tensor, *, with_lm: bool) -> Chunk:
+        lm_weight_R = self._lm_weight_R[rows]
+        return Chunk(
+            student_Rv=student_Rv,
+            num_valid=self._shard.num_valid,
+            label_R=self._labels_R[rows] - self._shard.start,
+            lm_weight_R=lm_weight_R if with_lm else torch.zeros_like(lm_weight_R),
+            z_weight_R=self._z_weight_R[rows] if with_lm and self._z_weight_R is not None else None,
         )
-        merged, gradient_Rv = _statistics_and_gradient(chunk, shard, kernels, gradient=wants_hidden or wants_weight)
-        statistics_kR[:, rows] = merged.values_kR
-        if gradient_Rv is not None:
-            if d_hidden_RH is not None:
-                torch.mm(gradient_Rv, weight_vH, out=d_hidden_RH[rows])
-            if d_weight_vH is not None:
-                _add_product_inplace(d_weight_vH, gradient_Rv, hidden_RH[rows])
-    return Swept(RowStatistics(columns, statistics_kR), d_hidden_RH, d_weight_vH)
+
+    def _teacher(
+        self, term: Term, rows: slice, student_Rv: Tensor, buffer: Tensor | None
+    ) -> DenseTeacher | ListedTeacher:
+        if isinstance(term.teacher, Buckets):
+            ids_RK = term.teacher.ids_RK[rows]
+            columns_RK = torch.where(ids_RK < 0, -1, ids_RK - self._shard.start)
+            return ListedTeacher(columns_RK, term.term)
+        teacher_Rv = term.teacher.logits(rows, buffer)
+        if term.term.divergence == "taid":
+            teacher_Rv = _intermediate(student_Rv, teacher_Rv, term.term.taid_t)
+        return DenseTeacher(teacher_Rv, term.weight_R[rows], term.term)
+
+    def _at_once(self, part: _Part) -> bool:
+        if self._split or isinstance(part.chunk.teacher, ListedTeacher):
+            return False
+        return part.term is None or part.term.term.formula != "adaptive_kl"
+
+    def _add_second(self, parts: list[_Part]) -> None:
+        """The sums that need the first ones merged: one more gather, of all terms together."""
+        late = [part for part in parts if part.gradient_Rv is None and _second_columns(part)]
+        if not late:
+            return
+        found = []
+        for part in late:
+            if part.term is not None and part.term.term.formula == "adaptive_kl":
+                found.append(head_and_tail_gap(part.chunk, part.statistics, self._shard))
+            else:
+                found.append(part.kernels.second(part.chunk, part.statistics))
+        if self._split:
+            gathered = Gather([part.values_kR for part in found], self._shard).wait()
+            found = [RowStatistics(own.columns, parts_nkR.sum(0)) for own, parts_nkR in zip(found, gathered)]
+        for part, own in zip(late, found):
+            part.statistics = part.statistics.extended(own)
+
+    def _keep(self, part: _Part, result: TermRows, rows: slice) -> None:
+        assert part.term is not None
+        term = part.term.term
+        if isinstance(part.term.teacher, Buckets):
+            values = listed_values(part.statistics, part.term.teacher[rows], term, part.term.weight_R[rows])
+            part.slope = values.slope
+            result.value_R[rows], result.agree_R[rows] = values.value_R * term.scale, values.agree_R
+            return
+        result.value_R[rows] = DIVERGENCES[term.formula].value(part.statistics, term) * term.scale
+        result.agree_R[rows] = part.statistics["agree"] > 0
+        if result.entropy_R is not None:
+            result.entropy_R[rows] = teacher_entropy(part.statistics, term)
 
 
-def _statistics_and_gradient(
-    chunk: Chunk, shard: VocabShard, kernels: Kernels, *, gradient: bool
-) -> tuple[RowStatistics, Tensor | None]:
-    if gradient and shard.world_size == 1:
-        return kernels.statistics_and_gradient(chunk)
-    term = KDTerm() if chunk.teacher is None else chunk.teacher.term
-    merged = gather_statistics(
-        kernels.statistics(chunk),
-        shard=shard,
+def _second_columns(part: _Part) -> tuple[str, ...]:
+    teacher = part.chunk.teacher
+    return DIVERGENCES[teacher.term.formula].second if isinstance(teacher, DenseTeacher) else ()
+
+
+def _merged(part: _Part, parts_nkR: Tensor) -> RowStatistics:
+    term = KDTerm() if part.term is None else part.term.term
+    return merge_statistics(
+        part.chunk.columns,
+        parts_nkR,
         student_temperature=term.student_temperature,
         teacher_temperature=term.temperature,
     )
-    return merged, kernels.gradient(chunk, merged) if gradient else None
+
+
+def _intermediate(student_Rv: Tensor, teacher_Rv: Tensor, t: float) -> Tensor:
+    """TAID's target (arXiv 2501.16937, equation 3): (1 - t) · student + t · teacher, the student held fixed."""
+    if t in (0, 1):  # 0 · inf would be NaN
+        return teacher_Rv if t == 1 else student_Rv.to(teacher_Rv.dtype, copy=True)
+    return teacher_Rv.mul(t).add_(student_Rv, alpha=1 - t)
 
 
 def _even_chunk(num_rows: int, *, most: int) -> int:
     """Rows of a chunk, at least 1 and at most ``most``, so that chunks are of even size."""
     num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
-
-
-def _add_product_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor) -> None:
-    """sum += gradientᵀ · hidden, accumulated over chunks in the dtype of the sum."""
-    if sum_vH.dtype == gradient_Rv.dtype:
-        sum_vH.addmm_(gradient_Rv.t(), hidden_RH)
-        return
-    # A narrow product goes through a block that stays in cache, so that the wide sum is the only memory traffic.
-    block = max(1, _PRODUCT_BLOCK_BYTES // (hidden_RH.shape[1] * hidden_RH.element_size()))
-    for start in range(0, sum_vH.shape[0], block):
-        sum_vH[start : start + block] += torch.mm(gradient_Rv[:, start : start + block].t(), hidden_RH)

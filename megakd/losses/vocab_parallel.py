@@ -11,19 +11,26 @@ Formulas are in ``docs/numerics.md``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LM_COLUMNS = ("student_max", "student_sum", "label")
+LM_COLUMNS = ("lm_max", "lm_sum", "label")
 """What the LM loss needs of a row: max s, sum of exp(s - max), the label's logit (0 on ranks that lack the label)."""
 
-KD_COLUMNS = ("student_kd_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
-"""What every divergence needs. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) / tau_t: the sums of
-exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1). Divergences may ask for more:
-"forward" and "reverse", the sums of exp(t') (t' - s') and of exp(s') (s' - t')."""
+PAIR_COLUMNS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
+"""What every divergence from dense targets needs. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) /
+tau_t: the sums of exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1)."""
+
+LISTED_COLUMNS = ("rest_max", "rest_sum")
+"""What sparse targets need: maximum and sum as above over the ids that are not listed. The logits of those that are
+travel behind, see ``RowStatistics.listed_KR``."""
+
+SPREAD_COLUMNS = ("total", "count")
+"""What tail ``spread`` needs beside: the sum of (s - lm_max) / tau_s over all ids, and how many they are."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +68,38 @@ class RowStatistics:
     def __getitem__(self, column: str) -> Tensor:
         return self.values_kR[self.columns.index(column)]
 
+    @property
+    def listed_KR(self) -> Tensor:
+        """The lines behind the named ones: logits of the listed ids (0 on ranks that lack the id)."""
+        return self.values_kR[len(self.columns) :]
+
+    def extended(self, other: RowStatistics) -> RowStatistics:
+        """These columns and those of another; neither has listed logits."""
+        return RowStatistics(self.columns + other.columns, torch.cat([self.values_kR, other.values_kR]))
+
 
 def pivot(maximum_R: Tensor) -> Tensor:
     """What is subtracted before exp: the maximum, or 0 where no entry is finite, because -inf - -inf is NaN."""
     return torch.where(maximum_R == -math.inf, 0.0, maximum_R)
 
 
-def gather_statistics(
-    part: RowStatistics, *, shard: VocabShard, student_temperature: float, teacher_temperature: float
-) -> RowStatistics:
-    """The statistics of whole rows from this rank's part of them: one all-gather and a merge."""
-    if shard.world_size == 1:
-        return part
-    k, num_rows = part.values_kR.shape
-    gathered = part.values_kR.new_empty(shard.world_size * k, num_rows)
-    dist.all_gather_into_tensor(gathered, part.values_kR.contiguous(), group=shard.group)
-    return merge_statistics(
-        part.columns,
-        gathered.view(shard.world_size, k, num_rows),
-        student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature,
-    )
+class Gather:
+    """One all-gather, under way: this rank's parts of the statistics of a chunk, packed."""
+
+    def __init__(self, parts: Sequence[Tensor], shard: VocabShard) -> None:
+        packed = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        k, num_rows = packed.shape
+        self._sizes = [part.shape[0] for part in parts]
+        self._gathered = packed.new_empty(shard.world_size, k, num_rows)
+        self._work = dist.all_gather_into_tensor(
+            self._gathered.view(-1, num_rows), packed.contiguous(), group=shard.group, async_op=True
+        )
+
+    def wait(self) -> list[Tensor]:
+        """``[n, k, R]`` of each part, in rank order."""
+        if self._work is not None:
+            self._work.wait()
+        return list(torch.split(self._gathered, self._sizes, dim=1))
 
 
 def merge_statistics(
@@ -89,27 +107,51 @@ def merge_statistics(
 ) -> RowStatistics:
     """The statistics of whole rows from those of every slice, in rank order; the temperatures are those of the sums."""
     ranks_nR = dict(zip(columns, parts_nkR.unbind(1)))
+    merged: dict[str, Tensor] = {}
 
-    merged: dict[str, Tensor] = {"label": ranks_nR["label"].sum(0)}
-    # How much lower than the row's maximum each rank's own pivot lies, in logits.
-    merged["student_max"] = ranks_nR["student_max"].amax(0)
-    drop_s = pivot(ranks_nR["student_max"]) - pivot(merged["student_max"])
-    merged["student_sum"] = _rescaled_sum(ranks_nR["student_sum"], drop_s)
-    if "teacher_max" in columns:
-        merged["teacher_max"] = ranks_nR["teacher_max"].amax(0)
-        drop_t = (pivot(ranks_nR["teacher_max"]) - pivot(merged["teacher_max"])) / teacher_temperature
-        drop_s = drop_s / student_temperature
-        student_nR, teacher_nR = ranks_nR["student_kd_sum"], ranks_nR["teacher_sum"]
-        merged["student_kd_sum"] = _rescaled_sum(student_nR, drop_s)
+    def merge_maximum(name: str, temperature: float) -> Tensor:
+        """Merge a maximum; how much lower each rank's own pivot lies, in units of the temperature."""
+        merged[name] = ranks_nR[name].amax(0)
+        return (pivot(ranks_nR[name]) - pivot(merged[name])) / temperature
+
+    if "lm_max" in columns:
+        drop = merge_maximum("lm_max", 1.0)
+        merged["lm_sum"] = _rescaled_sum(ranks_nR["lm_sum"], drop)
+        if "lm_self" in columns:
+            merged["lm_self"] = _rescaled_sum(ranks_nR["lm_self"] + ranks_nR["lm_sum"] * drop, drop)
+        if "total" in columns:
+            merged["total"] = (ranks_nR["total"] + ranks_nR["count"] * (drop / student_temperature)).sum(0)
+    if "rest_max" in columns:
+        drop = merge_maximum("rest_max", student_temperature)
+        merged["rest_sum"] = _rescaled_sum(ranks_nR["rest_sum"], drop)
+    if "student_max" in columns:
+        drop_s = merge_maximum("student_max", student_temperature)
+        drop_t = merge_maximum("teacher_max", teacher_temperature)
+        student_nR, teacher_nR = ranks_nR["student_sum"], ranks_nR["teacher_sum"]
+        merged["student_sum"] = _rescaled_sum(student_nR, drop_s)
         merged["teacher_sum"] = _rescaled_sum(teacher_nR, drop_t)
         merged["teacher_self"] = _rescaled_sum(ranks_nR["teacher_self"] + teacher_nR * drop_t, drop_t)
-        at_top = (ranks_nR["student_max"] == merged["student_max"]) & (ranks_nR["teacher_max"] == merged["teacher_max"])
-        merged["agree"] = (at_top & (ranks_nR["agree"] > 0)).any(0).to(parts_nkR.dtype)
+        merged["agree"] = _shared_maximum(ranks_nR)
         if "forward" in columns:
             merged["forward"] = _rescaled_sum(ranks_nR["forward"] + teacher_nR * (drop_t - drop_s), drop_t)
         if "reverse" in columns:
             merged["reverse"] = _rescaled_sum(ranks_nR["reverse"] + student_nR * (drop_s - drop_t), drop_s)
-    return RowStatistics(columns, torch.stack([merged[name] for name in columns]))
+    for name in ("student_top", "teacher_top"):
+        if name in columns:
+            merged[name] = ranks_nR[name].amax(0)
+    for name in columns:  # plain sums: they are relative to nothing, or to what is already merged
+        if name not in merged:
+            merged[name] = ranks_nR[name].sum(0)
+    lines = [merged[name] for name in columns]
+    return RowStatistics(columns, torch.cat([torch.stack(lines), parts_nkR[:, len(columns) :].sum(0)]))
+
+
+def _shared_maximum(ranks_nR: dict[str, Tensor]) -> Tensor:
+    """1 where some id is the maximum of both whole rows."""
+    student_nR = ranks_nR.get("student_top", ranks_nR["student_max"])
+    teacher_nR = ranks_nR.get("teacher_top", ranks_nR["teacher_max"])
+    at_top = (student_nR == student_nR.amax(0)) & (teacher_nR == teacher_nR.amax(0))
+    return (at_top & (ranks_nR["agree"] > 0)).any(0).to(student_nR.dtype)
 
 
 def _rescaled_sum(sums_nR: Tensor, drop_nR: Tensor) -> Tensor:

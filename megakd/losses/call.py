@@ -1,0 +1,197 @@
+"""What callers of the head and of given logits share: terms and their checks, masks, and the values that come back.
+
+Axes: ``T`` tokens, ``R`` rows (the tokens that carry weight), ``K`` listed ids, ``v`` this rank's slice of the
+vocabulary ``V``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megakd.errors import UsageError
+from megakd.losses.logit_sources import GivenLogits, Logits, ProductLogits
+from megakd.losses.sparse import Buckets
+from megakd.losses.sweep import Swept, Term
+from megakd.losses.terms import KDTerm
+from megakd.losses.vocab_parallel import VocabShard
+from megakd.targets import DenseTargets, LogitTargets, SparseTargets, Targets
+
+
+@dataclass(frozen=True)
+class KD:
+    """One distillation term: how to compare, with what, and what each token weighs in it (``[T]``)."""
+
+    term: KDTerm
+    targets: Targets
+    weight_T: Tensor
+
+
+@dataclass(frozen=True)
+class KDOutput:
+    """What one term says about ``T`` tokens; 0 where the token was not computed. Detached.
+
+    value_T: the divergence, temperature² included, fp32 (fp64 for fp64 inputs), nats.
+    agree_T: bool, student and teacher have the same top-1 id (one of them, where logits tie).
+    entropy_T: the teacher's entropy after its temperature; for sparse targets what they bring, or None.
+    """
+
+    value_T: Tensor
+    agree_T: Tensor
+    entropy_T: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What the head says about ``T`` tokens. Per-token values are detached, fp32 (fp64 for fp64 inputs), in nats.
+
+    loss: scalar, sum over tokens of lm_weight · lm + z_weight · log_z² + each term's weight · value; differentiable.
+    lm_T: cross-entropy with the label; 0 where the row was not computed or the label is no vocabulary id.
+    log_z_T: log-sum-exp of the student's logits; 0 where the row was not computed.
+    kd: one entry a term, in their order.
+    """
+
+    loss: Tensor
+    lm_T: Tensor
+    log_z_T: Tensor
+    kd: tuple[KDOutput, ...]
+
+
+@dataclass(frozen=True)
+class Select:
+    """The tokens that carry weight: taken out of ``[T, ...]``, put back among zeros; no copies when all of them do."""
+
+    rows_R: Tensor
+    num_tokens: int
+
+    @staticmethod
+    def of(num_tokens: int, lm_weight_T: Tensor, z_weight_T: Tensor | None, kd: Sequence[KD]) -> Select:
+        """Raises UsageError for weights that are not one a token."""
+        weights = [("lm_weight_T", lm_weight_T)] + [("KD.weight_T", one.weight_T) for one in kd]
+        if z_weight_T is not None:
+            weights.append(("z_weight_T", z_weight_T))
+        check_shapes(*((name, weight_T, (num_tokens,)) for name, weight_T in weights))
+        keep_T = torch.stack([weight_T != 0 for _, weight_T in weights]).any(0)
+        return Select(keep_T.nonzero().squeeze(1), num_tokens)
+
+    @property
+    def everything(self) -> bool:
+        return self.rows_R.shape[0] == self.num_tokens
+
+    def __call__(self, values_T: Tensor) -> Tensor:
+        if values_T.shape[0] != self.num_tokens:
+            raise UsageError(f"a tensor has shape {tuple(values_T.shape)}, expected {self.num_tokens} tokens in front")
+        values_T = values_T.detach()
+        return values_T if self.everything else values_T.index_select(0, self.rows_R)
+
+    def put(self, values_R: Tensor) -> Tensor:
+        if self.everything:
+            return values_R
+        return values_R.new_zeros(self.num_tokens, *values_R.shape[1:]).index_copy_(0, self.rows_R, values_R)
+
+    def clear_others(self, values_T: Tensor) -> None:
+        """Zeros for the tokens that carry no weight, in place."""
+        others_T = torch.ones(self.num_tokens, dtype=torch.bool, device=values_T.device)
+        others_T[self.rows_R] = False
+        values_T[others_T] = 0
+
+
+def make_terms(kd: Sequence[KD], select: Select, labels_R: Tensor, shard: VocabShard) -> list[Term]:
+    """The sweep's side of every term. Raises UsageError for targets that do not fit the term or the shard."""
+    return [Term(one.term, select(one.weight_T).float(), _teacher(one, select, labels_R, shard)) for one in kd]
+
+
+def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Logits | Buckets:
+    targets = one.targets
+    one.term.check(targets.kind if isinstance(targets, SparseTargets) else "dense")
+    if isinstance(targets, DenseTargets):
+        check_shapes(
+            ("targets.hidden_TH", targets.hidden_TH, (select.num_tokens, targets.weight_vH.shape[-1])),
+            ("targets.weight_vH", targets.weight_vH, (shard.num_rows, targets.weight_vH.shape[-1])),
+        )
+        return ProductLogits(select(targets.hidden_TH), targets.weight_vH.detach())
+    if isinstance(targets, LogitTargets):
+        check_shapes(("targets.logits_Tv", targets.logits_Tv, (select.num_tokens, shard.num_rows)))
+        return GivenLogits(targets.logits_Tv.detach(), None if select.everything else select.rows_R)
+    size = (select.num_tokens, targets.ids_TK.shape[-1])
+    check_shapes(("targets.ids_TK", targets.ids_TK, size), ("targets.log_probs_TK", targets.log_probs_TK, size))
+    chosen = replace(targets, ids_TK=select(targets.ids_TK), log_probs_TK=select(targets.log_probs_TK))
+    buckets = Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
+    _check_ids(buckets.ids_RK, shard.vocab_size)
+    return buckets
+
+
+def head_output(
+    swept: Swept,
+    labels_R: Tensor,
+    lm_weight_R: Tensor,
+    z_weight_R: Tensor | None,
+    kd: Sequence[KD],
+    terms: Sequence[Term],
+    select: Select,
+    vocab_size: int,
+) -> HeadOutput:
+    """Values of all tokens and the weighted sum, from what the sweep left."""
+    rows = swept.lm
+    is_id_R = (labels_R >= 0) & (labels_R < vocab_size)
+    # (max - label) first: both are large where logits are, and their difference is exact.
+    lm_R = (rows["lm_max"] - rows["label"]) + rows["lm_sum"].log()
+    log_z_R = rows["lm_max"] + rows["lm_sum"].log()
+    loss = _weighted_sum(lm_weight_R, torch.where(is_id_R, lm_R, torch.nan))
+    if z_weight_R is not None:
+        loss = loss + _weighted_sum(z_weight_R, log_z_R.square())
+    outputs = []
+    for one, term, found in zip(kd, terms, swept.terms):
+        loss = loss + _weighted_sum(term.weight_R, found.value_R)
+        entropy_T = one.targets.entropy_T if isinstance(one.targets, SparseTargets) else None
+        if found.entropy_R is not None:
+            entropy_T = select.put(found.entropy_R)
+        outputs.append(KDOutput(select.put(found.value_R), select.put(found.agree_R), entropy_T))
+    return HeadOutput(loss, select.put(torch.where(is_id_R, lm_R, 0.0)), select.put(log_z_R), tuple(outputs))
+
+
+def _weighted_sum(weight_R: Tensor, value_R: Tensor) -> Tensor:
+    """A value that weighs nothing adds nothing, whatever it is."""
+    return torch.where(weight_R == 0, 0.0, weight_R.to(value_R.dtype) * value_R).sum()
+
+
+def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    """Raises UsageError for the first tensor that has not its shape."""
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise UsageError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
+    """Raises UsageError, on CPU, for a label that is used and is no vocabulary id."""
+    check_shapes(("labels_T", labels_R, (select.rows_R.shape[0],)))
+    if labels_R.device.type != "cpu":
+        return  # looking would wait for the device
+    used_R = lm_weight_R != 0
+    for one in kd:
+        if one.term.needs_label:
+            used_R = used_R | (select(one.weight_T) != 0)
+    wrong_R = ((labels_R < 0) | (labels_R >= vocab_size)) & used_R
+    if wrong_R.any():
+        label = int(labels_R[wrong_R][0])
+        raise UsageError(
+            f"label {label} carries a weight but is no id of the vocabulary of {vocab_size}: "
+            "was the data preprocessed with another tokenizer?"
+        )
+
+
+def _check_ids(ids_RK: Tensor, vocab_size: int) -> None:
+    """Raises UsageError, on CPU, for listed ids that are none of the vocabulary or stand twice in a row."""
+    if ids_RK.device.type != "cpu" or ids_RK.numel() == 0:
+        return
+    sorted_RK = ids_RK.sort(1).values
+    if sorted_RK[:, -1].max() >= vocab_size or sorted_RK[:, 0].min() < -1:
+        wrong = int(sorted_RK[:, -1].max()) if sorted_RK[:, -1].max() >= vocab_size else int(sorted_RK[:, 0].min())
+        raise UsageError(f"sparse targets list id {wrong}, which is none of the vocabulary of {vocab_size}")
+    twice_RK = (sorted_RK[:, 1:] == sorted_RK[:, :-1]) & (sorted_RK[:, 1:] >= 0)
+    if twice_RK.any():
+        row = int(twice_RK.any(1).nonzero()[0])
+        raise UsageError(f"sparse targets list id {int(sorted_RK[row, 1:][twice_RK[row]][0])} twice for one token")

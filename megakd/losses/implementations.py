@@ -1,0 +1,39 @@
+"""The implementations of the chunk kernels by name, and which one does a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+from megakd.errors import UsageError
+from megakd.losses.kernels import Chunk, Kernels
+from megakd.losses.native import NativeKernels
+from megakd.losses.reference import ReferenceKernels
+
+Implementation = Literal["auto", "native", "reference"]
+
+IMPLEMENTATIONS: dict[str, Callable[[], Kernels]] = {"native": NativeKernels, "reference": ReferenceKernels}
+"""In order of preference."""
+
+
+@cache
+def _made(name: str) -> Kernels:
+    return IMPLEMENTATIONS[name]()
+
+
+def kernels_for(chunk: Chunk, implementation: Implementation) -> Kernels:
+    """The named implementation; ``auto`` takes the first that can do the chunk.
+
+    Raises UsageError where the named one cannot.
+    """
+    names = list(IMPLEMENTATIONS) if implementation == "auto" else [implementation]
+    for name in names:
+        if _made(name).supports(chunk):
+            return _made(name)
+    term = None if chunk.teacher is None else chunk.teacher.term
+    raise UsageError(
+        f"implementation {implementation} cannot do {chunk.student_Rv.dtype} on {chunk.student_Rv.device}"
+        + (f" with divergence {term.divergence}" if term else "")
+        + ": use auto or reference"
+    )

@@ -1,0 +1,116 @@
+"""Where a sweep's logits come from, chunk by chunk, and where their gradient goes.
+
+Axes: ``R`` rows (the tokens that are computed), ``H`` hidden, ``v`` this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_PRODUCT_BLOCK_BYTES = 4 << 20
+
+
+class Logits(Protocol):
+    """Logits of rows, made or looked up a chunk at a time. ``width`` is v."""
+
+    width: int
+    dtype: torch.dtype
+
+    def buffer(self, num_rows: int) -> Tensor | None:
+        """Memory for the logits of a chunk; None where none is needed."""
+
+    def logits(self, rows: slice, buffer: Tensor | None) -> Tensor:
+        """``[R, v]`` of these rows, in the buffer if there is one."""
+
+
+class Student(Logits, Protocol):
+    """The student's logits, which the sweep may overwrite, and a taker of their gradient."""
+
+    num_rows: int
+    wants_gradient: bool
+
+    def take(self, rows: slice, gradient_Rv: Tensor) -> None:
+        """Receive the gradient by these rows' logits."""
+
+
+class ProductLogits:
+    """Hidden states ``[R, H]`` times the transpose of output weights ``[v, H]``."""
+
+    def __init__(self, hidden_RH: Tensor, weight_vH: Tensor) -> None:
+        self.hidden_RH, self.weight_vH = hidden_RH, weight_vH
+        self.num_rows, self.width, self.dtype = hidden_RH.shape[0], weight_vH.shape[0], hidden_RH.dtype
+
+    def buffer(self, num_rows: int) -> Tensor | None:
+        return self.hidden_RH.new_empty(num_rows, self.width)
+
+    def logits(self, rows: slice, buffer: Tensor | None) -> Tensor:
+        assert buffer is not None
+        hidden_RH = self.hidden_RH[rows]
+        return torch.mm(hidden_RH, self.weight_vH.t(), out=buffer[: hidden_RH.shape[0]])
+
+
+class HeadStudent(ProductLogits):
+    """The student's output head. After the sweep:
+
+    d_hidden_RH: this rank's part of the gradient by the hidden states, in their dtype.
+    d_weight_vH: gradient by the weight; fp32 for a bf16 weight.
+    """
+
+    def __init__(self, hidden_RH: Tensor, weight_vH: Tensor, *, wants_hidden: bool, wants_weight: bool) -> None:
+        super().__init__(hidden_RH, weight_vH)
+        self.wants_gradient = wants_hidden or wants_weight
+        self.d_hidden_RH = torch.empty_like(hidden_RH) if wants_hidden else None
+        wide = torch.promote_types(weight_vH.dtype, torch.float32)
+        self.d_weight_vH = torch.zeros_like(weight_vH, dtype=wide) if wants_weight else None
+
+    def take(self, rows: slice, gradient_Rv: Tensor) -> None:
+        if self.d_hidden_RH is not None:
+            torch.mm(gradient_Rv, self.weight_vH, out=self.d_hidden_RH[rows])
+        if self.d_weight_vH is not None:
+            _add_product_inplace(self.d_weight_vH, gradient_Rv, self.hidden_RH[rows])
+
+
+class GivenLogits:
+    """Logits ``[T, v]`` that exist; ``rows_R`` are the tokens that are computed, None for all."""
+
+    def __init__(self, logits_Tv: Tensor, rows_R: Tensor | None) -> None:
+        self.logits_Tv, self.rows_R = logits_Tv, rows_R
+        self.num_rows = logits_Tv.shape[0] if rows_R is None else rows_R.shape[0]
+        self.width, self.dtype = logits_Tv.shape[1], logits_Tv.dtype
+
+    def buffer(self, num_rows: int) -> Tensor | None:
+        return None if self.rows_R is None else self.logits_Tv.new_empty(num_rows, self.width)
+
+    def logits(self, rows: slice, buffer: Tensor | None) -> Tensor:
+        if self.rows_R is None or buffer is None:
+            return self.logits_Tv[rows]
+        index_R = self.rows_R[rows]
+        return torch.index_select(self.logits_Tv, 0, index_R, out=buffer[: index_R.shape[0]])
+
+
+class GivenStudent(GivenLogits):
+    """The student's logits, which become their own gradient where it is wanted."""
+
+    def __init__(self, logits_Tv: Tensor, rows_R: Tensor | None, *, wants_gradient: bool) -> None:
+        super().__init__(logits_Tv, rows_R)
+        self.wants_gradient = wants_gradient
+
+    def take(self, rows: slice, gradient_Rv: Tensor) -> None:
+        if self.rows_R is not None:
+            self.logits_Tv.index_copy_(0, self.rows_R[rows], gradient_Rv)
+        elif gradient_Rv.data_ptr() != self.logits_Tv[rows].data_ptr():
+            self.logits_Tv[rows] = gradient_Rv
+
+
+def _add_product_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor) -> None:
+    """sum += gradientᵀ · hidden, accumulated over chunks in the dtype of the sum."""
+    if sum_vH.dtype == gradient_Rv.dtype:
+        sum_vH.addmm_(gradient_Rv.t(), hidden_RH)
+        return
+    # A narrow product goes through a block that stays in cache, so that the wide sum is the only memory traffic.
+    block = max(1, _PRODUCT_BLOCK_BYTES // (hidden_RH.shape[1] * hidden_RH.element_size()))
+    for start in range(0, sum_vH.shape[0], block):
+        sum_vH[start : start + block] += torch.mm(gradient_Rv[:, start : start + block].t(), hidden_RH)

@@ -1,0 +1,93 @@
+"""The same losses from logits that exist, for those who have made them: values and gradient in one pass, in place.
+
+Axes: ``T`` tokens, ``v`` this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megakd.losses.call import KD, HeadOutput, Select, check_labels, check_shapes, head_output, make_terms
+from megakd.losses.implementations import Implementation
+from megakd.losses.logit_sources import GivenStudent
+from megakd.losses.sweep import sweep
+from megakd.losses.vocab_parallel import VocabShard
+
+DEFAULT_CHUNK_BYTES = 32 << 20
+
+
+def logits_loss(
+    student_Tv: Tensor,
+    labels_T: Tensor,
+    *,
+    shard: VocabShard,
+    lm_weight_T: Tensor,
+    z_weight_T: Tensor | None = None,
+    kd: Sequence[KD] = (),
+    inplace: bool = False,
+    implementation: Implementation = "auto",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> HeadOutput:
+    """``head.head_loss`` from the student's logits ``[T, v]``, contiguous; teachers as logits or sparse.
+
+    inplace: the logits become their gradient, at once; nobody may read them afterwards (autograd refuses if an
+        operation before has kept them for its backward; a matrix product has not). Else a copy does.
+
+    Raises UsageError as ``head_loss`` does.
+    """
+    check_shapes(("student_Tv", student_Tv, (labels_T.shape[0], shard.num_rows)))
+    wants_gradient = torch.is_grad_enabled() and student_Tv.requires_grad
+    with torch.no_grad():
+        select = Select.of(student_Tv.shape[0], lm_weight_T, z_weight_T, kd)
+        labels_R, lm_weight_R = select(labels_T), select(lm_weight_T)
+        check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
+        logits_Tv = student_Tv.detach()
+        if wants_gradient and not (inplace and logits_Tv.is_contiguous()):
+            logits_Tv = logits_Tv.clone(memory_format=torch.contiguous_format)
+        elif not logits_Tv.is_contiguous():
+            logits_Tv = logits_Tv.contiguous()
+        student = GivenStudent(logits_Tv, None if select.everything else select.rows_R, wants_gradient=wants_gradient)
+        terms = make_terms(kd, select, labels_R, shard)
+        z_weight_R = None if z_weight_T is None else select(z_weight_T)
+        swept = sweep(
+            student,
+            labels_R,
+            lm_weight_R,
+            z_weight_R,
+            terms,
+            shard=shard,
+            implementation=implementation,
+            chunk_bytes=chunk_bytes,
+        )
+        output = head_output(swept, labels_R, lm_weight_R, z_weight_R, kd, terms, select, shard.vocab_size)
+        if wants_gradient and not select.everything:
+            select.clear_others(logits_Tv)
+    if not wants_gradient:
+        return output
+    loss: Tensor = _Loss.apply(student_Tv, output.loss, logits_Tv)  # type: ignore[no-untyped-call]
+    return replace(output, loss=loss)
+
+
+class _Loss(torch.autograd.Function):
+    """A loss whose gradient was made with it; the backward scales that, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, student_Tv: Tensor, loss: Tensor, gradient_Tv: Tensor) -> Tensor:
+        ctx.gradient_Tv = gradient_Tv
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient_Tv, ctx.gradient_Tv = ctx.gradient_Tv, None
+        if gradient_Tv is None:
+            raise RuntimeError("logits_loss keeps one gradient: a second backward over it has nothing left")
+        if grad.device.type != "cpu" or grad != 1:  # looking is free on CPU alone
+            gradient_Tv.mul_(grad.to(gradient_Tv.dtype))
+        return gradient_Tv, None, None

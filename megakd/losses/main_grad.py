@@ -1,0 +1,27 @@
+"""The gradient of the output weight into megatron's buffers for gradients, without a copy in between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor:
+    """Add ``grad · d_weight_vH`` to ``weight_vH.main_grad`` where megatron has put one; what autograd is to be given.
+
+    megatron's hook adds what autograd accumulates to ``main_grad`` (distributed_data_parallel.py, megatron-core 0.16),
+    unless ``grad_added_to_main_grad`` says that it is there already: then what autograd is given only has to exist. A
+    weight that is tied to the embedding gets the embedding's gradient through autograd too (``zero_out_wgrad``): there
+    it is zeros, which leave that gradient alone. Without such a buffer the product is rounded to the weight's dtype as
+    it is written.
+    """
+    if getattr(weight_vH, "main_grad", None) is None or not hasattr(weight_vH, "grad_added_to_main_grad"):
+        scaled_vH = torch.empty_like(d_weight_vH, dtype=weight_vH.dtype)
+        return torch.mul(d_weight_vH, grad.to(d_weight_vH.dtype), out=scaled_vH)
+    main_grad_vH: Tensor = weight_vH.main_grad
+    main_grad_vH.addcmul_(d_weight_vH.to(main_grad_vH.dtype), grad.to(main_grad_vH.dtype))
+    weight_vH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(weight_vH, "zero_out_wgrad", False):
+        return torch.zeros_like(weight_vH)
+    # nobody reads it: one element's memory in the shape that autograd asks for
+    return weight_vH.new_zeros(()).expand_as(weight_vH)

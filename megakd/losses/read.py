@@ -1,0 +1,210 @@
+"""What an output head says, without a loss: log-probabilities, entropies, the best ids, samples.
+
+Axes: ``T`` tokens, ``R`` rows (tokens of one chunk), ``H`` hidden, ``v`` this rank's slice of the vocabulary ``V``,
+``K`` best ids, ``N`` draws, ``n`` ranks.
+
+One engine with the losses: the same chunks, statistics and merge. No gradients are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.errors import UsageError
+from megakd.losses.call import check_shapes
+from megakd.losses.divergences import column
+from megakd.losses.logit_sources import ProductLogits
+from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
+
+_DEFAULT_CHUNK_BYTES = 128 << 20
+_COLUMNS = ("lm_max", "lm_sum", "label", "lm_self")
+
+
+@dataclass(frozen=True)
+class HeadReading:
+    """What was asked for; None for the rest. fp32 (fp64 for fp64 inputs), nats, the same on every rank.
+
+    log_z_T: log-sum-exp of the logits, always.
+    log_prob_T: of ``ids_T``; 0 where the id is none of the vocabulary. entropy_T: of the softmax.
+    top_ids_TK, top_log_probs_TK: the K best ids, best first; where logits tie, the smaller id first.
+    sample_ids_TN: one draw from the softmax for each uniform number.
+    """
+
+    log_z_T: Tensor
+    log_prob_T: Tensor | None = None
+    entropy_T: Tensor | None = None
+    top_ids_TK: Tensor | None = None
+    top_log_probs_TK: Tensor | None = None
+    sample_ids_TN: Tensor | None = None
+
+
+@torch.no_grad()
+def read_head(
+    hidden_TH: Tensor,
+    weight_vH: Tensor,
+    *,
+    shard: VocabShard,
+    ids_T: Tensor | None = None,
+    entropy: bool = False,
+    top_k: int = 0,
+    uniforms_TN: Tensor | None = None,
+    chunk_bytes: int = _DEFAULT_CHUNK_BYTES,
+) -> HeadReading:
+    """Read a head whose vocabulary is split over a group; all its ranks call this with the same tokens.
+
+    hidden_TH, weight_vH: as for ``head.head_loss``.
+    ids_T: int64, whose log-probability is wanted.
+    top_k: how many of the best ids, at most the vocabulary.
+    uniforms_TN: float64 in [0, 1), the same on every rank; a draw is the first id, in their order, at which the
+        cumulative probability exceeds the number. So draws depend on the numbers and the distribution alone.
+
+    One all-gather a chunk for log-probabilities and entropies; one more each for best ids and for samples.
+    Raises UsageError for shapes that do not fit.
+    """
+    num_tokens = hidden_TH.shape[0]
+    check_shapes(
+        ("hidden_TH", hidden_TH, (num_tokens, weight_vH.shape[-1])),
+        ("weight_vH", weight_vH, (shard.num_rows, weight_vH.shape[-1])),
+    )
+    if not 0 <= top_k <= shard.vocab_size:
+        raise UsageError(f"top_k is {top_k}, expected 0 to the vocabulary's {shard.vocab_size}")
+    logits = ProductLogits(hidden_TH.detach(), weight_vH.detach())
+    chunk_rows = max(1, chunk_bytes // (logits.width * logits.dtype.itemsize))
+    buffer = logits.buffer(min(chunk_rows, num_tokens))
+    chunks = []
+    for start in range(0, max(num_tokens, 1), chunk_rows):
+        rows = slice(start, min(start + chunk_rows, num_tokens))
+        labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows]
+        uniforms_RN = None if uniforms_TN is None else uniforms_TN[rows]
+        chunks.append(_read_chunk(logits.logits(rows, buffer), labels_R, entropy, top_k, uniforms_RN, shard))
+    whole = HeadReading(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*map(_fields, chunks))))  # type: ignore[arg-type]
+    if ids_T is not None:
+        return whole
+    return HeadReading(
+        whole.log_z_T, None, whole.entropy_T, whole.top_ids_TK, whole.top_log_probs_TK, whole.sample_ids_TN
+    )
+
+
+def _fields(reading: HeadReading) -> tuple[Tensor | None, ...]:
+    return (
+        reading.log_z_T,
+        reading.log_prob_T,
+        reading.entropy_T,
+        reading.top_ids_TK,
+        reading.top_log_probs_TK,
+        reading.sample_ids_TN,
+    )
+
+
+def _read_chunk(
+    logits_Rv: Tensor, ids_R: Tensor, entropy: bool, top_k: int, uniforms_RN: Tensor | None, shard: VocabShard
+) -> HeadReading:
+    valid_Rv = logits_Rv[:, : shard.num_valid]
+    rows = _statistics(valid_Rv, ids_R - shard.start, entropy=entropy)
+    if shard.world_size > 1:
+        (parts_nkR,) = Gather([rows.values_kR], shard).wait()
+        rows = merge_statistics(rows.columns, parts_nkR, student_temperature=1.0, teacher_temperature=1.0)
+    log_sum_R = rows["lm_sum"].log()
+    log_z_R = rows["lm_max"] + log_sum_R
+    is_id_R = (ids_R >= 0) & (ids_R < shard.vocab_size)
+    # (label - max) first: both are large where logits are, and their difference is exact.
+    log_prob_R = torch.where(is_id_R, (rows["label"] - rows["lm_max"]) - log_sum_R, 0.0)
+    entropy_R = log_sum_R - rows["lm_self"] / rows["lm_sum"] if entropy else None
+    top_ids_RK = top_RK = None
+    if top_k:
+        top_ids_RK, top_logits_RK = _best(valid_Rv, top_k, shard)
+        top_RK = (top_logits_RK.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
+    samples_RN = None if uniforms_RN is None else _draw(valid_Rv, rows, uniforms_RN, shard)
+    return HeadReading(log_z_R, log_prob_R, entropy_R, top_ids_RK, top_RK, samples_RN)
+
+
+def _statistics(valid_Rv: Tensor, ids_R: Tensor, *, entropy: bool) -> RowStatistics:
+    """This slice's share of the statistics of every row; ``ids_R`` are columns of the slice."""
+    wide_Rv = valid_Rv.to(torch.promote_types(valid_Rv.dtype, torch.float32))
+    num_rows, num_valid = wide_Rv.shape
+    lm_max_R = wide_Rv.amax(1) if num_valid else wide_Rv.new_full((num_rows,), -torch.inf)
+    s_Rv = wide_Rv - column(pivot(lm_max_R))
+    exp_Rv = s_Rv.exp()
+    owned_R = (ids_R >= 0) & (ids_R < num_valid)
+    label_R = torch.zeros_like(lm_max_R)
+    if num_valid:
+        label_R = torch.where(owned_R, wide_Rv.gather(1, column(torch.where(owned_R, ids_R, 0))).squeeze(1), 0.0)
+    lines = [lm_max_R, exp_Rv.sum(1), label_R]
+    if entropy:
+        lines.append(torch.where(exp_Rv == 0, 0.0, exp_Rv * s_Rv).sum(1))
+    return RowStatistics(_COLUMNS[: len(lines)], torch.stack(lines))
+
+
+def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Ids and logits of the best, over all slices, best first. The best of all are among the best of each slice."""
+    own_k = min(top_k, shard.num_valid)
+    logits_RK, columns_RK = _stable_top(valid_Rv, own_k)
+    ids_RK = columns_RK + shard.start
+    if shard.world_size == 1:
+        return ids_RK, logits_RK
+    num_rows = valid_Rv.shape[0]
+    missing = top_k - own_k  # a slice may hold fewer ids than are wanted
+    logits_RK = torch.cat([logits_RK, logits_RK.new_full((num_rows, missing), -torch.inf)], 1)
+    ids_RK = torch.cat([ids_RK, ids_RK.new_full((num_rows, missing), shard.vocab_size)], 1)
+    wide_RK = logits_RK.to(torch.promote_types(logits_RK.dtype, torch.float32))
+    all_logits, all_ids = _gather_columns(wide_RK, shard), _gather_columns(ids_RK, shard)
+    # slices stand in the order of their ids, and each is stable: so is the whole
+    order_RK = torch.where(all_ids < shard.vocab_size, all_logits, -torch.inf).sort(1, descending=True, stable=True)
+    chosen_RK = order_RK.indices[:, :top_k]
+    return all_ids.gather(1, chosen_RK), all_logits.gather(1, chosen_RK)
+
+
+def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest, in falling order, ties by column."""
+    found = values_Rv.topk(k, 1)
+    values_RK, columns_RK = found.values, found.indices
+    if k == 0:
+        return values_RK, columns_RK
+    # topk is free to take any of the columns that tie at its edge: take the first of them
+    edge_R1 = values_RK[:, -1:]
+    above_Rv = values_Rv > edge_R1
+    room_R1 = k - above_Rv.sum(1, keepdim=True)
+    at_edge_Rv = values_Rv == edge_R1
+    if (at_edge_Rv.sum(1, keepdim=True) > room_R1).any():
+        chosen_Rv = above_Rv | (at_edge_Rv & (at_edge_Rv.cumsum(1) <= room_R1))
+        columns_RK = chosen_Rv.nonzero()[:, 1].view(-1, k)
+    else:
+        columns_RK = columns_RK.sort(1).values
+    values_RK, order_RK = values_Rv.gather(1, columns_RK).sort(1, descending=True, stable=True)
+    return values_RK, columns_RK.gather(1, order_RK)
+
+
+def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: VocabShard) -> Tensor:
+    """One id for each uniform number, by the inverse of the cumulative distribution, in float64."""
+    mass_Rv = (valid_Rv.double() - column(pivot(rows["lm_max"]).double())).exp()
+    cumulative_Rv = mass_Rv.cumsum(1)
+    own_R = cumulative_Rv[:, -1] if shard.num_valid else mass_Rv.sum(1)
+    sums_Rn = _gather_columns(column(own_R), shard)
+    before_R = sums_Rn[:, : shard.start // shard.num_rows].sum(1)
+    thresholds_RN = uniforms_RN.double() * column(sums_Rn.sum(1)) - column(before_R)
+    mine_RN = (thresholds_RN >= 0) & (thresholds_RN < column(own_R))
+    if shard.world_size == 1:
+        mine_RN = torch.ones_like(mine_RN)
+    columns_RN = torch.searchsorted(cumulative_Rv, thresholds_RN.contiguous(), right=True)
+    # rounding may carry the last number past the last sum: it belongs to the last id that has mass
+    last_R1 = (mass_Rv > 0).long().cumsum(1).argmax(1, keepdim=True) if shard.num_valid else columns_RN[:, :1]
+    ids_RN = torch.minimum(columns_RN, last_R1) + shard.start
+    if shard.world_size == 1:
+        return ids_RN
+    # slices answer for disjoint intervals; a number that rounding leaves between two is the later one's first id
+    answers_RN = torch.where(mine_RN, ids_RN, shard.vocab_size)
+    dist.all_reduce(answers_RN, op=dist.ReduceOp.MIN, group=shard.group)
+    return answers_RN.clamp(max=shard.vocab_size - 1)
+
+
+def _gather_columns(own_RK: Tensor, shard: VocabShard) -> Tensor:
+    """``[R, n · K]`` every rank's columns, in rank order."""
+    if shard.world_size == 1:
+        return own_RK
+    gathered = own_RK.new_empty(shard.world_size * own_RK.shape[1], own_RK.shape[0])
+    dist.all_gather_into_tensor(gathered, own_RK.t().contiguous(), group=shard.group)
+    return gathered.t()
