@@ -169,7 +169,7 @@ def _groups() -> Any:
 def _megakd(arguments: argparse.Namespace, *, student: bool = True, teacher: bool = True) -> Callable[[], None]:
     import torch
 
-    from megakd.losses.head import KDTerm, VocabShard, head_loss
+    from megakd.losses.head import KD, KDTerm, VocabShard, head_loss
     from megakd.targets import DenseTargets
 
     groups = _groups()
@@ -199,9 +199,7 @@ def _megakd(arguments: argparse.Namespace, *, student: bool = True, teacher: boo
             labels_T,
             shard=shard,
             lm_weight_T=ones_T * (0.0 if teacher else 1.0),
-            kd_weight_T=ones_T if teacher else None,
-            kd=KDTerm() if teacher else None,
-            targets=DenseTargets(hidden_TH, head_vH) if teacher else None,
+            kd=[KD(KDTerm(), DenseTargets(hidden_TH, head_vH), ones_T)] if teacher else [],
         )
         (output.loss / labels_T.numel()).backward()
         for parameter in one.parameters():

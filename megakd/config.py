@@ -55,11 +55,13 @@ class _Leaf:
     title: str
 
 
-def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, description: str) -> Root:
+def parse(
+    root: type[Root], argv: Sequence[str] | None, *, prog: str, description: str, epilog: Sequence[str] = ()
+) -> Root:
     """Fill ``root`` from ``--config FILE`` and flags, validate it and return it.
 
     Every dataclass of the tree may have a ``validate()`` method that raises ``UsageError``. ``--help``, ``--help-all``
-    and ``--print-config`` print and exit with status 0.
+    and ``--print-config`` print and exit with status 0. epilog: lines that the help ends with.
 
     Raises:
         UsageError: unknown key or flag, a value of another type, a required one missing, or what ``validate`` refuses.
@@ -68,7 +70,7 @@ def parse(root: type[Root], argv: Sequence[str] | None, *, prog: str, descriptio
     show_all = "--help-all" in arguments
     leaves = list(_leaves(root, "", "", "options"))
     if show_all or "--help" in arguments or "-h" in arguments:
-        print(_help(leaves, prog, description, show_all))
+        print("\n".join([*_help(leaves, prog, description, show_all), *epilog]))
         raise SystemExit(0)
     parser = _build_parser(leaves, prog)
     print_config = "--print-config" in arguments
@@ -167,7 +169,7 @@ def _default(leaf: _Leaf) -> Any:
     return leaf.field.default if factory is dataclasses.MISSING else factory()
 
 
-def _help(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> str:
+def _help(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> list[str]:
     lines = [f"usage: {prog} [--config FILE.yaml] [flags]", "", *textwrap.wrap(description, 100)]
     entries = [
         ("general", "--config FILE", "YAML file; flags override what it says"),
@@ -198,7 +200,7 @@ def _help(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> s
         lines += [" " * 48 + line for line in rest]
     if hidden:
         lines += ["", f"{hidden} more flags: {prog} --help-all"]
-    return "\n".join(lines)
+    return lines
 
 
 def _type_arguments(hint: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]
     batch = next(build_loader(config, plan, groups))
     loss = run_step(student, batch, teacher, objective, groups, step=1, forward_only=forward_only)
     result = {"loss": loss.loss, "lm": loss.lm, "kd": loss.kd, "agreement": loss.agreement, "tokens": loss.num_tokens}
+    result |= {"entropy": loss.teacher_entropy, "z_loss": loss.z_loss, "kd_share": loss.kd_share, "t": loss.taid_t}
     if not forward_only:
         optimizer.inner.prepare_grads()
         result["grad_norm"] = float(optimizer.inner.get_grad_norm())

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_head_equals_the_cpu() -> None:
-    from megakd.losses.head import KDTerm, VocabShard, head_loss
+    from megakd.losses.head import KD, KDTerm, VocabShard, head_loss
     from megakd.targets import DenseTargets
 
     torch.manual_seed(0)
@@ -31,9 +31,7 @@ def test_head_equals_the_cpu() -> None:
             labels.to(device),
             shard=VocabShard(0, 256, 251, None),
             lm_weight_T=weight.to(device),
-            kd_weight_T=weight.to(device),
-            kd=KDTerm(temperature=2.0),
-            targets=DenseTargets(teacher.detach(), head.detach()),
+            kd=[KD(KDTerm(temperature=2.0), DenseTargets(teacher.detach(), head.detach()), weight.to(device))],
             implementation="reference",
         )
         result.loss.backward()

@@ -95,7 +95,14 @@ class CheckpointWriter:
 
 
 def record_parameters(
-    shape: ModelShape, groups: Groups, *, iteration: int, vocab_size: int, seq_length: int, loader_state: dict[str, Any]
+    shape: ModelShape,
+    groups: Groups,
+    *,
+    iteration: int,
+    vocab_size: int,
+    seq_length: int,
+    loader_state: dict[str, Any],
+    objective_state: dict[str, Any],
 ) -> dict[str, Any]:
     """The part of a manifest that ``read_record`` understands."""
     return {
@@ -104,6 +111,7 @@ def record_parameters(
         "vocab_size": vocab_size,
         "seq_length": seq_length,
         "loader_state": loader_state,
+        "objective_state": objective_state,
         "layout": _layout(groups),
         "use_distributed_optimizer": groups.parallel.use_distributed_optimizer,
         "rng_states": True,

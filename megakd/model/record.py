@@ -22,7 +22,8 @@ class CheckpointRecord:
     """The manifest of one checkpoint, understood.
 
     loader_state: what ``Loader.state()`` returned. layout: sizes of the groups that wrote it. tokenizer: type, hash,
-    vocab_size and eod of the data it was trained on, or None if the data had no manifest.
+    vocab_size and eod of the data it was trained on, or None if the data had no manifest. objective_state: what the
+    loss carries from step to step; empty for most, and in checkpoints that are older than it.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class CheckpointRecord:
     layout: dict[str, int]
     use_distributed_optimizer: bool
     rng_states: bool
+    objective_state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -101,6 +103,7 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
         layout=dict(values["layout"]),
         use_distributed_optimizer=bool(values["use_distributed_optimizer"]),
         rng_states=bool(values["rng_states"]),
+        objective_state=dict(values.get("objective_state", {})),
     )
 
 

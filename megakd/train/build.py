@@ -63,14 +63,16 @@ def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objectiv
         vocab_size=plan.vocab_size,
         padded_vocab_size=student_rows(plan.student, plan.vocab_size, config),
         with_teacher=plan.teacher is not None,
+        train_iters=config.training.train_iters,
     )
 
 
-def restore(plan: Plan, student: Student, optimizer: Optimizer, groups: Groups) -> int:
+def restore(plan: Plan, student: Student, objective: Objective, optimizer: Optimizer, groups: Groups) -> int:
     """Load the state to continue from, in place; the step it was taken at, 0 for a new run."""
     if plan.resume is None or plan.weights_only:
         return 0
     load_training_state(plan.resume, student.chunks, optimizer.inner, groups)
+    objective.load_state(plan.resume.objective_state)
     return plan.resume.iteration
 
 
@@ -122,7 +124,7 @@ def build_evaluator(
     return Evaluator(
         student,
         teacher,
-        objective,
+        objective.held_out(),
         groups,
         blend=plan.valid_blend,
         config=config,
@@ -135,6 +137,7 @@ def build_writer(
     config: TrainConfig,
     plan: Plan,
     student: Student,
+    objective: Objective,
     optimizer: Optimizer,
     batches: Loader,
     groups: Groups,
@@ -153,6 +156,7 @@ def build_writer(
             vocab_size=plan.vocab_size,
             seq_length=config.data.seq_length,
             loader_state=batches.state(),
+            objective_state=objective.state(),
         )
         writer.save(
             step,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megakd.config import group, option
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
+from megakd.losses.terms import KDTerm, Tail
 from megakd.model.config import ModelConfig
 
 
@@ -76,15 +78,35 @@ class TeacherConfig:
 @dataclass
 class ObjectiveConfig:
     kd_alpha: float = option(0.5, "loss = (1 - alpha) * LM + alpha * KD, where there is a teacher", common=True)
-    kd_divergence: Literal["forward_kl", "soft_cross_entropy"] = option(
-        "forward_kl", "how student and teacher are compared", common=True
-    )
+    kd_divergence: str = option("forward_kl", "how student and teacher are compared: see the table below", common=True)
     kd_temperature: float = option(1.0, "divides the logits before the softmax", common=True)
     kd_temperature_on: Literal["teacher", "both"] = option("both", "whose logits the temperature divides")
     kd_scale_by_temperature_squared: bool = option(
         True, "multiply by the squared temperature where it divides both (Hinton)"
     )
-    loss_implementation: Literal["auto", "reference", "native"] = option("auto", "code that sweeps the logits")
+    kd_tail: Tail = option("none", "what becomes of mass that sparse targets do not list")
+    kd_reverse_weight: float = option(0.5, "symmetric_kl: weight of reverse KL")
+    kd_jsd_beta: float = option(0.5, "generalised_jsd: weight of the teacher in the mixture")
+    kd_skew_alpha: float = option(0.1, "skew_*_kl: weight of the own side in the mixture")
+    kd_akl_mu: float = option(0.5, "adaptive_kl: teacher's mass of the head")
+    kd_ab_alpha: float = option(0.5, "alpha_beta: exponent of the teacher")
+    kd_ab_beta: float = option(0.5, "alpha_beta: exponent of the student")
+    kd_dkd_alpha: float = option(1.0, "decoupled: weight of the label's part")
+    kd_dkd_beta: float = option(8.0, "decoupled: weight of the other ids' part")
+    taid_t_start: float = option(0.4, "taid: the teacher's weight in the target at first")
+    taid_t_end: float = option(1.0, "taid: the same at the end")
+    taid_alpha: float = option(5e-4, "taid: how fast that weight follows a falling loss")
+    taid_beta: float = option(0.99, "taid: momentum of the loss's relative change")
+    kd_entropy_gate: float = option(
+        0.0, "share of each microbatch's tokens, those of lowest teacher entropy, without KD", common=True
+    )
+    rho_keep: float = option(
+        1.0, "share of each microbatch's tokens, those of largest loss above the teacher's, to train on", common=True
+    )
+    z_loss_coeff: float = option(0.0, "weight of the squared log-sum-exp of the student's logits", common=True)
+    loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
+        "auto", "code that sweeps the logits"
+    )
     head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
 
     def validate(self) -> None:
@@ -92,8 +114,35 @@ class ObjectiveConfig:
             raise UsageError(f"--kd-alpha is {self.kd_alpha}; expected 0 <= alpha <= 1")
         if not 1e-3 <= self.kd_temperature <= 1e3:
             raise UsageError(f"--kd-temperature is {self.kd_temperature}; expected 0.001 to 1000")
+        if not 0 <= self.taid_t_start <= self.taid_t_end <= 1:
+            raise UsageError(
+                f"--taid-t-start is {self.taid_t_start} and --taid-t-end {self.taid_t_end}; expected "
+                "0 <= start <= end <= 1"
+            )
+        if not 0 <= self.taid_alpha <= 1:
+            raise UsageError(f"--taid-alpha is {self.taid_alpha}; expected 0 to 1")
+        if not 0 <= self.taid_beta < 1:
+            raise UsageError(f"--taid-beta is {self.taid_beta}; expected 0 <= beta < 1")
+        if not 0 <= self.kd_entropy_gate < 1:
+            raise UsageError(f"--kd-entropy-gate is {self.kd_entropy_gate}; expected 0 <= share < 1")
+        if not 0 < self.rho_keep <= 1:
+            raise UsageError(f"--rho-keep is {self.rho_keep}; expected 0 < share <= 1")
+        if not self.z_loss_coeff >= 0:
+            raise UsageError(f"--z-loss-coeff is {self.z_loss_coeff}; expected 0 or more")
         if self.head_chunk_mbytes < 1:
             raise UsageError(f"--head-chunk-mbytes is {self.head_chunk_mbytes}; expected at least 1")
+        self.kd_term()
+
+    def kd_term(self) -> KDTerm:
+        """The divergence with all it is told. Raises UsageError, in the names of the flags, for what it refuses."""
+        names = [field.name for field in fields(KDTerm)]
+        told = {name: getattr(self, f"kd_{name}") for name in names if name != "taid_t"}
+        try:
+            return KDTerm(**told, taid_t=self.taid_t_start)
+        except UsageError as error:
+            name = re.compile(rf"\b({'|'.join(names)})\b")
+            message = name.sub(lambda found: f"--kd-{found[1].replace('_', '-')}", str(error))
+            raise UsageError(message) from None
 
 
 @dataclass
@@ -197,6 +246,7 @@ class TrainConfig:
     def validate(self) -> None:
         if self.evaluate.skip_train and not self.data.valid_data_path:
             raise UsageError("--skip-train only evaluates: it needs --valid-data-path")
+        self._check_objective()
         self.optim.check_length(self.training.train_iters)
         if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
             raise UsageError(
@@ -206,6 +256,31 @@ class TrainConfig:
         split = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
         if self.parallel.sequence_parallel and self.data.seq_length % split:
             raise UsageError(f"--seq-length {self.data.seq_length} is not a multiple of TP x CP = {split}")
+
+    def _check_objective(self) -> None:
+        objective = self.objective
+        if self.teacher.load is None:
+            for name, off in (("kd_entropy_gate", 0.0), ("rho_keep", 1.0)):
+                if getattr(objective, name) != off:
+                    flag = f"--{name.replace('_', '-')} {getattr(objective, name)}"
+                    raise UsageError(f"{flag} asks a teacher which tokens to leave out: add --teacher-load DIR")
+            return
+        if objective.kd_alpha == 0 and objective.rho_keep == 1:
+            raise UsageError("--kd-alpha 0 with a teacher: it would run and change nothing; drop --teacher-load")
+        if objective.kd_alpha == 0 and objective.kd_entropy_gate > 0:
+            raise UsageError(f"--kd-entropy-gate {objective.kd_entropy_gate} with --kd-alpha 0: no token gets KD")
+        if objective.kd_tail != "none":
+            raise UsageError(
+                f"--kd-tail {objective.kd_tail} is for sparse targets; a model as teacher (--teacher-load) tells its "
+                "whole distribution: drop --kd-tail"
+            )
+
+    @property
+    def trains_taid(self) -> bool:
+        """Whether the run keeps the state of taid."""
+        objective = self.objective
+        with_kd = self.teacher.load is not None and objective.kd_alpha > 0
+        return with_kd and objective.kd_divergence == "taid" and not self.evaluate.skip_train
 
     def teacher_parallel(self) -> ParallelConfig:
         """The teacher's layout: the student's unless its own sizes are given; never interleaved."""

@@ -23,7 +23,7 @@ from megakd.train.step import run_step
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens, in nats; ``bits_per_byte`` is None without a tokenizer.
+    """Means over the held-out tokens, in nats; no gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
 
     bits_per_byte: LM loss summed over tokens, in bits, over the UTF-8 bytes those tokens stand for; it compares
     models of different tokenizers.
@@ -34,6 +34,7 @@ class Evaluation:
     kd_loss: float | None
     agreement: float | None
     teacher_entropy: float | None
+    z_loss: float | None
     bits_per_byte: float | None
     num_tokens: int
 
@@ -71,7 +72,7 @@ class Evaluator:
                 self.student, batch, self.teacher, self.objective, self.groups, step=step, forward_only=True
             )
             num_tokens += result.num_tokens
-            for key in ("loss", "lm", "kd", "agreement", "teacher_entropy"):
+            for key in ("loss", "lm", "kd", "agreement", "teacher_entropy", "z_loss"):
                 value = getattr(result, key)
                 if value is not None:
                     sums[key] = sums.get(key, 0.0) + value * result.num_tokens
@@ -110,6 +111,7 @@ class Evaluator:
             kd_loss=means.get("kd"),
             agreement=means.get("agreement"),
             teacher_entropy=means.get("teacher_entropy"),
+            z_loss=means.get("z_loss"),
             bits_per_byte=sums["lm"] / math.log(2) / num_bytes if num_bytes else None,
             num_tokens=num_tokens,
         )

@@ -37,11 +37,11 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     teacher = build_teacher(config, plan, groups)  # a model, or none
     objective = build_objective(config, plan, groups)
     optimizer = Optimizer(config.optim, student, train_iters=last_step)
-    start_step = restore(plan, student, optimizer, groups)
+    start_step = restore(plan, student, objective, optimizer, groups)
     batches = build_loader(config, plan, groups)
     metrics = build_metrics(config, plan, groups, start_step)
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
-    writer, save = build_writer(config, plan, student, optimizer, batches, groups)
+    writer, save = build_writer(config, plan, student, objective, optimizer, batches, groups)
 
     if config.evaluate.skip_train and evaluate is not None:
         metrics.log_evaluation(start_step, evaluate(start_step))
@@ -57,6 +57,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         except NonFiniteError:
             writer.finish()  # what is being written in the background is sound
             raise
+        objective.advance(step, loss.kd)
         metrics.log(step, loss, update, samples=batches.consumed_samples)
         writer.poll()
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from megakd.config import parse
+from megakd.losses.terms import legality_table
 from megakd.train.config import TrainConfig
 from megakd.train.preflight import check_run
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="megakd train",
         description="Pre-train a student. Alone: python -m megakd train ...; on several ranks: torchrun "
         "--nproc-per-node N -m megakd train ... The same flags can stand in a YAML file (--config).",
+        epilog=["", "divergences (--kd-divergence):", *(f"  {line}" for line in legality_table().splitlines())],
     )
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

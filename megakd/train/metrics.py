@@ -80,6 +80,9 @@ class Metrics:
             "kd_loss": loss.kd,
             "agreement": loss.agreement,
             "teacher_entropy": loss.teacher_entropy,
+            "kd_share": loss.kd_share,
+            "taid_t": loss.taid_t,
+            "z_loss": loss.z_loss,
             "grad_norm": update.grad_norm,
             "lr": update.lr,
             "seconds": seconds,
@@ -130,6 +133,9 @@ class Metrics:
         ]
         if record["kd_loss"] is not None:
             parts += [f"kd loss: {record['kd_loss']:.6E}", f"agreement: {record['agreement']:.4f}"]
+        for key in ("kd_share", "taid_t", "z_loss"):
+            if record[key] is not None:
+                parts.append(f"{key.replace('_', ' ')}: {record[key]:.4f}")
         parts += [f"grad norm: {record['grad_norm']:.3f}", f"ETA: {left}"]
         self.say(" | ".join(parts) + " |")
         if self._board is not None:
@@ -137,7 +143,8 @@ class Metrics:
                 "learning-rate": record["lr"], "grad-norm": record["grad_norm"], "iteration-time": seconds,
                 "throughput": throughput, "tokens-per-second": tokens / seconds, "total loss": record["loss"],
                 "lm loss": record["lm_loss"], "kd loss": record["kd_loss"], "teacher agreement": record["agreement"],
-                "teacher entropy": record["teacher_entropy"],
+                "teacher entropy": record["teacher_entropy"], "kd share": record["kd_share"],
+                "taid t": record["taid_t"], "z loss": record["z_loss"],
             }  # fmt: skip
             for tag, value in named.items():
                 if value is not None:

@@ -1,43 +1,72 @@
 """What a token weighs in each term of the loss, decided here alone, and the loss of one microbatch.
 
-Axes: B microbatch, S sequence, T = S x B flattened tokens in megatron's order (sequence first), H hidden.
+Axes: B microbatch, S sequence, T = S x B flattened tokens in megatron's order (sequence first), H hidden, v this rank's
+slice of the vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megakd.losses.head import HeadOutput, KDTerm, VocabShard, head_loss
+from megakd.losses.head import KD, HeadOutput, KDTerm, VocabShard, head_loss
+from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
 from megakd.targets import Targets
 from megakd.train.config import ObjectiveConfig
+from megakd.train.gates import Gated, Gates, apply_gates
+from megakd.train.taid import Taid
 
 # isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 
 @dataclass(frozen=True)
-class Objective:
-    """loss = (1 - alpha) · LM + alpha · KD, each a sum over the tokens that the loss mask keeps.
+class TokenLosses:
+    """What the objective says about one microbatch.
 
-    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0. The mean over the tokens of
-    the whole global batch is taken outside, once the batch is complete.
+    loss: the weighted sum; differentiable. It is to be divided by the number of tokens in ``kept_T``.
+    mask_T, kept_T, kd_T: bool, the tokens that the loss mask keeps, those of them that are trained on, and those of
+        these that get KD. known_T: bool, the tokens whose values were computed.
+    head: the values of every term a token.
+    """
+
+    loss: Tensor
+    mask_T: Tensor
+    kept_T: Tensor
+    kd_T: Tensor
+    known_T: Tensor
+    head: HeadOutput
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = (1 - alpha) · LM + alpha · KD + z_loss_coeff · log_z², each a sum over the tokens that are trained on.
+
+    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0. The mean is taken outside,
+    once the global batch is complete, over all of its tokens that are trained on: what Rho-1 drops counts no more than
+    what is masked (arXiv 2404.07965, equation 4), while a token that the entropy gate takes from KD alone still counts,
+    with its LM loss at its weight of 1 - alpha.
+
+    taid: the state of that divergence, which changes the target from step to step.
     """
 
     alpha: float
     term: KDTerm | None
     shard: VocabShard
     sequence_parallel: bool
-    implementation: Literal["auto", "reference", "native"] = "auto"
+    z_loss_coeff: float = 0.0
+    gates: Gates = Gates()
+    taid: Taid | None = None
+    implementation: Implementation = "auto"
     chunk_bytes: int = 128 << 20
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None
-    ) -> HeadOutput:
+    ) -> TokenLosses:
         """The weighted sum over this microbatch, differentiable, and every term a token.
 
         hidden_SBH: the last stage's output; under sequence parallelism ``[S / TP, B, H]``.
@@ -45,25 +74,74 @@ class Objective:
         if self.sequence_parallel:
             # its backward reduce-scatters the partial gradients of the ranks
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
-        mask_T = mask_SB.reshape(-1).to(torch.float32)
-        with_teacher = self.term is not None and targets is not None
-        return head_loss(
-            hidden_SBH.reshape(-1, hidden_SBH.shape[-1]),
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
+        gated = self._gate(hidden_TH, weight_vH, labels_T, mask_T, targets)
+        kept_T, kd = gated.kept_T.float(), []
+        if self.term is not None and targets is not None:
+            term = self.term if self.taid is None else replace(self.term, taid_t=self.taid.t)
+            kd = [KD(term, targets, gated.kd_T.float() * self.alpha)]
+        head = head_loss(
+            hidden_TH,
             weight_vH,
-            labels_SB.reshape(-1),
+            labels_T,
             shard=self.shard,
-            lm_weight_T=mask_T * (1.0 - self.alpha) if with_teacher else mask_T,
-            kd_weight_T=mask_T * self.alpha if with_teacher else None,
-            kd=self.term if with_teacher else None,
-            targets=targets,
+            lm_weight_T=kept_T * (1.0 - self.alpha) if kd else kept_T,
+            z_weight_T=kept_T * self.z_loss_coeff if self.z_loss_coeff > 0 else None,
+            kd=kd,
             hidden_grad="partial" if self.sequence_parallel else "all_reduce",
             implementation=self.implementation,
             chunk_bytes=self.chunk_bytes,
         )
+        only_kd = bool(kd) and self.alpha == 1 and self.z_loss_coeff == 0
+        known_T = gated.kd_T if only_kd else gated.kept_T
+        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, head)
+
+    def advance(self, step: int, kd: float | None) -> None:
+        """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
+        if self.taid is not None and kd is not None:
+            self.taid.advance(step, kd)
+
+    def held_out(self) -> Objective:
+        """The same loss for evaluation: on all tokens, and with the teacher itself as taid's target, so that values
+        compare over steps and runs."""
+        term = replace(self.term, taid_t=1.0) if self.term is not None else None
+        return replace(self, term=term, gates=Gates(), taid=None)
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved with the weights; plain data."""
+        return {} if self.taid is None else {"taid": self.taid.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.taid is not None and "taid" in state:
+            self.taid.load_state_dict(state["taid"])
+
+    def _gate(
+        self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Targets | None
+    ) -> Gated:
+        if targets is None:
+            return Gated(mask_T, torch.zeros_like(mask_T))
+        gated = apply_gates(
+            self.gates,
+            hidden_TH,
+            weight_vH,
+            labels_T,
+            mask_T,
+            targets,
+            shard=self.shard,
+            chunk_bytes=self.chunk_bytes,
+        )
+        return gated if self.term is not None else Gated(gated.kept_T, torch.zeros_like(mask_T))
 
 
 def make_objective(
-    config: ObjectiveConfig, groups: Groups, *, vocab_size: int, padded_vocab_size: int, with_teacher: bool
+    config: ObjectiveConfig,
+    groups: Groups,
+    *,
+    vocab_size: int,
+    padded_vocab_size: int,
+    with_teacher: bool,
+    train_iters: int,
 ) -> Objective:
     """The objective for this rank's slice of the vocabulary."""
     rows = padded_vocab_size // groups.parallel.tensor_model_parallel_size
@@ -73,19 +151,22 @@ def make_objective(
         vocab_size=vocab_size,
         group=groups.tensor if groups.parallel.tensor_model_parallel_size > 1 else None,
     )
-    term = None
-    if with_teacher:
-        term = KDTerm(
-            divergence=config.kd_divergence,
-            temperature=config.kd_temperature,
-            temperature_on=config.kd_temperature_on,
-            scale_by_temperature_squared=config.kd_scale_by_temperature_squared,
-        )
+    with_kd = with_teacher and config.kd_alpha > 0
+    taid = Taid(
+        t_start=config.taid_t_start,
+        t_end=config.taid_t_end,
+        alpha=config.taid_alpha,
+        beta=config.taid_beta,
+        train_iters=train_iters,
+    )
     return Objective(
-        alpha=config.kd_alpha if with_teacher else 0.0,
-        term=term,
+        alpha=config.kd_alpha if with_kd else 0.0,
+        term=config.kd_term() if with_kd else None,
         shard=shard,
         sequence_parallel=groups.parallel.sequence_parallel,
+        z_loss_coeff=config.z_loss_coeff,
+        gates=Gates(config.rho_keep, config.kd_entropy_gate) if with_teacher else Gates(),
+        taid=taid if with_kd and config.kd_divergence == "taid" else None,
         implementation=config.loss_implementation,
         chunk_bytes=config.head_chunk_mbytes << 20,
     )

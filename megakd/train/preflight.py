@@ -133,8 +133,6 @@ def _check_teacher(
     own = config.teacher
     if own.load is None:
         return None, None
-    if config.objective.kd_alpha == 0:
-        raise UsageError("--kd-alpha 0 with a teacher: it would run and change nothing; drop --teacher-load")
     record = read_record(own.load, own.iteration, role="teacher")
     if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
         raise MismatchError(
@@ -178,6 +176,11 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
         return None, False
     distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
     check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
+    if config.trains_taid and not weights_only and "taid" not in record.objective_state:
+        raise MismatchError(
+            f"{record.path} holds no state of taid: it was trained with another divergence; continue it with that one, "
+            "or start a new run from its weights (--load DIR --finetune and another --save)"
+        )
     _check_weights(record, "checkpoint")
     return record, weights_only
 

@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.data.loader import Microbatch, StepBatch
-from megakd.losses.head import HeadOutput
 from megakd.model.attention import slice_sequence
 from megakd.model.teacher import Teacher
 from megakd.parallel import Groups
 from megakd.targets import Targets
-from megakd.train.objective import Objective
+from megakd.train.objective import Objective, TokenLosses
 from megakd.train.optim import NonFiniteError, Student
 
 # isort: split
@@ -29,12 +28,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+# What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
+_COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens")
+_SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy")
+
+
 @dataclass(frozen=True)
 class StepLoss:
-    """Means over the tokens of the whole global batch, in nats; the same on every rank.
+    """Means over the whole global batch, in nats; the same on every rank.
 
-    loss: what was optimised. kd, agreement (share of tokens with the teacher's top-1) and teacher_entropy are None
-    without a teacher. num_tokens: tokens that the loss mask kept.
+    loss: what was optimised, a mean over ``num_tokens``, the tokens that are trained on. lm and z_loss (log-sum-exp of
+    the student's logits, squared; None if it weighs nothing): over those of them that were computed. kd, agreement
+    (share of tokens where student and target have one top-1) and teacher_entropy (of the target, after its
+    temperature): over the tokens with KD; None without. kd_share: those among all that the loss mask keeps, where a
+    gate may leave some out. taid_t: the teacher's weight in taid's target.
     """
 
     loss: float
@@ -43,6 +50,9 @@ class StepLoss:
     agreement: float | None
     teacher_entropy: float | None
     num_tokens: int
+    z_loss: float | None = None
+    kd_share: float | None = None
+    taid_t: float | None = None
 
 
 def run_step(
@@ -77,7 +87,7 @@ def run_step(
     total = _sum_over_batch(sums, groups)
     if not torch.isfinite(total).all():
         _raise_non_finite(non_finite, step)
-    return _means(total, with_teacher=objective.term is not None)
+    return _means(dict(zip(_SUMS, total.tolist())), objective)
 
 
 def _forward_step(
@@ -95,12 +105,12 @@ def _forward_step(
             mask_SB = to_device(microbatch.loss_mask_BS, groups).t().contiguous()
             weight_vH = student.output_weight(chunk)
             result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, next(targets))
-            sums = _sums(result, mask_SB)
-            if not torch.isfinite(result.loss):
+            sums = _sums(result)
+            if not torch.isfinite(sums).all():
                 non_finite.extend(_non_finite_samples(result, mask_SB, microbatch))
             # three values: with two, megatron multiplies by the context parallel size (schedules.py:268). It may scale
             # the loss in place, so what is logged is a tensor of its own.
-            return result.loss, mask_SB.sum().to(torch.int), sums
+            return result.loss, result.kept_T.sum().to(torch.int), sums
 
         return output, loss_function
 
@@ -113,18 +123,26 @@ def to_device(array: np.ndarray[Any, Any], groups: Groups) -> Tensor:
     return slice_sequence(whole, dim=1, rank=groups.context_rank, size=groups.parallel.context_parallel_size)
 
 
-def _sums(result: HeadOutput, mask_SB: Tensor) -> Tensor:
-    """Sums over this microbatch: tokens, loss, LM, KD, agreement, teacher entropy. float64."""
-    zero = torch.zeros((), dtype=torch.float64, device=mask_SB.device)
-    parts = [mask_SB.sum(), result.loss.detach(), result.lm_T.double().sum()]
-    for values_T in (result.kd_T, result.agree_T, result.entropy_T):
-        parts.append(zero if values_T is None else values_T.double().sum())
-    return torch.stack([part.double() for part in parts])
+def _sums(result: TokenLosses) -> Tensor:
+    """``_SUMS`` of this microbatch, float64."""
+    head, known_T, kd_T = result.head, result.known_T, result.kd_T
+    sums = {"mask": result.mask_T.sum(), "kept": result.kept_T.sum(), "known": known_T.sum(), "kd_tokens": kd_T.sum()}
+    sums |= {"loss": result.loss.detach(), "lm": _sum(head.lm_T, known_T), "z": _sum(head.log_z_T.square(), known_T)}
+    for kd in head.kd:
+        sums |= {"kd": _sum(kd.value_T, kd_T), "agreement": _sum(kd.agree_T, kd_T)}
+        if kd.entropy_T is not None:
+            sums |= {"entropy": _sum(kd.entropy_T, kd_T), "entropy_tokens": kd_T.sum()}
+    zero = torch.zeros((), dtype=torch.float64, device=known_T.device)
+    return torch.stack([sums.get(name, zero).double() for name in _SUMS])
+
+
+def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    return torch.where(mask_T, values_T, 0).double().sum()
 
 
 def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
     """The sums of all microbatches of all ranks, on every rank."""
-    total = torch.zeros(6, dtype=torch.float64, device=groups.device)
+    total = torch.zeros(len(_SUMS), dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         total = torch.stack(list(sums)).sum(0)
         dist.all_reduce(total, group=groups.collection.dp_cp)
@@ -134,24 +152,29 @@ def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
     return total
 
 
-def _means(total: Tensor, *, with_teacher: bool) -> StepLoss:
-    tokens, loss, lm, kd, agree, entropy = total.tolist()
-    count = max(tokens, 1.0)
+def _means(total: dict[str, float], objective: Objective) -> StepLoss:
+    def mean(name: str, count: str) -> float:
+        return total[name] / max(total[count], 1.0)
+
+    with_kd = objective.term is not None
     return StepLoss(
-        loss=loss / count,
-        lm=lm / count,
-        kd=kd / count if with_teacher else None,
-        agreement=agree / count if with_teacher else None,
-        teacher_entropy=entropy / count if with_teacher else None,
-        num_tokens=int(tokens),
+        loss=mean("loss", "kept"),
+        lm=mean("lm", "known"),
+        kd=mean("kd", "kd_tokens") if with_kd else None,
+        agreement=mean("agreement", "kd_tokens") if with_kd else None,
+        teacher_entropy=mean("entropy", "entropy_tokens") if total["entropy_tokens"] else None,
+        num_tokens=int(total["kept"]),
+        z_loss=mean("z", "known") if objective.z_loss_coeff > 0 else None,
+        kd_share=mean("kd_tokens", "mask") if with_kd and objective.gates.closed else None,
+        taid_t=None if objective.taid is None else objective.taid.t,
     )
 
 
-def _non_finite_samples(result: HeadOutput, mask_SB: Tensor, microbatch: Microbatch) -> list[str]:
-    bad_T = ~torch.isfinite(result.lm_T)
-    if result.kd_T is not None:
-        bad_T |= ~torch.isfinite(result.kd_T)
-    bad_B = (bad_T.reshape(mask_SB.shape) & mask_SB).any(0).cpu().numpy()
+def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microbatch) -> list[str]:
+    bad_T = result.known_T & ~torch.isfinite(result.head.lm_T + result.head.log_z_T)
+    for kd in result.head.kd:
+        bad_T = bad_T | (result.kd_T & ~torch.isfinite(kd.value_T))
+    bad_B = bad_T.reshape(mask_SB.shape).any(0).cpu().numpy()
     return [
         f"dataset {dataset} sample {sample}"
         for dataset, sample in zip(microbatch.dataset_ids_B[bad_B], microbatch.sample_ids_B[bad_B])
