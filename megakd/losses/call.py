@@ -82,8 +82,6 @@ class Select:
         return self.rows_R.shape[0] == self.num_tokens
 
     def __call__(self, values_T: Tensor) -> Tensor:
-        if values_T.shape[0] != self.num_tokens:
-            raise UsageError(f"a tensor has shape {tuple(values_T.shape)}, expected {self.num_tokens} tokens in front")
         values_T = values_T.detach()
         return values_T if self.everything else values_T.index_select(0, self.rows_R)
 
@@ -167,7 +165,6 @@ def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
 
 def check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
     """Raises UsageError, on CPU, for a label that is used and is no vocabulary id."""
-    check_shapes(("labels_T", labels_R, (select.rows_R.shape[0],)))
     if labels_R.device.type != "cpu":
         return  # looking would wait for the device
     used_R = lm_weight_R != 0

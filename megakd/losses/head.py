@@ -81,6 +81,7 @@ def head_loss(
     check_shapes(
         ("hidden_TH", hidden_TH, (hidden_TH.shape[0], weight_vH.shape[-1])),
         ("weight_vH", weight_vH, (shard.num_rows, weight_vH.shape[-1])),
+        ("labels_T", labels_T, (hidden_TH.shape[0],)),
     )
     wants_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
     wants_weight = torch.is_grad_enabled() and weight_vH.requires_grad

@@ -18,7 +18,8 @@ IMPLEMENTATIONS: dict[str, Callable[[], Kernels]] = {"native": NativeKernels, "r
 
 
 @cache
-def _made(name: str) -> Kernels:
+def made(name: str) -> Kernels:
+    """The kernels of one name; there is one object of each."""
     return IMPLEMENTATIONS[name]()
 
 
@@ -29,8 +30,8 @@ def kernels_for(chunk: Chunk, implementation: Implementation) -> Kernels:
     """
     names = list(IMPLEMENTATIONS) if implementation == "auto" else [implementation]
     for name in names:
-        if _made(name).supports(chunk):
-            return _made(name)
+        if made(name).supports(chunk):
+            return made(name)
     term = None if chunk.teacher is None else chunk.teacher.term
     raise UsageError(
         f"implementation {implementation} cannot do {chunk.student_Rv.dtype} on {chunk.student_Rv.device}"

@@ -41,7 +41,10 @@ def logits_loss(
 
     Raises UsageError as ``head_loss`` does.
     """
-    check_shapes(("student_Tv", student_Tv, (labels_T.shape[0], shard.num_rows)))
+    check_shapes(
+        ("student_Tv", student_Tv, (student_Tv.shape[0], shard.num_rows)),
+        ("labels_T", labels_T, (student_Tv.shape[0],)),
+    )
     wants_gradient = torch.is_grad_enabled() and student_Tv.requires_grad
     with torch.no_grad():
         select = Select.of(student_Tv.shape[0], lm_weight_T, z_weight_T, kd)

@@ -153,7 +153,7 @@ def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tens
     wide_RK = logits_RK.to(torch.promote_types(logits_RK.dtype, torch.float32))
     all_logits, all_ids = _gather_columns(wide_RK, shard), _gather_columns(ids_RK, shard)
     # slices stand in the order of their ids, and each is stable: so is the whole
-    order_RK = torch.where(all_ids < shard.vocab_size, all_logits, -torch.inf).sort(1, descending=True, stable=True)
+    order_RK = torch.where(all_ids < shard.vocab_size, all_logits, -torch.inf).sort(dim=1, descending=True, stable=True)
     chosen_RK = order_RK.indices[:, :top_k]
     return all_ids.gather(1, chosen_RK), all_logits.gather(1, chosen_RK)
 
@@ -174,7 +174,7 @@ def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
         columns_RK = chosen_Rv.nonzero()[:, 1].view(-1, k)
     else:
         columns_RK = columns_RK.sort(1).values
-    values_RK, order_RK = values_Rv.gather(1, columns_RK).sort(1, descending=True, stable=True)
+    values_RK, order_RK = values_Rv.gather(1, columns_RK).sort(dim=1, descending=True, stable=True)
     return values_RK, columns_RK.gather(1, order_RK)
 
 

@@ -23,6 +23,8 @@ from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
 from megakd.targets import SparseTargets
 
+_ROUNDING = 2.0**-24
+
 
 @dataclass(frozen=True)
 class Buckets:
@@ -43,15 +45,18 @@ class Buckets:
         """From the targets of the rows and their labels."""
         log_p_RK = targets.log_probs_TK.double()
         ids_RK = torch.where(log_p_RK == -math.inf, -1, targets.ids_TK)
+        num_rest_R = vocab_size - (ids_RK >= 0).sum(1)
         log_tail_R = torch.full_like(log_p_RK[:, 0], -math.inf)
         if term.tail == "renormalise":
             log_p_RK = (log_p_RK / term.temperature).log_softmax(1)
         elif term.tail != "none":
-            log_tail_R = (1 - log_p_RK.exp().sum(1)).clamp(min=0).log()  # rounding may exceed 1 by a little
+            # Less than the rounding of log-probabilities is unknown, and 0 would make some divergences infinite.
+            least = _ROUNDING if term.tail == "ghost" else 0.0
+            tail_R = (1 - log_p_RK.exp().sum(1)).clamp(min=least)
+            log_tail_R = torch.where(num_rest_R == 0, 0.0, tail_R).log()
         if term.tail == "label":
             ids_RK, log_p_RK = _onto_label(ids_RK, log_p_RK, labels_R, log_tail_R)
             log_tail_R = torch.full_like(log_tail_R, -math.inf)
-        num_rest_R = vocab_size - (ids_RK >= 0).sum(1)
         return Buckets(ids_RK, log_p_RK, log_tail_R, num_rest_R, targets.kind == "top_p_k")
 
     def __getitem__(self, rows: slice) -> Buckets:

@@ -143,8 +143,9 @@ class _Walk:
         copies = max(1, len(self._terms)) if self._student.wants_gradient else 1
         sources: list[tuple[Logits | Student, int]] = [(self._student, copies)]
         sources += [(term.teacher, 1) for term in self._terms if not isinstance(term.teacher, Buckets)]
-        sizes = (copies * source.width * source.dtype.itemsize for source, copies in sources)
-        return max(1, self._num_buffers * sum(sizes))
+        size = sum(copies * source.width * source.dtype.itemsize for source, copies in sources)
+        size += sum(4 * self._student.width for term in self._terms if term.term.divergence == "taid")
+        return max(1, self._num_buffers * size)
 
     def allocate(self, chunk_rows: int) -> None:
         """Make the buffers, for chunks of at most this many rows."""
@@ -276,10 +277,12 @@ def _merged(part: _Part, parts_nkR: Tensor) -> RowStatistics:
 
 
 def _intermediate(student_Rv: Tensor, teacher_Rv: Tensor, t: float) -> Tensor:
-    """TAID's target (arXiv 2501.16937, equation 3): (1 - t) · student + t · teacher, the student held fixed."""
+    """TAID's target (arXiv 2501.16937, equation 3): (1 - t) · student + t · teacher, the student held fixed; fp32, so
+    that logits are not rounded twice."""
     if t in (0, 1):  # 0 · inf would be NaN
-        return teacher_Rv if t == 1 else student_Rv.to(teacher_Rv.dtype, copy=True)
-    return teacher_Rv.mul(t).add_(student_Rv, alpha=1 - t)
+        return teacher_Rv if t == 1 else student_Rv.clone()
+    wide_Rv = teacher_Rv.to(torch.promote_types(teacher_Rv.dtype, torch.float32), copy=True)
+    return wide_Rv.mul_(t).add_(student_Rv, alpha=1 - t)
 
 
 def _even_chunk(num_rows: int, *, most: int) -> int:

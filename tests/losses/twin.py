@@ -6,6 +6,7 @@ vocabulary, K listed ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _mix(log_a: Tensor, log_b: Tensor, on_a: float) -> Tensor:
-    return (on_a * log_a.exp() + (1 - on_a) * log_b.exp()).log()
+    """log(on_a · a + (1 - on_a) · b): through logarithms, because both may underflow."""
+    return torch.logaddexp(log_a + math.log(on_a), log_b + math.log(1 - on_a)) if on_a else log_b
 
 
 def soft_cross_entropy(log_p: Tensor, log_q: Tensor, term: Any) -> Tensor:
@@ -79,16 +81,17 @@ def total_variation(log_p: Tensor, log_q: Tensor, term: Any) -> Tensor:
 
 def alpha_beta(log_p: Tensor, log_q: Tensor, term: Any) -> Tensor:
     """ABKD's definition and its four limits."""
-    a, b, p, q = term.ab_alpha, term.ab_beta, log_p.exp(), log_q.exp()
+    a, b, p, q, gap = term.ab_alpha, term.ab_beta, log_p.exp(), log_q.exp(), log_p - log_q
     if a == 0 and b == 0:
-        return 0.5 * (log_p - log_q).square().sum(-1)
+        return 0.5 * gap.square().sum(-1)
     if a == 0:
-        return (_expect(q**b, (q**b / p**b).log()) + (p**b - q**b).sum(-1)) / b**2
+        return (_expect((b * log_q).exp(), -b * gap) + ((b * log_p).exp() - (b * log_q).exp()).sum(-1)) / b**2
     if b == 0:
-        return (_expect(p**a, (p**a / q**a).log()) + (q**a - p**a).sum(-1)) / a**2
+        return (_expect((a * log_p).exp(), a * gap) + ((a * log_q).exp() - (a * log_p).exp()).sum(-1)) / a**2
     if a + b == 0:
-        return ((q**a / p**a).log() + (p**a / q**a) - 1).sum(-1) / a**2
-    return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
+        return (-a * gap + (a * gap).exp() - 1).sum(-1) / a**2
+    cross = (a * log_p + b * log_q).exp()
+    return -(cross - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
@@ -247,6 +250,4 @@ def head_twin(
         return targets[0].double() @ targets[1][:vocab_size].double().t()
 
     made = [(term, teacher(targets), weight_T) for term, targets, weight_T in terms]
-    return logits_twin(
-        student_TV, labels_T, lm_weight_T, made, z_weight_T=z_weight_T, inputs=(hidden_TH, weight_VH)
-    )
+    return logits_twin(student_TV, labels_T, lm_weight_T, made, z_weight_T=z_weight_T, inputs=(hidden_TH, weight_VH))

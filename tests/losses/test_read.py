@@ -1,0 +1,93 @@
+"""Reading a head: log-probabilities, entropy, best ids and samples, whole and split over processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from losses.head_problem import Problem, relative_error
+from torch import Tensor
+from worlds import Worlds
+
+from megakd.errors import UsageError
+from megakd.losses.read import HeadReading, read_head
+from megakd.losses.vocab_parallel import VocabShard
+
+
+def _read(problem: Problem, ids_T: Tensor | None, top_k: int, uniforms_TN: Tensor | None) -> HeadReading:
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    num_rows = problem.weight_VH.shape[0] // size
+    start = num_rows * (dist.get_rank() if size > 1 else 0)
+    return read_head(
+        problem.hidden_TH,
+        problem.weight_VH[start : start + num_rows],
+        shard=VocabShard(start, num_rows, problem.vocab_size, dist.group.WORLD if size > 1 else None),
+        ids_T=ids_T,
+        entropy=True,
+        top_k=top_k,
+        uniforms_TN=uniforms_TN,
+        chunk_bytes=3 * num_rows * 8,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("padded_size", [256, 512])
+def test_reading_equals_the_whole(
+    world: Worlds, size: int, dtype: torch.dtype, tolerance: float, padded_size: int
+) -> None:
+    problem = Problem.make(dtype, padded_size=padded_size)
+    ids_T = problem.labels_T.clone()
+    ids_T[3] = -100
+    log_q = (problem.hidden_TH.double() @ problem.weight_VH[:251].double().t()).log_softmax(-1)
+    uniforms_TN = torch.rand(7, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for reading in world(size).run(_read, problem, ids_T, 100, uniforms_TN):
+        expected = log_q.gather(1, ids_T.clamp(min=0)[:, None])[:, 0]
+        expected[3] = 0
+        assert relative_error(reading.log_prob_T, expected) < tolerance
+        assert relative_error(reading.entropy_T, -(log_q.exp() * log_q).sum(-1)) < tolerance
+        logits = problem.hidden_TH.double() @ problem.weight_VH[:251].double().t()
+        assert relative_error(reading.log_z_T, logits.logsumexp(-1)) < tolerance
+        top = log_q.topk(100, -1)
+        assert torch.equal(reading.top_ids_TK, top.indices)
+        assert relative_error(reading.top_log_probs_TK, top.values) < tolerance
+        drawn = torch.searchsorted(log_q.exp().cumsum(1), uniforms_TN, right=True)
+        assert torch.equal(reading.sample_ids_TN, drawn)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ties_go_to_the_smaller_id(world: Worlds, size: int) -> None:
+    problem = Problem.make()
+    problem.weight_VH[:] = 0.0  # all logits equal
+    problem.weight_VH[200] = problem.hidden_TH[0]  # but one, for the first token
+    problem.hidden_TH[1:] = 0.0
+    for reading in world(size).run(_read, problem, None, 5, None):
+        assert reading.log_prob_T is None and reading.sample_ids_TN is None
+        assert reading.top_ids_TK is not None
+        assert reading.top_ids_TK[0].tolist() == [200, 0, 1, 2, 3]
+        assert (reading.top_ids_TK[1:] == torch.arange(5)).all()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_samples_follow_the_distribution_and_stay_in_the_vocabulary(world: Worlds, size: int) -> None:
+    problem = Problem.make(padded_size=512)
+    draws = 20_000
+    uniforms_TN = torch.rand(7, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    uniforms_TN[:, 0], uniforms_TN[:, 1] = 0.0, 1.0 - 2.0**-53
+    (reading, *_) = world(size).run(_read, problem, None, 0, uniforms_TN)
+    ids_TN = reading.sample_ids_TN
+    assert ids_TN is not None and ids_TN.min() >= 0 and ids_TN.max() < 251
+    assert (ids_TN[:, 0] == 0).all()
+    p = (problem.hidden_TH.double() @ problem.weight_VH[:251].double().t()).softmax(-1)
+    counts = torch.zeros(7, 251, dtype=torch.float64)
+    counts.scatter_add_(1, ids_TN, torch.ones(ids_TN.shape, dtype=torch.float64))
+    error = (p * (1 - p) / draws).sqrt()
+    assert ((counts / draws - p).abs() < 6 * error + 1 / draws).all()
+
+
+def test_wrong_requests_are_refused() -> None:
+    problem = Problem.make()
+    with pytest.raises(UsageError, match="top_k is 252"):
+        _read(problem, None, 252, None)
+    with pytest.raises(UsageError, match=r"weight_vH has shape \(256, 13\)"):
+        read_head(problem.hidden_TH, problem.weight_VH, shard=VocabShard(0, 128, 251, None))
