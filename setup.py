@@ -3,25 +3,28 @@
 import os
 import platform
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # MEGAKD_MARCH=x86-64-v3 builds for machines other than the one that compiles.
 march = os.environ.get("MEGAKD_MARCH")
 flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread"]
-flags += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+flags += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 if march:
     flags.append(f"-march={march}")
 elif platform.machine() == "x86_64":
     flags.append("-march=native")
 
+csrc = [os.path.join("csrc", name) for name in sorted(os.listdir("csrc"))]
+ParallelCompile("MAX_JOBS", default=2).install()
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "megakd._csrc",
-            ["csrc/bindings.cpp"],
+            [path for path in csrc if path.endswith(".cpp")],
             include_dirs=["csrc"],
-            depends=[os.path.join("csrc", name) for name in sorted(os.listdir("csrc")) if name.endswith(".h")],
+            depends=[path for path in csrc if path.endswith(".h")],
             cxx_std=17,
             extra_compile_args=flags,
             extra_link_args=["-pthread"],

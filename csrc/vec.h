@@ -1,4 +1,4 @@
-// Sixteen floats at a time: loads, stores, exp2, reductions. GCC and clang vector extensions, so one source serves every
+// Sixteen floats at a time: loads, stores, exp2, log2, reductions. GCC and clang vector extensions, so one source serves every
 // instruction set that the compiler is told to use; with AVX-512 a Vec is one register.
 #pragma once
 
@@ -59,12 +59,12 @@ inline void store(BFloat16* to, Vec x) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// The first `count` lanes from memory, the others -inf: an entry that has no part in any softmax.
+// The first `count` lanes from memory, the others -inf, an entry that has no part in any softmax, or `fill`.
 template <class Element>
-inline Vec load(const Element* from, int64_t count) {
+inline Vec load(const Element* from, int64_t count, float fill = -kInfinity) {
   if (count >= kLanes) return load(from);
   Element lanes[kLanes];
-  store(lanes, broadcast(-kInfinity));
+  store(lanes, broadcast(fill));
   std::memcpy(lanes, from, count * sizeof(Element));
   return load(lanes);
 }
@@ -116,6 +116,24 @@ inline Vec exp2(Vec x) {
 #else
   return poly * (Vec)((UintVec)shifted << 23);
 #endif
+}
+
+// log2 x for x >= 0 with a relative error below 3e-7, near 1 too: -inf for 0, NaN for NaN and for infinity; below 2^-126
+// it may be anything from -127 down. x = 2^n (1 + f) with f in [-1/4, 1/2), and log2(1 + f) / f is a polynomial.
+inline Vec log2(Vec x) {
+  const IntVec bits = (IntVec)x;
+  const IntVec exponent = (bits - 0x3f400000) >> 23;
+  const Vec f = (Vec)(bits - (exponent << 23)) - 1.0f;
+  Vec poly = f * 7.8066758811e-02f - 1.7423029244e-01f;
+  poly = poly * f + 2.1632491052e-01f;
+  poly = poly * f - 2.4272352457e-01f;
+  poly = poly * f + 2.8819149733e-01f;
+  poly = poly * f - 3.6057591438e-01f;
+  poly = poly * f + 4.8090207577e-01f;
+  poly = poly * f - 7.2134846449e-01f;
+  poly = poly * f + 1.4426950216e+00f;
+  const Vec result = __builtin_convertvector(exponent, Vec) + f * poly + (x - x);
+  return x == 0.0f ? broadcast(-kInfinity) : result;
 }
 
 }  // namespace megakd

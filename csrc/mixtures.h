@@ -1,0 +1,105 @@
+// The divergences that are a sum over ids of a function of p and q, and need both for their value: a second look at the
+// row. `slope` is w = q dD/dq, up to a multiple of q; the derivative by the logit is w - q sum(w).
+#pragma once
+
+#include "divergences.h"
+
+namespace megakd {
+
+// What is divided by at least, so that ids without mass in either model do not make 0 / 0: the smallest normal number.
+constexpr float kTiny = std::numeric_limits<float>::min();
+
+// The sums and the derivative from a function of one entry: Entry(row, parameters), value(e), slope(e).
+template <class Entry>
+struct Pointwise : Plain {
+  static constexpr int kFirst = 0, kSecond = 2;  // value, slope
+  static constexpr bool kLinear = false;
+
+  static void accumulate(const Entries&, Vec[]) {}
+
+  Pointwise(const RowSums& row, const Parameters& with) : entry(row, with), total(row.own[1]) {}
+  void accumulate_second(const Probabilities& e, Vec sums[]) const {
+    sums[0] += entry.value(e);
+    sums[1] += entry.slope(e);
+  }
+  Vec slope(const Probabilities& e) const { return entry.slope(e) - product(e.q, broadcast(total)); }
+  Entry entry;
+  float total;
+};
+
+// mass log(mass / m): the ratio is what is precise where the two are near.
+inline Vec log_ratio_product(Vec mass, Vec inverse_m) { return product(mass, log2(mass * inverse_m) * kLn2); }
+
+// Of m = on_p p + (1 - on_p) q.
+inline Vec inverse_mixture(const Probabilities& e, float on_p) {
+  return 1.0f / max(broadcast(kTiny), e.p * on_p + e.q * (1.0f - on_p));
+}
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; beta is the first parameter.
+struct GeneralisedJSD {
+  GeneralisedJSD(const RowSums&, const Parameters& with) : beta(with.a) {}
+  Vec value(const Probabilities& e) const {
+    return log_ratio_product(e.p, inverse_mixture(e, beta)) * beta + slope(e);
+  }
+  Vec slope(const Probabilities& e) const {
+    return log_ratio_product(e.q, inverse_mixture(e, beta)) * (1.0f - beta);
+  }
+  float beta;
+};
+
+// KL(p || alpha p + (1 - alpha) q); alpha is the first parameter.
+struct SkewForwardKL {
+  SkewForwardKL(const RowSums&, const Parameters& with) : alpha(with.a) {}
+  Vec value(const Probabilities& e) const { return log_ratio_product(e.p, inverse_mixture(e, alpha)); }
+  Vec slope(const Probabilities& e) const { return e.p * (e.q * inverse_mixture(e, alpha)) * (alpha - 1.0f); }
+  float alpha;
+};
+
+// KL(q || alpha q + (1 - alpha) p); alpha is the first parameter.
+struct SkewReverseKL {
+  SkewReverseKL(const RowSums&, const Parameters& with) : alpha(with.a) {}
+  Vec value(const Probabilities& e) const { return log_ratio_product(e.q, inverse_mixture(e, 1.0f - alpha)); }
+  Vec slope(const Probabilities& e) const {
+    return value(e) - e.q * (e.q * inverse_mixture(e, 1.0f - alpha)) * alpha;
+  }
+  float alpha;
+};
+
+// sum |p - q| / 2.
+struct TotalVariation {
+  TotalVariation(const RowSums&, const Parameters&) {}
+  Vec value(const Probabilities& e) const { return (e.q > e.p ? e.q - e.p : e.p - e.q) * 0.5f; }
+  Vec slope(const Probabilities& e) const {
+    return e.q * (e.q > e.p ? broadcast(0.5f) : e.q < e.p ? broadcast(-0.5f) : (e.p - e.q) * 0.0f);
+  }
+};
+
+// ABKD's divergence and its limits, for exponents a and b of at least 0: made of log p and log q, so that what cancels
+// in the value cancels exactly.
+struct AlphaBeta {
+  AlphaBeta(const RowSums& row, const Parameters& with)
+      : a(with.a), b(with.b), student(std::log2(row.student)), teacher(std::log2(row.teacher)) {}
+
+  Vec value(const Probabilities& e) const {
+    const Vec log2_p = e.t2 - teacher, log2_q = e.s2 - student, gap = (log2_p - log2_q) * kLn2;
+    if (a == 0.0f && b == 0.0f) return in_play(log2_p, log2_q) ? gap * gap * 0.5f : Vec{};
+    if (a == 0.0f || b == 0.0f) {  // the same with the models exchanged, gap and all
+      const float c = a + b;
+      const Vec own = exp2((a == 0.0f ? log2_q : log2_p) * c), other = exp2((a == 0.0f ? log2_p : log2_q) * c);
+      return (product(own, (a == 0.0f ? -gap : gap) * c) - own + other) * (1.0f / (c * c));
+    }
+    const Vec ends = exp2(log2_p * (a + b)) * a + exp2(log2_q * (a + b)) * b;
+    return (ends - exp2(log2_p * a + log2_q * b) * (a + b)) * (1.0f / (a * b * (a + b)));
+  }
+
+  Vec slope(const Probabilities& e) const {
+    const Vec log2_p = e.t2 - teacher, log2_q = e.s2 - student;
+    if (a == 0.0f && b == 0.0f) return in_play(log2_p, log2_q) ? (log2_q - log2_p) * kLn2 : Vec{};
+    if (a == 0.0f) return product(exp2(log2_q * b), (log2_q - log2_p) * kLn2);
+    if (b == 0.0f) return (exp2(log2_q * a) - exp2(log2_p * a)) * (1.0f / a);
+    return (exp2(log2_q * (a + b)) - exp2(log2_p * a + log2_q * b)) * (1.0f / a);
+  }
+  float a, b, student, teacher;
+};
+
+}  // namespace megakd
