@@ -172,7 +172,7 @@ def _default(leaf: _Leaf) -> Any:
 def _help(leaves: list[_Leaf], prog: str, description: str, show_all: bool) -> list[str]:
     lines = [f"usage: {prog} [--config FILE.yaml] [flags]", "", *textwrap.wrap(description, 100)]
     entries = [
-        ("general", "--config FILE", "YAML file; flags override what it says"),
+        ("general", "--config FILE", "YAML file; later ones and flags override what it says"),
         ("general", "--print-config", "print the resolved configuration as YAML and exit"),
         ("general", "--help, --help-all", "the common flags; every flag"),
     ]

@@ -1,13 +1,16 @@
-"""What a token weighs: the objective against whole logits and autograd, gates against a sort, all of it in any layout."""
+"""What a token weighs: the objective against whole logits and autograd, gates against a sort, both in any layout."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import make_tree, one_step, run_training, write_dataset
+from runs import make_config, make_tree, one_step, run_training, write_dataset
 from torch import Tensor
 from worlds import Worlds
 
@@ -16,6 +19,7 @@ from megakd.losses.head import KDTerm, VocabShard
 from megakd.targets import DenseTargets, SparseTargets
 from megakd.train.gates import Gates, apply_gates
 from megakd.train.objective import Objective
+from megakd.train.preflight import check_run
 from megakd.train.taid import Taid
 
 S, B, V, HIDDEN = 13, 3, 251, 16
@@ -205,3 +209,48 @@ def test_a_reference_model_alone_selects_tokens(setting: dict[str, Any], world: 
     assert found["kd"] is None and found["kd_share"] is None
     assert found["tokens"] == plain["tokens"] / 2 and found["loss"] == pytest.approx(found["lm"], rel=1e-7)
     assert abs(found["lm"] - plain["lm"]) > 1e-3
+
+
+class PoisonedTeacher:
+    """A teacher that says NaN of one token of the second sample in the second microbatch."""
+
+    def __init__(self, teacher: Any) -> None:
+        self._teacher = teacher
+
+    def targets(self, batch: Any) -> Iterator[Any]:
+        for index, targets in enumerate(self._teacher.targets(batch)):
+            hidden_TH = targets.hidden_TH.clone()
+            if index == 1:
+                hidden_TH[5 * batch.microbatch(0).tokens_BS.shape[0] + 1] = torch.nan
+            yield replace(targets, hidden_TH=hidden_TH)
+
+
+def poisoned_step(tree: dict[str, Any]) -> tuple[str, int]:
+    """What the error of a step says, and the sample it should name."""
+    from megakd.parallel import init_parallel
+    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
+    from megakd.train.optim import NonFiniteError
+    from megakd.train.step import run_step
+
+    config = make_config(tree)
+    plan = check_run(config, int(os.environ["WORLD_SIZE"]))
+    groups = init_parallel(config.parallel, seed=5)
+    student, teacher = build_student(config, plan, groups), PoisonedTeacher(build_teacher(config, plan, groups))
+    batch = next(build_loader(config, plan, groups))
+    try:
+        run_step(student, batch, teacher, build_objective(config, plan, groups), groups, step=7)
+    except NonFiniteError as error:
+        return str(error), int(batch.microbatch(1).sample_ids_B[1])
+    return "applied", -1
+
+
+@pytest.mark.parametrize("divergence", ["generalised_jsd", "adaptive_kl", "taid"])
+def test_a_teacher_that_is_not_finite_is_named(divergence: str, setting: dict[str, Any], world: Worlds) -> None:
+    tree = make_tree(
+        setting["data"],
+        teacher={"load": setting["teacher"]},
+        parallel={"tensor_model_parallel_size": 2},
+        objective={"kd_divergence": divergence, "kd_entropy_gate": 0.2, "rho_keep": 0.7},
+    )
+    for text, sample in world(2).run(poisoned_step, tree):
+        assert f"rank 0: dataset 0 sample {sample};" in text and f"rank 1: dataset 0 sample {sample})" in text

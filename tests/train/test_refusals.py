@@ -16,9 +16,11 @@ from worlds import Worlds
 
 from megakd.__main__ import run
 from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.losses.terms import KDTerm, legality_table
 from megakd.model.config import ModelConfig
 from megakd.model.metadata import read_tensor_names
 from megakd.train import main as train_main
+from megakd.train.config import ObjectiveConfig
 from megakd.train.metrics import _lock
 from megakd.train.preflight import check_run
 
@@ -117,6 +119,32 @@ REFUSED: dict[str, tuple[int, dict[str, Any], type[ValueError], str]] = {
     "no data": (1, {"data": {"data_path": ["/nowhere/data"]}}, UsageError, "/nowhere/data"),
     "alpha": (1, {"objective": {"kd_alpha": 1.5}}, UsageError, "--kd-alpha is 1.5"),
     "temperature": (1, {"objective": {"kd_temperature": 0.0}}, UsageError, "--kd-temperature is 0.0"),
+    "divergence": (
+        1,
+        {"objective": {"kd_divergence": "js"}},
+        UsageError,
+        "--kd-divergence 'js' is not one of forward_kl",
+    ),
+    "gate without a teacher": (1, {"objective": {"kd_entropy_gate": 0.2}}, UsageError, "--kd-entropy-gate 0.2 asks a"),
+    "rho without a teacher": (1, {"objective": {"rho_keep": 0.6}}, UsageError, "--rho-keep 0.6 asks a teacher"),
+    "tail of a model": (
+        1,
+        {"teacher": {"load": "x"}, "objective": {"kd_tail": "ghost"}},
+        UsageError,
+        "--kd-tail ghost is for sparse targets",
+    ),
+    "teacher for nothing": (
+        1,
+        {"teacher": {"load": "x"}, "objective": {"kd_alpha": 0.0}},
+        UsageError,
+        "it would run and change nothing",
+    ),
+    "gate on no KD": (
+        1,
+        {"teacher": {"load": "x"}, "objective": {"kd_alpha": 0.0, "rho_keep": 0.5, "kd_entropy_gate": 0.2}},
+        UsageError,
+        "no token gets KD",
+    ),
     "warm-up": (1, {"optim": {"lr_warmup_iters": 9}}, UsageError, "--lr-warmup-iters 9"),
     "teacher missing": (1, {"teacher": {"load": "/nowhere/teacher"}}, UsageError, "teacher: folder /nowhere/teacher"),
     "checkpoint missing": (1, {"checkpoint": {"load": "/nowhere/run"}}, UsageError, "--load: folder /nowhere/run"),
@@ -142,7 +170,24 @@ VALUES = {
     },
     "parallel": {"expert_tensor_parallel_size": 0},
     "teacher": {"tensor_model_parallel_size": -1},
-    "objective": {"kd_temperature": 1e-300},
+    "objective": {
+        "kd_temperature": 1e-300,
+        "kd_reverse_weight": 1.1,
+        "kd_jsd_beta": -0.1,
+        "kd_skew_alpha": 1.0,
+        "kd_akl_mu": 2.0,
+        "kd_ab_alpha": 9.0,
+        "kd_ab_beta": -9.0,
+        "kd_dkd_alpha": -1.0,
+        "kd_dkd_beta": -1.0,
+        "taid_t_start": -0.1,
+        "taid_t_end": 0.3,  # before its start
+        "taid_alpha": 2.0,
+        "taid_beta": 1.0,
+        "kd_entropy_gate": 1.0,
+        "rho_keep": 0.0,
+        "z_loss_coeff": -1e-4,
+    },
     "evaluate": {"eval_iters": 0},
 }
 
@@ -254,6 +299,21 @@ def test_exit_statuses(setting: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert status(data={"data_path": [setting["other"]]}, teacher={"load": setting["teacher"]}) == 4
     tree = damaged(setting, tmp_path, lambda path: (path / "common.pt").write_bytes(b""))
     assert status(teacher=tree["teacher"]) == 5
+
+
+def test_help_shows_what_goes_with_what(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            train_main.main([flag])
+        shown = capsys.readouterr().out
+        assert all(f"  {line}\n" in shown + "\n" for line in legality_table().splitlines())
+
+
+def test_every_parameter_of_a_divergence_has_a_flag() -> None:
+    told = {"jsd_beta": 0.25, "temperature": 3.0, "tail": "ghost", "dkd_beta": 2.0, "temperature_on": "teacher"}
+    term = ObjectiveConfig(kd_divergence="decoupled", **{f"kd_{key}": value for key, value in told.items()}).kd_term()
+    assert term == KDTerm("decoupled", **told)
+    assert ObjectiveConfig().kd_term() == KDTerm()
 
 
 def test_presets_have_the_published_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_the_rule() -> None:
     taid, t, momentum = make(), 0.4, 0.0
     taid.advance(1, LOSSES[0])
     assert taid.t == 0.4, "one loss alone says nothing"
-    for step, (before, loss) in enumerate(zip(LOSSES, LOSSES[1:]), start=2):
+    for step, (before, loss) in enumerate(itertools.pairwise(LOSSES), start=2):
         momentum = 0.9 * momentum + 0.1 * (before - loss) / (before + 1e-15)
         t = min(1.0, max(0.4 + 0.6 * step / 20, t + 0.3 / (1 + math.exp(-momentum)) * (1 - t)))
         taid.advance(step, loss)
