@@ -11,6 +11,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -123,7 +124,7 @@ class Worker:
             raise SkippedError(f"takes about {held / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
         answers = self._ask("first")
         errors = [answer[0] for answer in answers if answer[0] is not None]
-        return (max(errors) if errors else None), answers[0][1]
+        return (float(torch.tensor(errors).max()) if errors else None), answers[0][1]  # a NaN wins
 
     def turn(self) -> tuple[float, int]:
         """Seconds of the slowest rank and bytes of all of them."""
@@ -194,7 +195,8 @@ def _first_turn(
     run: loss_peers.Run, make: Callable[[], Any], compiles: bool, problem: Problem
 ) -> tuple[float | None, int | None]:
     inputs, error = make(), None
-    with _Collectives() as collectives:
+    collectives = _Collectives()
+    with collectives if problem.world > 1 else nullcontext():  # nothing is compiled while it looks on
         loss = run(inputs)
     if loss is not None:
         loss.backward()
