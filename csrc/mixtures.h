@@ -74,30 +74,34 @@ struct TotalVariation {
   }
 };
 
-// ABKD's divergence and its limits, for exponents a and b of at least 0: made of log p and log q, so that what cancels
-// in the value cancels exactly.
+// ABKD's divergence and its limits, a and b the exponents of p and q: made of log p and log q, so that what cancels in
+// the value cancels exactly. An id that both models rule out adds nothing.
 struct AlphaBeta {
   AlphaBeta(const RowSums& row, const Parameters& with)
       : a(with.a), b(with.b), student(std::log2(row.student)), teacher(std::log2(row.teacher)) {}
 
   Vec value(const Probabilities& e) const {
-    const Vec log2_p = e.t2 - teacher, log2_q = e.s2 - student, gap = (log2_p - log2_q) * kLn2;
-    if (a == 0.0f && b == 0.0f) return in_play(log2_p, log2_q) ? gap * gap * 0.5f : Vec{};
-    if (a == 0.0f || b == 0.0f) {  // the same with the models exchanged, gap and all
-      const float c = a + b;
-      const Vec own = exp2((a == 0.0f ? log2_q : log2_p) * c), other = exp2((a == 0.0f ? log2_p : log2_q) * c);
-      return (product(own, (a == 0.0f ? -gap : gap) * c) - own + other) * (1.0f / (c * c));
-    }
-    const Vec ends = exp2(log2_p * (a + b)) * a + exp2(log2_q * (a + b)) * b;
-    return (ends - exp2(log2_p * a + log2_q * b) * (a + b)) * (1.0f / (a * b * (a + b)));
+    const Vec p = e.t2 - teacher, q = e.s2 - student;  // logarithms
+    return in_play(p, q) ? value_in_play(p, q) : Vec{};
+  }
+  Vec slope(const Probabilities& e) const {
+    const Vec p = e.t2 - teacher, q = e.s2 - student;
+    return in_play(p, q) ? slope_in_play(p, q) : Vec{};
   }
 
-  Vec slope(const Probabilities& e) const {
-    const Vec log2_p = e.t2 - teacher, log2_q = e.s2 - student;
-    if (a == 0.0f && b == 0.0f) return in_play(log2_p, log2_q) ? (log2_q - log2_p) * kLn2 : Vec{};
-    if (a == 0.0f) return product(exp2(log2_q * b), (log2_q - log2_p) * kLn2);
-    if (b == 0.0f) return (exp2(log2_q * a) - exp2(log2_p * a)) * (1.0f / a);
-    return (exp2(log2_q * (a + b)) - exp2(log2_p * a + log2_q * b)) * (1.0f / a);
+  Vec value_in_play(Vec p, Vec q) const {
+    const Vec gap = (p - q) * kLn2;
+    if (a == 0.0f && b == 0.0f) return gap * gap * 0.5f;
+    if (a == 0.0f) return (product(exp2(q * b), gap * -b) - exp2(q * b) + exp2(p * b)) * (1.0f / (b * b));
+    if (b == 0.0f) return (product(exp2(p * a), gap * a) - exp2(p * a) + exp2(q * a)) * (1.0f / (a * a));
+    if (a + b == 0.0f) return (exp2((p - q) * a) - gap * a - 1.0f) * (1.0f / (a * a));
+    const Vec ends = exp2(p * (a + b)) * a + exp2(q * (a + b)) * b;
+    return (ends - exp2(p * a + q * b) * (a + b)) * (1.0f / (a * b * (a + b)));
+  }
+  Vec slope_in_play(Vec p, Vec q) const {
+    const Vec own = a + b == 0.0f ? broadcast(1.0f) : exp2(q * (a + b));  // -inf times 0 would be NaN
+    if (a == 0.0f) return product(own, (q - p) * kLn2);
+    return (own - (b == 0.0f ? exp2(p * a) : exp2(p * a + q * b))) * (1.0f / a);
   }
   float a, b, student, teacher;
 };

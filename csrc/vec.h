@@ -78,6 +78,7 @@ inline void store(Element* to, Vec x, int64_t count) {
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 
 inline float reduce_max(Vec x) {
   float best = x[0];
@@ -94,7 +95,7 @@ inline float reduce_add(Vec x) {
   return sums[0];
 }
 
-// 2^x for x <= 0 with a relative error below 2e-7: exact at integers, exactly 0 for -inf, NaN for NaN. The fraction in
+// 2^x with a relative error below 2e-7: exact at integers, exactly 0 for -inf, NaN for NaN. The fraction in
 // [0, 1] goes through the polynomial of degree 5 with the least relative error among those that are 1 at 0.
 inline Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
@@ -102,7 +103,7 @@ inline Vec exp2(Vec x) {
 #else
   // Adding a number so large that fractions are rounded away leaves the integer part, biased by 127, in the low bits.
   constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
-  x = max(broadcast(-126.5f), x);
+  x = min(broadcast(128.0f), max(broadcast(-126.5f), x));
   const Vec shifted = (x - 0.49999997f) + kRounder;  // a little less than a half, so that integers go to themselves
   const Vec fraction = x - (shifted - kRounder);
 #endif

@@ -33,16 +33,12 @@ _PARAMETERS = {
 class NativeKernels:
     """See ``kernels.Kernels``. Arithmetic is fp32; as many threads as torch uses.
 
-    The student's and the teacher's logits are contiguous, fp32 or bf16, each its own. alpha_beta takes exponents of at
-    least 0.
+    The logits of student and teacher must be contiguous, fp32 or bf16, not necessarily the same.
     """
 
     def supports(self, chunk: Chunk) -> bool:
         logits = [chunk.student_Rv]
         if isinstance(chunk.teacher, DenseTeacher):
-            term = chunk.teacher.term
-            if term.formula == "alpha_beta" and min(term.ab_alpha, term.ab_beta) < 0:
-                return False
             logits.append(chunk.teacher.logits_Rv)
         return all(x.device.type == "cpu" and x.dtype in DTYPES and x.is_contiguous() for x in logits)
 
