@@ -1,4 +1,4 @@
-"""The divergences for Triton: what one entry of a row adds to the sums, and its slope; the formulas of ``pointwise.py``.
+"""The divergences for Triton: what one entry of a row adds to the sums, and its slope, as in ``pointwise.py``.
 
 s and t are logits relative to the row's maximum after temperature, p and q probabilities of teacher and student. An
 entry that both models rule out (-inf, as what lies beyond a slice is loaded) adds exactly 0. ``FORMULA`` is a

@@ -8,11 +8,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megakd.losses.triton_formulas import kl_slope, logit_difference, pivot, possible, product, value_and_slope, weighted
+from megakd.losses.triton_formulas import (
+    kl_slope,
+    logit_difference,
+    pivot,
+    possible,
+    product,
+    value_and_slope,
+    weighted,
+)
 from megakd.losses.triton_statistics import (
     FIRST,
     LM_MAX,
     LM_SUM,
+    NOT_SPECIAL,
     REST_MAX,
     STUDENT_MAX,
     STUDENT_SUM,
@@ -42,7 +51,7 @@ def store_gradient(row, start, gradient, num_valid, width, BLOCK: tl.constexpr):
     tl.store(row + columns, gradient.to(row.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def student_gradient(
     student,
     rows,
@@ -80,7 +89,7 @@ def student_gradient(
         store_gradient(student, start, gradient, num_valid, width, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def listed_gradient(
     student,
     columns,
@@ -127,7 +136,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def pair_gradient(
     student,
     teacher,
@@ -209,9 +218,7 @@ def pair_gradient(
             elif FORMULA == "mixed_kl" or FORMULA == "adaptive_kl":
                 slope = kl_slope(FORMULA, s, t, p, q, mean, reverse_weight)
             else:
-                _, slope = value_and_slope(
-                    FORMULA, t - log_t_sum, s - log_s_sum, p, q, x, y, log_on_p, log_on_q
-                )
+                _, slope = value_and_slope(FORMULA, t - log_t_sum, s - log_s_sum, p, q, x, y, log_on_p, log_on_q)
                 slope -= product(q, tl.load(rows + num_rows * (FIRST + 1)))
         gradient += weighted(on_slope, slope)
         store_gradient(student, start, gradient, num_valid, width, BLOCK)

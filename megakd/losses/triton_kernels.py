@@ -84,7 +84,7 @@ class TritonKernels:
     block: columns that a program takes at a time, a power of 2 and at least 32; num_warps warps share them.
     """
 
-    def __init__(self, block: int = 4096, num_warps: int = 8) -> None:
+    def __init__(self, block: int = 4096, num_warps: int = 16) -> None:
         self._block, self._num_warps = block, num_warps
 
     def supports(self, chunk: Chunk) -> bool:
@@ -214,8 +214,9 @@ class TritonKernels:
         """One program a row, on the device of the logits."""
         if chunk.student_Rv.shape[0] == 0:
             return
+        num_warps = self._num_warps if "BLOCK" in constants else 4
         with torch.cuda.device_of(chunk.student_Rv):
-            _compiled()[kernel][(chunk.student_Rv.shape[0],)](*arguments, **constants, num_warps=self._num_warps)
+            _compiled()[kernel][(chunk.student_Rv.shape[0],)](*arguments, **constants, num_warps=num_warps)
 
 
 @cache

@@ -1,8 +1,8 @@
 """The Triton kernels that sum over rows of logits: one program a row, one read of its logits.
 
-A program walks over its slice in blocks, keeps the maxima so far and one running sum a lane, and when a maximum rises
-brings what it has onto the new one. Maxima rise a few times in a row, so the walk itself is little more than the
-exponentials. Sums are fp32. ``row`` and everything added to it is int64: a chunk may have more than 2^31 logits.
+A program walks over its slice in blocks, keeps the maxima so far and running sums of every few neighbours, and when a
+maximum rises brings what it has onto the new one. Maxima rise a few times in a row, so the walk itself is little more
+than the exponentials. Sums are fp32. ``row`` is int64: a chunk may have more than 2^31 logits.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ LM_MAX, LM_SUM, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 STUDENT_MAX, STUDENT_SUM = tl.constexpr(3), tl.constexpr(4)
 TEACHER_MAX, TEACHER_SUM, TEACHER_SELF, AGREE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 FIRST = tl.constexpr(9)
+GROUP = tl.constexpr(8)  # what a thread loads at once in 16 bits
+NOT_SPECIAL = ["num_rows", "num_valid", "num_listed", "num_words"]  # another value of these is no other kernel
 REST_MAX, REST_SUM, TOTAL, COUNT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 
@@ -40,6 +42,12 @@ def load_owned(row, columns, num_valid):
 
 
 @triton.jit
+def by_group(values, BLOCK: tl.constexpr):
+    """Sums of neighbouring entries, which one thread holds: a running sum for each would fill its registers."""
+    return tl.sum(tl.reshape(values, [BLOCK // GROUP, GROUP]), 1)
+
+
+@triton.jit
 def fall(old, new):
     """How far below the new maximum the old one lies; 0 where it stood for no entry."""
     return tl.where(old == float("-inf"), 0.0, old - new)
@@ -57,7 +65,7 @@ def rescaled(sums, scale):
     return tl.where(scale == 0.0, tl.where(sums == sums, 0.0, sums), sums * scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def mark_listed(columns, hits, num_listed, num_valid, num_words, K_BLOCK: tl.constexpr):
     """A bit a column: whether it is listed."""
     row = tl.program_id(0).to(tl.int64)
@@ -68,7 +76,7 @@ def mark_listed(columns, hits, num_listed, num_valid, num_words, K_BLOCK: tl.con
     tl.atomic_or(hits + row * num_words + listed // 32, bits, mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def student_statistics(
     student,
     label,
@@ -94,9 +102,9 @@ def student_statistics(
     out += row
     lanes = tl.arange(0, BLOCK)
     maximum = float("-inf")
-    lm_sum = tl.zeros([BLOCK], tl.float32)
-    rest_sum = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    lm_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    rest_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    total = tl.zeros([BLOCK // GROUP], tl.float32)
     for start in range(0, num_valid, BLOCK):
         s = load_logits(student, start, num_valid, width, BLOCK)
         kept = s
@@ -108,14 +116,14 @@ def student_statistics(
             lm_sum = rescaled(lm_sum, shrink(maximum, top, 1.0))
             if TEMPERED:
                 rest_sum = rescaled(rest_sum, shrink(maximum, top, inverse_tau))
-            if SPREAD:  # as many entries a lane as blocks before this one
-                total += (start // BLOCK) * (pivot(maximum) - top)
+            if SPREAD:  # every sum has seen as many groups as there were blocks before
+                total += (start // BLOCK * GROUP) * (pivot(maximum) - top)
             maximum = top
-        lm_sum += tl.exp(kept - pivot(maximum))
+        lm_sum += by_group(tl.exp(kept - pivot(maximum)), BLOCK)
         if TEMPERED:
-            rest_sum += tl.exp((kept - pivot(maximum)) * inverse_tau)
+            rest_sum += by_group(tl.exp((kept - pivot(maximum)) * inverse_tau), BLOCK)
         if SPREAD:
-            total += tl.where(start + lanes < num_valid, s - pivot(maximum), 0.0)
+            total += by_group(tl.where(start + lanes < num_valid, s - pivot(maximum), 0.0), BLOCK)
     lm_max = maximum
     lm_all = tl.sum(lm_sum, 0)
     if LISTED:
@@ -145,7 +153,7 @@ def student_statistics(
     tl.store(out + num_rows * LABEL, at_label)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def pair_statistics(
     student,
     teacher,
@@ -174,14 +182,14 @@ def pair_statistics(
     s_max = float("-inf")
     t_max = float("-inf")
     agree = 0
-    lm_sum = tl.zeros([BLOCK], tl.float32)
-    s_sum = tl.zeros([BLOCK], tl.float32)
-    t_sum = tl.zeros([BLOCK], tl.float32)
-    t_self = tl.zeros([BLOCK], tl.float32)
-    forward = tl.zeros([BLOCK], tl.float32)
-    reverse = tl.zeros([BLOCK], tl.float32)
-    moment = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
+    lm_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    s_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    t_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    t_self = tl.zeros([BLOCK // GROUP], tl.float32)
+    forward = tl.zeros([BLOCK // GROUP], tl.float32)
+    reverse = tl.zeros([BLOCK // GROUP], tl.float32)
+    moment = tl.zeros([BLOCK // GROUP], tl.float32)
+    count = tl.zeros([BLOCK // GROUP], tl.float32)
     for start in range(0, num_valid, BLOCK):
         s = load_logits(student, start, num_valid, width, BLOCK)
         t = load_logits(teacher, start, num_valid, width, BLOCK)
@@ -211,23 +219,23 @@ def pair_statistics(
         if SUMS == "difference" or SUMS == "square":
             difference = logit_difference(s, t, inverse_tau_s, inverse_tau_t)
             if SUMS == "difference":
-                moment += difference
+                moment += by_group(difference, BLOCK)
             else:
-                moment += difference * difference
-            count += possible(s, t, tl.full([BLOCK], 1.0, tl.float32))
+                moment += by_group(difference * difference, BLOCK)
+            count += by_group(possible(s, t, tl.full([BLOCK], 1.0, tl.float32)), BLOCK)
         s -= pivot(s_max)
         if TEMPERED:
-            lm_sum += tl.exp(s)
+            lm_sum += by_group(tl.exp(s), BLOCK)
             s *= inverse_tau_s
         t = (t - pivot(t_max)) * inverse_tau_t
         exp_s, exp_t = tl.exp(s), tl.exp(t)
-        s_sum += exp_s
-        t_sum += exp_t
-        t_self += product(exp_t, t)
+        s_sum += by_group(exp_s, BLOCK)
+        t_sum += by_group(exp_t, BLOCK)
+        t_self += by_group(product(exp_t, t), BLOCK)
         if SUMS == "forward" or SUMS == "both":
-            forward += product(exp_t, t - s)
+            forward += by_group(product(exp_t, t - s), BLOCK)
         if SUMS == "reverse" or SUMS == "both":
-            reverse += product(exp_s, s - t)
+            reverse += by_group(product(exp_s, s - t), BLOCK)
     student_sum = tl.sum(s_sum, 0)
     lm_max, lm_all = s_max, student_sum
     if TEMPERED:
@@ -264,7 +272,7 @@ def pair_statistics(
         tl.store(out + num_rows * (FIRST + 1), tl.sum(count, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIAL)
 def pair_second(
     student,
     teacher,
@@ -290,8 +298,8 @@ def pair_second(
     teacher += row * teacher_stride
     rows += row
     out += row
-    one = tl.zeros([BLOCK], tl.float32)
-    two = tl.zeros([BLOCK], tl.float32)
+    one = tl.zeros([BLOCK // GROUP], tl.float32)
+    two = tl.zeros([BLOCK // GROUP], tl.float32)
     if FORMULA == "centred_logit_mse":
         mean = tl.load(rows + num_rows * FIRST) / tl.load(rows + num_rows * (FIRST + 1))
     else:
@@ -304,15 +312,15 @@ def pair_second(
         t = load_logits(teacher, start, num_valid, width, BLOCK)
         if FORMULA == "centred_logit_mse":
             centred = possible(s, t, logit_difference(s, t, inverse_tau_s, inverse_tau_t) - mean)
-            one += centred * centred
+            one += by_group(centred * centred, BLOCK)
         else:
             log_q = (s - s_pivot) * inverse_tau_s - log_s_sum
             log_p = (t - t_pivot) * inverse_tau_t - log_t_sum
             value, slope = value_and_slope(
                 FORMULA, log_p, log_q, tl.exp(log_p), tl.exp(log_q), x, y, log_on_p, log_on_q
             )
-            one += value
-            two += slope
+            one += by_group(value, BLOCK)
+            two += by_group(slope, BLOCK)
     tl.store(out, tl.sum(one, 0))
     if FORMULA != "centred_logit_mse":
         tl.store(out + num_rows, tl.sum(two, 0))
