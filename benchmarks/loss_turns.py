@@ -50,15 +50,15 @@ CASES: dict[str, dict[str, Case]] = {
     "head": {
         "megakd": Case(loss_peers.head_megakd, head_inputs, 3),
         "products": Case(loss_peers.head_products, head_inputs, 3),
-        "liger KD": Case(loss_peers.head_liger_distil, head_inputs, 12, compiles=True),
-        "liger LM + KD": Case(loss_peers.head_liger, head_inputs, 14, compiles=True),
+        "liger KD": Case(loss_peers.head_liger_distil, head_inputs, 8, compiles=True),
+        "liger LM + KD": Case(loss_peers.head_liger, head_inputs, 8, compiles=True),
         "unfused": Case(loss_peers.head_unfused, head_inputs, 16),
     },
     "dense": {
         "megakd": Case(loss_peers.dense_megakd, logit_inputs, 2.3),
         "copy": Case(loss_peers.dense_copy, logit_inputs, 2.3),
         "naive": Case(loss_peers.dense_naive, logit_inputs, 16),
-        "compiled": Case(loss_peers.dense_compiled, logit_inputs, 12, compiles=True),
+        "compiled": Case(loss_peers.dense_compiled, logit_inputs, 5, compiles=True),
         "modelopt": Case(loss_peers.dense_modelopt, logit_inputs, 16),
     },
     "tp": {
@@ -68,7 +68,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "sparse": {
         "megakd": Case(loss_peers.sparse_megakd, sparse_inputs, 1.5),
-        "megatron": Case(loss_peers.sparse_megatron, sparse_inputs, 14),
+        "megatron": Case(loss_peers.sparse_megatron, sparse_inputs, 9),
     },
 }
 
