@@ -169,6 +169,7 @@ def setting(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 SPLITS = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {},
 }
 
 

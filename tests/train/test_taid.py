@@ -12,8 +12,10 @@ import pytest
 from runs import make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
+from megakd.config import parse
 from megakd.errors import MismatchError
 from megakd.manifest import read_manifest, write_manifest
+from megakd.train.config import TrainConfig
 from megakd.train.preflight import check_run
 from megakd.train.taid import Taid
 
@@ -133,3 +135,11 @@ def test_checkpoints_without_its_state(setting: dict[str, Any], world: Worlds, t
         check_run(make_config(tree), 1)
     fresh = {**tree, "checkpoint": {"load": str(save), "finetune": True, "save": str(tmp_path / "fresh")}}
     assert world(1).run(run_training, fresh) == [0]
+
+
+def test_the_example() -> None:
+    folder = Path(__file__).resolve().parents[2] / "examples" / "online_kd"
+    files = [f"--config={folder / name}" for name in ("config.yaml", "taid.yaml")]
+    config = parse(TrainConfig, [*files, "--kd-alpha", "0.8"], prog="megakd train", description="")
+    assert config.trains_taid and config.objective.kd_alpha == 0.8 and config.objective.kd_entropy_gate == 0.15
+    assert config.training.train_iters == 45000
