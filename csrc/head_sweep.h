@@ -61,30 +61,20 @@ float row_max(const Element* logits, int64_t n) {
   return max_row(n, [&](int64_t i, int64_t count) { return load(logits + i, count); });
 }
 
-// Adds to closed sums what `entries(i, count, sums)` adds to its sums for the `count` entries from i on.
+// Adds up over a row what `entries(i, count, sums)` adds to its sums for the `count` entries from i on.
 template <int kSums, class Body>
-inline void sum_range(int64_t begin, int64_t end, Vec closed[], const Body& entries) {
-  for (; begin < end; begin += kBlock) {
-    const int64_t block_end = std::min(begin + kBlock, end);
+inline void sum_row(int64_t n, float totals[], const Body& entries) {
+  Vec closed[kSums] = {};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
     Vec sums[kSums] = {};
     int64_t i = begin;
-    for (; i + kLanes <= block_end; i += kLanes) entries(i, kLanes, sums);
-    if (i < block_end) entries(i, block_end - i, sums);
+    for (; i + kLanes <= end; i += kLanes) entries(i, kLanes, sums);
+    if (i < end) entries(i, end - i, sums);
     for (int k = 0; k < kSums; k++) closed[k] += sums[k];
   }
-}
-
-// The sums over [0, n) without the entry `apart`, if that is one of them.
-template <int kSums, class Body>
-inline void sum_row(int64_t n, int64_t apart, float totals[], const Body& entries) {
-  Vec closed[kSums] = {};
-  const bool is_apart = apart >= 0 && apart < n;
-  sum_range<kSums>(0, is_apart ? apart : n, closed, entries);
-  if (is_apart) sum_range<kSums>(apart + 1, n, closed, entries);
   for (int k = 0; k < kSums; k++) totals[k] = reduce_add(closed[k]);
 }
-
-constexpr int64_t kNone = -1;
 
 // Overwrites a row of logits with slope(i, count), at the label with label_slope() less its weight, and padding with 0.
 template <class Element, class Body, class LabelBody>
@@ -123,7 +113,7 @@ void lm_statistics(const ChunkArguments& a, int64_t row, const Student* student)
   const float maximum = row_max(student, a.num_valid), subtract = pivot(maximum);
   a.at(kLMMax, row) = maximum;
   a.at(kLabel, row) = label_logit(a, row, student);
-  sum_row<1>(a.num_valid, kNone, &a.at(kLMSum, row), [&](int64_t i, int64_t count, Vec sums[]) {
+  sum_row<1>(a.num_valid, &a.at(kLMSum, row), [&](int64_t i, int64_t count, Vec sums[]) {
     sums[0] += lm_exp(load(student + i, count), subtract);
   });
 }

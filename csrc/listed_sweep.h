@@ -80,7 +80,7 @@ void listed_statistics(const ListedArguments& a, int64_t row, const Student* stu
   const float lm_max = reduce_max(best), lm_pivot = pivot(lm_max), rest_pivot = pivot(rest_max);
   const float scale = kLog2E / a.student_temperature;
   float totals[2] = {};  // of the rest alone: in units of rest_max and of lm_max
-  sum_row<1 + kTempered>(n, kNone, totals, [&](int64_t i, int64_t count, Vec sums[]) {
+  sum_row<1 + kTempered>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec rest = listed.rest(student, i, count);
     sums[0] += exp2((rest - rest_pivot) * scale);
     if (kTempered) sums[1] += lm_exp(rest, lm_pivot);
@@ -94,7 +94,7 @@ void listed_statistics(const ListedArguments& a, int64_t row, const Student* stu
   a.at(kRestMax, row) = rest_max;
   a.at(kRestSum, row) = totals[0];
   if (a.spread) {
-    sum_row<1>(n, kNone, &a.at(kTotal, row), [&](int64_t i, int64_t count, Vec sums[]) {
+    sum_row<1>(n, &a.at(kTotal, row), [&](int64_t i, int64_t count, Vec sums[]) {
       sums[0] += (load(student + i, count, lm_pivot) - lm_pivot) * (1.0f / a.student_temperature);
     });
     a.at(kCount, row) = float(n);

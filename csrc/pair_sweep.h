@@ -28,6 +28,12 @@ float max_without(const Element* logits, int64_t n, int64_t apart) {
   return before > behind ? before : behind;
 }
 
+// The same entries from i on with -inf in the place of `apart`, be that among them or not.
+inline Vec without(Vec logits, int64_t i, int64_t apart) {
+  const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lanes == int32_t(apart - i) ? broadcast(-kInfinity) : logits;
+}
+
 inline float larger(float a, float b) { return b > a ? b : a; }  // a where b is NaN
 
 // kTempered: the student's softmax in the divergence is not the one in the LM loss.
@@ -35,36 +41,37 @@ template <class Divergence, bool kTempered, class Student, class Teacher>
 void pair_statistics(const PairArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
   constexpr bool kTwoSoftmaxes = kTempered || Divergence::kLabelApart;
   const int64_t n = a.num_valid, label = a.labels[row];
-  const int64_t apart = Divergence::kLabelApart && a.owns_label(row) ? label : kNone;
+  const bool apart = Divergence::kLabelApart && a.owns_label(row);
   const float student_label = label_logit(a, row, student);
   const float teacher_label = label_logit(a, row, teacher);
   float student_max, teacher_max, student_top, teacher_top;
-  if (apart == kNone) {
+  if (!apart) {
     student_top = student_max = row_max(student, n), teacher_top = teacher_max = row_max(teacher, n);
   } else {
-    student_max = max_without(student, n, apart), student_top = larger(student_max, student_label);
-    teacher_max = max_without(teacher, n, apart), teacher_top = larger(teacher_max, teacher_label);
+    student_max = max_without(student, n, label), student_top = larger(student_max, student_label);
+    teacher_max = max_without(teacher, n, label), teacher_top = larger(teacher_max, teacher_label);
   }
   const float lm_pivot = pivot(student_top);
   const Scale student_scale{pivot(student_max), 1.0f / a.student_temperature};
   const Scale teacher_scale{pivot(teacher_max), 1.0f / a.teacher_temperature};
   Vec top = broadcast(-kInfinity);  // of s2 + t2, which is 0 only where both are maxima
   float totals[4 + Divergence::kFirst];
-  sum_row<4 + Divergence::kFirst>(n, apart, totals, [&](int64_t i, int64_t count, Vec sums[]) {
-    const Vec s = load(student + i, count), t = load(teacher + i, count);
+  sum_row<4 + Divergence::kFirst>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
+    const Vec whole = load(student + i, count);
+    Vec s = whole, t = load(teacher + i, count);
+    if (Divergence::kLabelApart && apart) s = without(s, i, label), t = without(t, i, label);
     const Vec s2 = student_scale.in_log2(s), t2 = teacher_scale.in_log2(t);
     const Entries entries{
         s2, t2, exp2(s2), exp2(t2), s * student_scale.inverse_temperature, t * teacher_scale.inverse_temperature};
     top = max(s2 + t2, top);
-    sums[0] += kTwoSoftmaxes ? lm_exp(s, lm_pivot) : entries.exp_s;
+    sums[0] += kTwoSoftmaxes ? lm_exp(whole, lm_pivot) : entries.exp_s;
     sums[1] += entries.exp_s;
     sums[2] += entries.exp_t;
     add_product(sums[3], entries.exp_t, t2);
     Divergence::accumulate(entries, sums + 4);
   });
   bool agree = reduce_max(top) == 0.0f;
-  if (apart != kNone) {
-    totals[0] += lm_exp(broadcast(student_label), lm_pivot)[0];
+  if (apart) {
     agree = (agree && student_max == student_top && teacher_max == teacher_top) ||
             (student_label == student_top && teacher_label == teacher_top);
   }
@@ -140,7 +147,7 @@ void pair_second(const PairArguments& a, int64_t row, const Student* student, co
   const Merged<Divergence> merged(a, row, false);
   const auto unit = merged.unit(1.0f);
   float totals[Divergence::kSecond];
-  sum_row<Divergence::kSecond>(a.num_valid, kNone, totals, [&](int64_t i, int64_t count, Vec sums[]) {
+  sum_row<Divergence::kSecond>(a.num_valid, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec s = load(student + i, count), t = load(teacher + i, count);
     merged.divergence.accumulate_second(merged.probabilities(s, t, unit), sums);
   });

@@ -95,16 +95,17 @@ inline float reduce_add(Vec x) {
   return sums[0];
 }
 
-// 2^x with a relative error below 2e-7: exact at integers, exactly 0 for -inf, NaN for NaN. The fraction in
-// [0, 1] goes through the polynomial of degree 5 with the least relative error among those that are 1 at 0.
+// 2^x with a relative error below 2e-7: exactly 1 at 0, exactly 0 for -inf, NaN for NaN; from -126 down it may be 0.
+// The fraction in [0, 1] goes through the polynomial of degree 5 with the least relative error among those that are 1 at
+// 0.
 inline Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
   const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
 #else
   // Adding a number so large that fractions are rounded away leaves the integer part, biased by 127, in the low bits.
   constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
-  x = min(broadcast(128.0f), max(broadcast(-126.5f), x));
-  const Vec shifted = (x - 0.49999997f) + kRounder;  // a little less than a half, so that integers go to themselves
+  x = min(broadcast(128.5f), max(broadcast(-126.5f), x));
+  const Vec shifted = (x - 0.49999997f) + kRounder;  // a little less than a half, so that 0 goes to itself
   const Vec fraction = x - (shifted - kRounder);
 #endif
   Vec poly = fraction * 1.8671316863e-03f + 9.0170269014e-03f;
