@@ -28,8 +28,16 @@ def vec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         pytest.skip("this machine has no AVX2")
     folder = tmp_path_factory.mktemp("vec")
     (folder / "vec.cpp").write_text(SOURCE)
-    flags = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-march={request.param}"]
-    command = [os.environ.get("CXX", "c++"), *flags, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "vec.cpp", "-o", "vec.so"]
+    flags = ["-shared", "-fPIC", "-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    command = [
+        os.environ.get("CXX", "c++"),
+        *flags,
+        f"-march={request.param}",
+        f"-I{ROOT / 'csrc'}",
+        "vec.cpp",
+        "-o",
+        "vec.so",
+    ]
     subprocess.run(command, cwd=folder, check=True, timeout=120)
     return ctypes.CDLL(str(folder / "vec.so"))
 

@@ -1,4 +1,4 @@
-"""What only the native kernels have: threads, arrays that may not fit, tails of vectors, sums over large vocabularies."""
+"""What only the native kernels have: threads, arrays that may not fit, fp32 sums over large vocabularies."""
 
 from __future__ import annotations
 
