@@ -5,6 +5,7 @@ Axes: ``T`` tokens, ``v`` this rank's slice of the vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from megakd.losses.logit_sources import GivenStudent
 from megakd.losses.sweep import sweep
 from megakd.losses.vocab_parallel import VocabShard
 
-DEFAULT_CHUNK_BYTES = 32 << 20
+_COPIED_BYTES = 32 << 20
 
 
 def logits_loss(
@@ -32,12 +33,15 @@ def logits_loss(
     kd: Sequence[KD] = (),
     inplace: bool = False,
     implementation: Implementation = "auto",
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> HeadOutput:
     """``head.head_loss`` from the student's logits ``[T, v]``, contiguous; teachers as logits or sparse.
 
     inplace: the logits become their gradient, at once; nobody may read them afterwards (autograd refuses if an
         operation before has kept them for its backward; a matrix product has not). Else a copy does.
+    chunk_bytes: how many bytes of logits, of all models together, are done at a time. Unless given: 32 MiB, but
+        everything at once, and so with one all-gather in all, where the vocabulary is split and no logits have to be
+        copied (one term but taid, and every token with weight).
 
     Raises UsageError as ``head_loss`` does.
     """
@@ -66,7 +70,7 @@ def logits_loss(
             terms,
             shard=shard,
             implementation=implementation,
-            chunk_bytes=chunk_bytes,
+            chunk_bytes=chunk_bytes or _chunk_bytes(select, kd, shard),
         )
         output = head_output(swept, labels_R, lm_weight_R, z_weight_R, kd, terms, select, shard.vocab_size)
         if wants_gradient and not select.everything:
@@ -75,6 +79,11 @@ def logits_loss(
         return output
     loss: Tensor = _Loss.apply(student_Tv, output.loss, logits_Tv)  # type: ignore[no-untyped-call]
     return replace(output, loss=loss)
+
+
+def _chunk_bytes(select: Select, kd: Sequence[KD], shard: VocabShard) -> int:
+    copies = not select.everything or len(kd) > 1 or any(one.term.divergence == "taid" for one in kd)
+    return _COPIED_BYTES if copies or shard.world_size == 1 else sys.maxsize
 
 
 class _Loss(torch.autograd.Function):

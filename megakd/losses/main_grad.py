@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor:
+def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor | None:
     """Add ``grad · d_weight_vH`` to ``weight_vH.main_grad`` where megatron has put one; what autograd is to be given.
 
     megatron's hook adds what autograd accumulates to ``main_grad`` (distributed_data_parallel.py, megatron-core 0.16),
-    unless ``grad_added_to_main_grad`` says that it is there already: then what autograd is given only has to exist. A
-    weight that is tied to the embedding gets the embedding's gradient through autograd too (``zero_out_wgrad``): there
-    it is zeros, which leave that gradient alone. Without such a buffer the product is rounded to the weight's dtype as
-    it is written.
+    unless ``grad_added_to_main_grad`` says that it is there already: then what autograd is given only has to exist, and
+    nobody reads it. A weight that is tied to an embedding of the same stage (``zero_out_wgrad``) gets the embedding's
+    gradient through autograd too, which fires the hook: there nothing is given. Without such a buffer the product is
+    rounded to the weight's dtype as it is written.
     """
     if getattr(weight_vH, "main_grad", None) is None or not hasattr(weight_vH, "grad_added_to_main_grad"):
         scaled_vH = torch.empty_like(d_weight_vH, dtype=weight_vH.dtype)
@@ -21,7 +21,4 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
     main_grad_vH: Tensor = weight_vH.main_grad
     main_grad_vH.addcmul_(d_weight_vH.to(main_grad_vH.dtype), grad.to(main_grad_vH.dtype))
     weight_vH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if getattr(weight_vH, "zero_out_wgrad", False):
-        return torch.zeros_like(weight_vH)
-    # nobody reads it: one element's memory in the shape that autograd asks for
-    return weight_vH.new_zeros(()).expand_as(weight_vH)
+    return None if getattr(weight_vH, "zero_out_wgrad", False) else torch.empty_like(weight_vH)

@@ -88,8 +88,8 @@ class KDTerm:
             raise UsageError(f"divergence {self.divergence!r} is not one of {', '.join(LEGAL)}")
         if self.tail not in ALL_TAILS:
             raise UsageError(f"tail {self.tail!r} is not one of {', '.join(ALL_TAILS)}")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature is {self.temperature}, expected a number greater than 0")
+        if not 1e-3 <= self.temperature <= 1e3:
+            raise UsageError(f"temperature is {self.temperature}, expected 0.001 to 1000")
         for name, most in (("reverse_weight", 1), ("jsd_beta", 1), ("skew_alpha", 0.999), ("akl_mu", 1), ("taid_t", 1)):
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 to {most}")

@@ -112,8 +112,6 @@ class ObjectiveConfig:
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:
             raise UsageError(f"--kd-alpha is {self.kd_alpha}; expected 0 <= alpha <= 1")
-        if not 1e-3 <= self.kd_temperature <= 1e3:
-            raise UsageError(f"--kd-temperature is {self.kd_temperature}; expected 0.001 to 1000")
         if not 0 <= self.taid_t_start <= self.taid_t_end <= 1:
             raise UsageError(
                 f"--taid-t-start is {self.taid_t_start} and --taid-t-end {self.taid_t_end}; expected "
