@@ -25,9 +25,8 @@ void require(bool fits, const std::string& what) {
 // The array's memory, if it has this shape, without gaps, and elements of this type. numpy has no bf16: that is uint16.
 template <class T>
 T* checked(const py::array& array, Shape shape, const char* expected) {
-  const bool is_type = std::is_same_v<T, BFloat16> ? py::isinstance<py::array_t<uint16_t>>(array)
-                                                   : py::isinstance<py::array_t<std::conditional_t<
-                                                         std::is_same_v<T, BFloat16>, uint16_t, T>>>(array);
+  using Stored = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
+  const bool is_type = py::isinstance<py::array_t<Stored>>(array);
   require(is_type && (array.flags() & py::array::c_style) &&
               std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim()),
           expected);

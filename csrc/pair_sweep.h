@@ -28,7 +28,7 @@ float max_without(const Element* logits, int64_t n, int64_t apart) {
   return before > behind ? before : behind;
 }
 
-// The same entries from i on with -inf in the place of `apart`, be that among them or not.
+// The entries from i on with -inf in the place of `apart`, be that among them or not.
 inline Vec without(Vec logits, int64_t i, int64_t apart) {
   const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return lanes == int32_t(apart - i) ? broadcast(-kInfinity) : logits;
@@ -109,7 +109,7 @@ struct Merged {
         divergence(sums, a.parameters) {}
   Merged(const Merged&) = delete;
 
-  // weight: what p and q are multiplied by.
+  // What exp_t and exp_s are multiplied by to be the probabilities times a weight.
   struct Unit {
     float p, q;
   };
