@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,11 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
     gradient through autograd too, which fires the hook: there nothing is given. Without such a buffer the product is
     rounded to the weight's dtype as it is written.
     """
-    if getattr(weight_vH, "main_grad", None) is None or not hasattr(weight_vH, "grad_added_to_main_grad"):
+    parameter: Any = weight_vH  # with what megatron has hung on it
+    if getattr(parameter, "main_grad", None) is None or not hasattr(parameter, "grad_added_to_main_grad"):
         scaled_vH = torch.empty_like(d_weight_vH, dtype=weight_vH.dtype)
         return torch.mul(d_weight_vH, grad.to(d_weight_vH.dtype), out=scaled_vH)
-    main_grad_vH: Tensor = weight_vH.main_grad
+    main_grad_vH: Tensor = parameter.main_grad
     main_grad_vH.addcmul_(d_weight_vH.to(main_grad_vH.dtype), grad.to(main_grad_vH.dtype))
-    weight_vH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return None if getattr(weight_vH, "zero_out_wgrad", False) else torch.empty_like(weight_vH)
+    parameter.grad_added_to_main_grad = True
+    return None if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(weight_vH)

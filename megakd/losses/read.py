@@ -16,12 +16,14 @@ from torch import Tensor
 
 from megakd.errors import UsageError
 from megakd.losses.call import check_shapes
-from megakd.losses.divergences import column
+from megakd.losses.divergences import column, teacher_entropy
+from megakd.losses.implementations import Implementation, kernels_for
+from megakd.losses.kernels import Chunk, DenseTeacher
 from megakd.losses.logit_sources import ProductLogits
+from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
 
 _DEFAULT_CHUNK_BYTES = 128 << 20
-_COLUMNS = ("lm_max", "lm_sum", "label", "lm_self")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def read_head(
     entropy: bool = False,
     top_k: int = 0,
     uniforms_TN: Tensor | None = None,
+    implementation: Implementation = "auto",
     chunk_bytes: int = _DEFAULT_CHUNK_BYTES,
 ) -> HeadReading:
     """Read a head whose vocabulary is split over a group; all its ranks call this with the same tokens.
@@ -80,7 +83,8 @@ def read_head(
         rows = slice(start, min(start + chunk_rows, num_tokens))
         labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows]
         uniforms_RN = None if uniforms_TN is None else uniforms_TN[rows]
-        chunks.append(_read_chunk(logits.logits(rows, buffer), labels_R, entropy, top_k, uniforms_RN, shard))
+        made_Rv = logits.logits(rows, buffer)
+        chunks.append(_read_chunk(made_Rv, labels_R, entropy, top_k, uniforms_RN, shard, implementation))
     whole = HeadReading(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*map(_fields, chunks))))  # type: ignore[arg-type]
     if ids_T is not None:
         return whole
@@ -101,42 +105,47 @@ def _fields(reading: HeadReading) -> tuple[Tensor | None, ...]:
 
 
 def _read_chunk(
-    logits_Rv: Tensor, ids_R: Tensor, entropy: bool, top_k: int, uniforms_RN: Tensor | None, shard: VocabShard
+    logits_Rv: Tensor,
+    ids_R: Tensor,
+    entropy: bool,
+    top_k: int,
+    uniforms_RN: Tensor | None,
+    shard: VocabShard,
+    implementation: Implementation,
 ) -> HeadReading:
+    rows = _statistics(logits_Rv, ids_R - shard.start, shard, implementation, entropy=entropy)
     valid_Rv = logits_Rv[:, : shard.num_valid]
-    rows = _statistics(valid_Rv, ids_R - shard.start, entropy=entropy)
-    if shard.world_size > 1:
-        (parts_nkR,) = Gather([rows.values_kR], shard).wait()
-        rows = merge_statistics(rows.columns, parts_nkR, student_temperature=1.0, teacher_temperature=1.0)
     log_sum_R = rows["lm_sum"].log()
     log_z_R = rows["lm_max"] + log_sum_R
     is_id_R = (ids_R >= 0) & (ids_R < shard.vocab_size)
     # (label - max) first: both are large where logits are, and their difference is exact.
     log_prob_R = torch.where(is_id_R, (rows["label"] - rows["lm_max"]) - log_sum_R, 0.0)
-    entropy_R = log_sum_R - rows["lm_self"] / rows["lm_sum"] if entropy else None
     top_ids_RK = top_RK = None
     if top_k:
         top_ids_RK, top_logits_RK = _best(valid_Rv, top_k, shard)
         top_RK = (top_logits_RK.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
-    samples_RN = None if uniforms_RN is None else _draw(valid_Rv, rows, uniforms_RN, shard)
-    return HeadReading(log_z_R, log_prob_R, entropy_R, top_ids_RK, top_RK, samples_RN)
+    return HeadReading(
+        log_z_R,
+        log_prob_R,
+        teacher_entropy(rows, KDTerm()) if entropy else None,
+        top_ids_RK,
+        top_RK,
+        None if uniforms_RN is None else _draw(valid_Rv, rows, uniforms_RN, shard),
+    )
 
 
-def _statistics(valid_Rv: Tensor, ids_R: Tensor, *, entropy: bool) -> RowStatistics:
-    """This slice's share of the statistics of every row; ``ids_R`` are columns of the slice."""
-    wide_Rv = valid_Rv.to(torch.promote_types(valid_Rv.dtype, torch.float32))
-    num_rows, num_valid = wide_Rv.shape
-    lm_max_R = wide_Rv.amax(1) if num_valid else wide_Rv.new_full((num_rows,), -torch.inf)
-    s_Rv = wide_Rv - column(pivot(lm_max_R))
-    exp_Rv = s_Rv.exp()
-    owned_R = (ids_R >= 0) & (ids_R < num_valid)
-    label_R = torch.zeros_like(lm_max_R)
-    if num_valid:
-        label_R = torch.where(owned_R, wide_Rv.gather(1, column(torch.where(owned_R, ids_R, 0))).squeeze(1), 0.0)
-    lines = [lm_max_R, exp_Rv.sum(1), label_R]
-    if entropy:
-        lines.append(torch.where(exp_Rv == 0, 0.0, exp_Rv * s_Rv).sum(1))
-    return RowStatistics(_COLUMNS[: len(lines)], torch.stack(lines))
+def _statistics(
+    logits_Rv: Tensor, ids_R: Tensor, shard: VocabShard, implementation: Implementation, *, entropy: bool
+) -> RowStatistics:
+    """Of whole rows. Entropies are a teacher's: for them the logits are compared with themselves."""
+    none_R = logits_Rv.new_zeros(logits_Rv.shape[0], dtype=torch.float32)
+    teacher = DenseTeacher(logits_Rv, none_R, KDTerm()) if entropy else None
+    chunk = Chunk(logits_Rv, shard.num_valid, ids_R, none_R, teacher=teacher)
+    rows = kernels_for(chunk, implementation).statistics(chunk)
+    if shard.world_size == 1:
+        return rows
+    (parts_nkR,) = Gather([rows.values_kR], shard).wait()
+    return merge_statistics(rows.columns, parts_nkR, student_temperature=1.0, teacher_temperature=1.0)
 
 
 def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -117,8 +117,6 @@ def merge_statistics(
     if "lm_max" in columns:
         drop = merge_maximum("lm_max", 1.0)
         merged["lm_sum"] = _rescaled_sum(ranks_nR["lm_sum"], drop)
-        if "lm_self" in columns:
-            merged["lm_self"] = _rescaled_sum(ranks_nR["lm_self"] + ranks_nR["lm_sum"] * drop, drop)
         if "total" in columns:
             merged["total"] = (ranks_nR["total"] + ranks_nR["count"] * (drop / student_temperature)).sum(0)
     if "rest_max" in columns:

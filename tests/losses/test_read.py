@@ -14,7 +14,9 @@ from megakd.losses.read import HeadReading, read_head
 from megakd.losses.vocab_parallel import VocabShard
 
 
-def _read(problem: Problem, ids_T: Tensor | None, top_k: int, uniforms_TN: Tensor | None) -> HeadReading:
+def _read(
+    problem: Problem, ids_T: Tensor | None, top_k: int, uniforms_TN: Tensor | None, implementation: str = "auto"
+) -> HeadReading:
     size = dist.get_world_size() if dist.is_initialized() else 1
     num_rows = problem.weight_VH.shape[0] // size
     start = num_rows * (dist.get_rank() if size > 1 else 0)
@@ -26,22 +28,26 @@ def _read(problem: Problem, ids_T: Tensor | None, top_k: int, uniforms_TN: Tenso
         entropy=True,
         top_k=top_k,
         uniforms_TN=uniforms_TN,
+        implementation=implementation,
         chunk_bytes=3 * num_rows * 8,
     )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "tolerance"),
+    [(torch.float64, "auto", 1e-12), (torch.float32, "reference", 1e-5), (torch.float32, "native", 1e-5)],
+)
 @pytest.mark.parametrize("padded_size", [256, 512])
 def test_reading_equals_the_whole(
-    world: Worlds, size: int, dtype: torch.dtype, tolerance: float, padded_size: int
+    world: Worlds, size: int, dtype: torch.dtype, implementation: str, tolerance: float, padded_size: int
 ) -> None:
     problem = Problem.make(dtype, padded_size=padded_size)
     ids_T = problem.labels_T.clone()
     ids_T[3] = -100
     log_q = (problem.hidden_TH.double() @ problem.weight_VH[:251].double().t()).log_softmax(-1)
     uniforms_TN = torch.rand(7, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for reading in world(size).run(_read, problem, ids_T, 100, uniforms_TN):
+    for reading in world(size).run(_read, problem, ids_T, 100, uniforms_TN, implementation):
         expected = log_q.gather(1, ids_T.clamp(min=0)[:, None])[:, 0]
         expected[3] = 0
         assert relative_error(reading.log_prob_T, expected) < tolerance
