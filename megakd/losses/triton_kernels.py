@@ -215,7 +215,7 @@ class TritonKernels:
         if chunk.student_Rv.shape[0] == 0:
             return
         num_warps = self._num_warps if "BLOCK" in constants else 4
-        with torch.cuda.device_of(chunk.student_Rv):
+        with torch.cuda.device_of(chunk.student_Rv):  # type: ignore[no-untyped-call]
             _compiled()[kernel][(chunk.student_Rv.shape[0],)](*arguments, **constants, num_warps=num_warps)
 
 

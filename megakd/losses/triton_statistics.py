@@ -260,7 +260,7 @@ def pair_statistics(
     tl.store(out + num_rows * TEACHER_MAX, t_max)
     tl.store(out + num_rows * TEACHER_SUM, tl.sum(t_sum, 0))
     tl.store(out + num_rows * TEACHER_SELF, tl.sum(t_self, 0))
-    tl.store(out + num_rows * AGREE, agree.to(tl.float32))
+    tl.store(out + num_rows * AGREE, agree + 0.0)
     if SUMS == "forward" or SUMS == "both":
         tl.store(out + num_rows * FIRST, tl.sum(forward, 0))
     if SUMS == "both":
