@@ -10,11 +10,16 @@ from megakd.errors import UsageError
 from megakd.losses.kernels import Chunk, Kernels
 from megakd.losses.native import NativeKernels
 from megakd.losses.reference import ReferenceKernels
+from megakd.losses.triton_kernels import TritonKernels
 
-Implementation = Literal["auto", "native", "reference"]
+Implementation = Literal["auto", "native", "triton", "reference"]
 
-IMPLEMENTATIONS: dict[str, Callable[[], Kernels]] = {"native": NativeKernels, "reference": ReferenceKernels}
-"""In order of preference."""
+IMPLEMENTATIONS: dict[str, Callable[[], Kernels]] = {
+    "native": NativeKernels,
+    "triton": TritonKernels,
+    "reference": ReferenceKernels,
+}
+"""In order of preference: native on CPUs, triton on GPUs where it is installed, plain torch for the rest."""
 
 
 @cache
