@@ -35,6 +35,11 @@ class Formula:
     log_on_p: float = 0.0
     log_on_q: float = 0.0
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """Never an int, for which Triton would compile another kernel."""
+        return float(self.x), float(self.y), self.log_on_p, self.log_on_q
+
     @staticmethod
     def of(term: KDTerm) -> Formula:
         name = term.formula
@@ -149,7 +154,7 @@ class TritonKernels:
             *(student_Rv, teacher.logits_Rv, _lines(chunk, rows), values_kR),
             *(student_Rv.shape[0], chunk.num_valid, student_Rv.shape[1]),
             *(student_Rv.stride(0), teacher.logits_Rv.stride(0), 1 / tau_s, 1 / tau_t),
-            *(formula.x, formula.y, formula.log_on_p, formula.log_on_q),
+            *formula.numbers,
             FORMULA=formula.slope,
             BLOCK=self._block,
         )
@@ -170,7 +175,7 @@ class TritonKernels:
                 *(student_Rv, teacher.logits_Rv, values_kR, label_R, lm_weight_R, z_weight_R),
                 *(teacher.weight_R.float().contiguous(), *sizes),
                 *(student_Rv.stride(0), teacher.logits_Rv.stride(0), 1 / tau_s, 1 / tau_t),
-                *(teacher.term.scale / tau_s, formula.x, formula.y, formula.log_on_p, formula.log_on_q),
+                *(teacher.term.scale / tau_s, *formula.numbers),
                 FORMULA=formula.slope,
                 TEMPERED=tau_s != 1,
                 HAS_Z=has_z,
