@@ -18,16 +18,16 @@ help:  ## this list
 demo: $(VENV)/.built  ## teacher, plain student, distilled student on real text; a table and a plot in demo-out/
 	$(PYTHON) examples/demo/demo.py
 
-test: $(VENV)/.built  ## every test
+test: $(VENV)/.built $(VENV)/.dev  ## every test
 	$(PYTHON) -m pytest -q
 
-test-fast: $(VENV)/.built  ## the tests that take no more than a few seconds each
+test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take no more than a few seconds each
 	$(PYTHON) -m pytest -q -m "not slow"
 
-test-slow: $(VENV)/.built  ## the others: whole runs, kills, resumes
+test-slow: $(VENV)/.built $(VENV)/.dev  ## the others: whole runs, kills, resumes
 	$(PYTHON) -m pytest -q -m slow
 
-check: $(VENV)/.built  ## ruff and mypy --strict
+check: $(VENV)/.built $(VENV)/.dev  ## ruff and mypy --strict
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
@@ -38,11 +38,17 @@ clean:  ## remove all that make made: .venv, the native extension, caches, demo-
 	rm -rf $(VENV) build dist *.egg-info megakd/_csrc*.so demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: requirements/base.txt requirements/dev.txt
+$(VENV)/.installed: requirements/base.txt
 	@python=$$($(FIND_PYTHON)); \
 	if [ -z "$$python" ]; then echo "error: no Python 3.11 or newer found; install it, e.g. apt install python3.11-venv" >&2; exit 1; fi; \
 	if ! $(PYTHON) -c '' >/dev/null 2>&1; then echo "making $(VENV) with $$python"; $$python -m venv --clear $(VENV); fi
-	@echo "installing requirements/dev.txt into $(VENV): some minutes the first time"
+	@echo "installing requirements/base.txt into $(VENV): some minutes the first time"
+	@$(PIP) -r requirements/base.txt
+	@touch $@
+
+# What only tests and checks need, triton among it: large, and nothing that runs on a CPU asks for it.
+$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
+	@echo "installing requirements/dev.txt into $(VENV)"
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 

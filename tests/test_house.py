@@ -32,6 +32,9 @@ LOCAL_IMPORTS_ALLOWED = {
     # --help and refusals must not wait for what does the work
     ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
     ("megakd/train/main.py", "megakd.train.loop"),
+    # triton need not be installed where nobody runs its kernels
+    ("megakd/losses/triton_kernels.py", "megakd.losses.triton_statistics"),
+    ("megakd/losses/triton_kernels.py", "megakd.losses.triton_gradients"),
     ("megakd/train/preflight.py", "megakd.model.metadata"),  # only where there is a checkpoint to read
 }
 # Wrong input is refused by these before torch or megatron is loaded, so nothing that they load may load either.
