@@ -144,14 +144,18 @@ class Loader:
     def read(self, dataset_index_B: NDArray[np.int64], sample_id_B: NDArray[np.int64]) -> Microbatch:
         """Read samples by dataset and id as one microbatch."""
         rows = np.empty((len(sample_id_B), self.seq_length + 1), dtype=np.int64)
+        lengths = np.empty(len(sample_id_B), dtype=np.int64)
         for dataset in np.unique(dataset_index_B).tolist():
             here = dataset_index_B == dataset
             samples = self.blend.datasets[dataset]
             rows[here] = samples.read(sample_id_B[here])
+            lengths[here] = samples.lengths(sample_id_B[here])
             if self._vocab_size is not None and samples.dataset.max_token_id is None:
                 _check_ids(samples, sample_id_B[here], rows[here], self._vocab_size)
         tokens = np.ascontiguousarray(rows[:, :-1])
-        mask = np.ones(tokens.shape, dtype=np.bool_) if self._eod_token is None else tokens != self._eod_token
+        mask = np.arange(1, self.seq_length + 1) < lengths[:, None]  # where the label is no padding
+        if self._eod_token is not None:
+            mask &= tokens != self._eod_token
         return Microbatch(tokens, np.ascontiguousarray(rows[:, 1:]), mask, sample_id_B, dataset_index_B)
 
     def _step(self, first: int) -> StepBatch:

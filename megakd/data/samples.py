@@ -25,7 +25,13 @@ class Samples(Protocol):
     packing: str
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64: the samples' tokens, one more than the model sees, for the last label."""
+        """``[n, seq_length + 1]`` int64: the samples' tokens, one more than the model sees, for the last label.
+
+        A row ends in zeros, which count as no label, where its sample is shorter.
+        """
+
+    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the tokens of each sample, from 2 to ``seq_length + 1``."""
 
     def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the token position at which each sample starts."""
@@ -66,6 +72,10 @@ class ConcatSamples:
     def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the token position at which each sample starts."""
         return np.asarray(sample_ids, dtype=np.int64) * self.seq_length
+
+    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: ``seq_length + 1`` for all."""
+        return np.full(len(sample_ids), self.seq_length + 1, dtype=np.int64)
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n, seq_length + 1]`` int64. Raises IndexError for an id that is not a sample's."""
