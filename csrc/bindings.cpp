@@ -14,6 +14,9 @@
 namespace py = pybind11;
 
 namespace megakd {
+
+void bind_sentence_cuts(py::module_& m);  // sentence_cuts.cpp
+
 namespace {
 
 using Shape = std::initializer_list<py::ssize_t>;
@@ -173,4 +176,5 @@ PYBIND11_MODULE(_csrc, m) {
         py::kw_only(), py::arg("columns"), py::arg("student_temperature"), py::arg("spread"),
         py::arg("factor") = py::none(), py::arg("shift") = py::none(), py::arg("listed") = py::none(),
         "A sweep over a chunk of logits whose teacher lists ids.");
+  megakd::bind_sentence_cuts(m);
 }

@@ -63,3 +63,7 @@ def sweep_listed(
 ) -> None:
     """With a teacher that lists ids, ``columns`` ``[rows, K]``, whose logits stand behind the named columns. The
     gradient needs ``kernels.ListedSlope``."""
+
+def sentence_cuts(tokens: NDArray[Any], classes: NDArray[np.uint8], window: int, starts: NDArray[np.int64]) -> int:
+    """Not a sweep: csrc/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are filled,
+    that one counted. Raises IndexError for an id that ``classes`` has no entry for."""
