@@ -1,0 +1,60 @@
+"""The tokenizer that a dataset was made with, opened again from what its manifest records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.data.indexed import IndexedDataset
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
+from megakd.errors import MismatchError, UsageError
+
+
+def recorded_tokenizer(dataset: IndexedDataset) -> Mapping[str, Any] | None:
+    """What the manifest says about the tokenizer; None where it, or the manifest, says nothing."""
+    return None if dataset.manifest is None else dataset.manifest.tokenizer
+
+
+def open_tokenizer(
+    dataset: IndexedDataset,
+    *,
+    tokenizer_type: TokenizerType | None = None,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+    flag_prefix: str = "--",
+) -> Tokenizer:
+    """The dataset's tokenizer; the arguments stand in for what is not recorded, or tell where its file lies now.
+
+    flag_prefix: how the flags of these arguments begin, for messages.
+
+    Raises UsageError where it is not known or its file is not there, MismatchError for one that is not the dataset's.
+    """
+    recorded = dict(recorded_tokenizer(dataset) or {})
+    kind = tokenizer_type or recorded.get("type")
+    if kind is None:
+        raise UsageError(
+            f"{dataset.prefix}: its tokenizer is not recorded: say which it was with {flag_prefix}tokenizer-type and "
+            f"{flag_prefix}tokenizer-model"
+        )
+    model = tokenizer_model or recorded.get("path")
+    if kind == "NullTokenizer" and vocab_size is None and recorded.get("type") == kind:
+        vocab_size = int(recorded["vocab_size"]) - 1  # its end of document comes on top
+    try:
+        tokenizer = build_tokenizer(kind, model, vocab_size=vocab_size)
+    except UsageError as error:
+        raise UsageError(
+            f"{dataset.prefix}: opening its tokenizer: {error} ({flag_prefix}tokenizer-model tells where it is)"
+        ) from error
+    if recorded and not same_tokenizer(recorded, tokenizer):
+        raise MismatchError(
+            f"{dataset.prefix}: made with the tokenizer {_name(recorded)}; "
+            f"the one given is {_name(tokenizer.describe())}"
+        )
+    largest = dataset.max_token_id
+    if largest is not None and largest >= tokenizer.vocab_size:
+        raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
+    return tokenizer
+
+
+def _name(tokenizer: Mapping[str, Any]) -> str:
+    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"
