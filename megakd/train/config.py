@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megakd.config import group, option
+from megakd.data.packing import Packing
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
 from megakd.losses.terms import KDTerm, Tail
@@ -41,6 +42,9 @@ class DataConfig:
     data_path: list[str | float] = option([], "training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", common=True)
     valid_data_path: list[str | float] = option([], "held-out data, in the same form", common=True)
     seq_length: int = option(1024, "tokens of one sample", common=True)
+    packing: Packing = option(
+        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
+    )
     vocab_size: int | None = option(None, "true vocabulary (default: what the dataset's manifest records)")
     tokenizer_type: (
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None

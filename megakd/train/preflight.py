@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megakd.data.blend import Blend, parse_data_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
-from megakd.data.samples import ConcatSamples
+from megakd.data.packing import open_samples
+from megakd.data.recorded import open_tokenizer
+from megakd.data.samples import Samples
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
@@ -98,8 +101,16 @@ def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int
 
 def _open_blend(config: TrainConfig, data_path: list[str | float]) -> Blend:
     weights, prefixes = parse_data_path([str(part) for part in data_path])
-    datasets = [ConcatSamples(IndexedDataset(prefix), config.data.seq_length) for prefix in prefixes]
+    datasets = [_open_samples(config, IndexedDataset(prefix)) for prefix in prefixes]
     return Blend(datasets, weights, config.training.seed)
+
+
+def _open_samples(config: TrainConfig, dataset: IndexedDataset) -> Samples:
+    data = config.data
+    tokenizer = partial(
+        open_tokenizer, dataset, tokenizer_type=data.tokenizer_type, tokenizer_model=data.tokenizer_model
+    )
+    return open_samples(data.packing, dataset, data.seq_length, tokenizer)
 
 
 def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:
