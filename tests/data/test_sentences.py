@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import make_config, make_tree, one_step
 from tokenizer_models import text_lines, train_byte_bpe, train_sentencepiece
 
 from megakd import _csrc
@@ -21,6 +22,7 @@ from megakd.data.tokenizer import build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.manifest import verify_files
 from megakd.pipeline import pack
+from megakd.train.preflight import check_run
 
 KINDS = ["SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer"]
 ODDITIES = (
@@ -295,3 +297,17 @@ def test_documents_as_samples(tmp_path, tokenizers):
         DocumentSamples(dataset, 3)
     with pytest.raises(IndexError, match="sample 4 of 4"):
         samples.read(np.array([4]))
+
+
+def test_a_run_trains_on_sentences(tmp_path, tokenizers, world):
+    """The packing is made by the run itself, and the loss is a mean over labels that are no padding."""
+    tokenizer = tokenizers["ByteTokenizer"]
+    dataset = write(tmp_path / "d", documents_of(tokenizer, 3), tokenizer)
+    changes = {"packing": "sentence", "seq_length": 32}
+    tree = make_tree(str(tmp_path / "d"), data=changes, training={"global_batch_size": 16})
+    stepped = world(1).run(one_step, tree)[0]
+    samples = SentenceSamples(dataset, 32)
+    batch = next(Loader(Blend([samples], None, 5), seq_length=32, micro_batch_size=2, global_batch_size=16))
+    assert stepped["tokens"] == sum(int(microbatch.loss_mask_BS.sum()) for microbatch in batch) < 16 * 32
+    with pytest.raises(UsageError, match="document 0 has"):
+        check_run(make_config({**tree, "data": {**tree["data"], "packing": "document"}}), 1)
