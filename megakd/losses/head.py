@@ -38,7 +38,7 @@ from megakd.losses.vocab_parallel import VocabShard
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "KD", "HeadOutput", "KDTerm", "VocabShard", "head_loss"]
 
-DEFAULT_CHUNK_BYTES = 128 << 20
+DEFAULT_CHUNK_BYTES = 256 << 20
 
 HiddenGrad = Literal["all_reduce", "partial"]
 

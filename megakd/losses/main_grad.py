@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_BLOCK_BYTES = 16 << 20
+
 
 def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor | None:
     """Add ``grad · d_weight_vH`` to ``weight_vH.main_grad`` where megatron has put one; what autograd is to be given.
@@ -19,9 +21,18 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
     """
     parameter: Any = weight_vH  # with what megatron has hung on it
     if getattr(parameter, "main_grad", None) is None or not hasattr(parameter, "grad_added_to_main_grad"):
-        scaled_vH = torch.empty_like(d_weight_vH, dtype=weight_vH.dtype)
-        return torch.mul(d_weight_vH, grad.to(d_weight_vH.dtype), out=scaled_vH)
+        return _scaled(d_weight_vH, grad, weight_vH.dtype)
     main_grad_vH: Tensor = parameter.main_grad
     main_grad_vH.addcmul_(d_weight_vH.to(main_grad_vH.dtype), grad.to(main_grad_vH.dtype))
     parameter.grad_added_to_main_grad = True
     return None if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(weight_vH)
+
+
+def _scaled(d_weight_vH: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad · d_weight_vH``, rounded; a block at a time, because torch would make a second wide tensor of the whole."""
+    scaled_vH = torch.empty_like(d_weight_vH, dtype=dtype)
+    grad = grad.to(d_weight_vH.dtype)
+    block = max(1, _BLOCK_BYTES // (d_weight_vH.shape[1] * d_weight_vH.element_size()))
+    for start in range(0, d_weight_vH.shape[0], block):
+        scaled_vH[start : start + block] = d_weight_vH[start : start + block] * grad
+    return scaled_vH

@@ -23,7 +23,7 @@ from megakd.losses.logit_sources import ProductLogits
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
 
-_DEFAULT_CHUNK_BYTES = 128 << 20
+_DEFAULT_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)

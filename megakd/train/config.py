@@ -111,7 +111,7 @@ class ObjectiveConfig:
     loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
         "auto", "code that sweeps the logits"
     )
-    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
+    head_chunk_mbytes: int = option(256, "memory for logits of one chunk of tokens, MiB")
 
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:

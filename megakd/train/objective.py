@@ -62,7 +62,7 @@ class Objective:
     gates: Gates = Gates()
     taid: Taid | None = None
     implementation: Implementation = "auto"
-    chunk_bytes: int = 128 << 20
+    chunk_bytes: int = 256 << 20
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None

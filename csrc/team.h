@@ -1,0 +1,12 @@
+// Running one function on several threads: on the OpenMP team that torch works with, where the process has one.
+#pragma once
+
+namespace megakd {
+
+// Calls work(data) on `threads` threads, this one among them, and returns when all have returned.
+//
+// torch's threads wait for their next work by spinning, for milliseconds. Threads of our own would run beside them, on
+// cores that are taken; so it is those that get the work. Where there is no such library, threads are started for the call.
+void run_on_team(int threads, void (*work)(void*), void* data);
+
+}  // namespace megakd
