@@ -1,0 +1,268 @@
+"""Scores in the making: ranges of samples, claimed by a lock and committed on their own, and joined by the last.
+
+Range *r* is the samples ``[r * range_samples, (r + 1) * range_samples)``. ``parts/R.json`` is the manifest of a
+finished one, ``parts/R.part`` its columns one after the other, ``parts/R.lock`` is held by whoever works on it: the
+kernel drops that lock with its process, so ranks and jobs come and go as they like.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data import scores
+from megakd.data.scores import DTYPES, PER_TOKEN, finish_scores
+from megakd.durable import HashingWriter
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
+from megakd.pipeline.lock import RunLock
+
+FORMAT, VERSION = "megakd-scores-part", 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A range that is this process's until `release`."""
+
+    index: int
+    lock: RunLock
+
+    def release(self) -> None:
+        """Let others have the range; what was committed stays."""
+        self.lock.__exit__()
+
+
+class Parts:
+    """The scores in ``folder``, finished or in the making.
+
+    columns: the files that are wanted, names of ``megakd.data.scores``.
+    parameters, parents, tokenizer: what makes the scores what they are, for the manifests; scores in the folder that
+        differ in any of it are refused with a MismatchError wherever they are met.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_samples: int,
+        range_samples: int,
+        columns: tuple[str, ...],
+        parameters: Mapping[str, Any],
+        parents: Mapping[str, str],
+        tokenizer: Mapping[str, Any] | None,
+    ) -> None:
+        self.folder = folder
+        self.num_samples = num_samples
+        self.range_samples = range_samples
+        self.num_ranges = -(-num_samples // range_samples)
+        self.columns = columns
+        self._seq_length = int(parameters["seq_length"])
+        self._parameters, self._parents, self._tokenizer = dict(parameters), dict(parents), tokenizer
+        self._work = folder / "parts"
+        self._done: set[int] = set()
+        self._first = 0  # every range before this one is done
+
+    def check_all(self) -> None:
+        """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing."""
+        if not self.finished():
+            for path in sorted(self._work.glob("[0-9]*.json")):
+                self._read(path)
+
+    def finished(self) -> bool:
+        """Whether the whole scores are there."""
+        path = self.folder / scores.MANIFEST
+        if not path.exists():
+            return False
+        manifest = read_manifest(path, format=scores.FORMAT, version=scores.VERSION)
+        self._check_identity(manifest)
+        found = {record.name for record in manifest.files}
+        if not set(self.columns) <= found:
+            raise UsageError(
+                f"{path}: finished without {', '.join(sorted(set(self.columns) - found))}; give another --output, or "
+                f"remove {self.folder} to score anew"
+            )
+        return True
+
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether parts are there that finished scores no longer need."""
+        return self._work.exists()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every range was seen finished."""
+        return len(self._done) == self.num_ranges
+
+    def samples_done(self) -> int:
+        """Samples of the ranges that are finished on disk, whoever made them."""
+        finished = [int(path.stem) for path in self._work.glob("[0-9]*.json")]
+        return sum(self._num_samples(index) for index in finished if index < self.num_ranges)
+
+    def bounds(self, index: int) -> tuple[int, int]:
+        """First sample of range ``index``, and the one after its last."""
+        return index * self.range_samples, min((index + 1) * self.range_samples, self.num_samples)
+
+    def claim(self) -> Claim | None:
+        """The first range that is neither finished nor being worked on; None where there is none at this moment."""
+        self._work.mkdir(parents=True, exist_ok=True)
+        while self._first in self._done:
+            self._first += 1
+        for index in range(self._first, self.num_ranges):
+            if self._is_done(index):
+                continue
+            lock = RunLock(self._path(index, ".lock"))
+            try:
+                lock.__enter__()
+            except UsageError:  # another's
+                continue
+            except FileNotFoundError:  # parts are gone: another process has just joined them
+                return None
+            # It may have been finished, even joined with the others and removed, since we looked.
+            if not self._is_done(index) and not self.finished():
+                return Claim(index, lock)
+            lock.__exit__()
+        return None
+
+    def commit(self, claim: Claim, columns: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
+        """Make a range durable, and release it.
+
+        columns: the wanted ones over the samples of the range. computed: what else its last bits depend on.
+        """
+        start, stop = self.bounds(claim.index)
+        with HashingWriter(self._path(claim.index, ".part")) as writer:
+            for name in self.columns:
+                array = np.ascontiguousarray(columns[name], dtype=DTYPES[name])
+                assert array.size == (stop - start) * self._positions(name), (name, array.shape)
+                writer.write(array.data)
+            files = [writer.commit()]
+        write_manifest(
+            self._path(claim.index, ".json"),
+            format=FORMAT,
+            version=VERSION,
+            parameters={
+                **self._parameters,
+                "num_samples": self.num_samples,
+                "range_samples": self.range_samples,
+                "range": [start, stop],
+                "columns": list(self.columns),
+                "computed": dict(computed),
+            },
+            parents=self._parents,
+            tokenizer=self._tokenizer,
+            files=files,
+        )
+        self._done.add(claim.index)
+        claim.release()
+
+    def claim_finish(self) -> RunLock | None:
+        """The right to join the parts, for `finish`; None while another process has it."""
+        lock = RunLock(self.folder / "score.lock")
+        try:
+            return lock.__enter__()
+        except UsageError:
+            return None
+
+    def finish(self, lock: RunLock) -> Manifest:
+        """Join the parts, if that has not been done, and remove them.
+
+        Raises CorruptError for parts that are not what was written; they are removed, to be made again.
+        """
+        try:
+            if not self.finished():
+                self._join()
+            self._remove_parts()
+        finally:
+            lock.__exit__()
+        return read_manifest(self.folder / scores.MANIFEST, format=scores.FORMAT, version=scores.VERSION)
+
+    def _join(self) -> None:
+        manifests = [self._read(self._path(index, ".json")) for index in range(self.num_ranges)]
+        damaged = [
+            index
+            for index, manifest in enumerate(manifests)
+            if manifest is None or verify_files(self._path(index, ".json"))
+        ]
+        for index in damaged:
+            self._path(index, ".json").unlink(missing_ok=True)
+        if damaged:
+            raise CorruptError(
+                f"{self._work}: {len(damaged)} of {self.num_ranges} ranges are not what was written, the first is "
+                f"{self._path(damaged[0], '.part').name}; they were dropped, run again to score them anew"
+            )
+        distinct = {str(sorted(m.parameters["computed"].items())): m.parameters["computed"] for m in manifests if m}
+        finish_scores(
+            self.folder,
+            {name: self._pieces(name) for name in self.columns},
+            num_samples=self.num_samples,
+            parameters={**self._parameters, "computed": [distinct[key] for key in sorted(distinct)]},
+            parents=self._parents,
+            tokenizer=self._tokenizer,
+        )
+
+    def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
+        """One column, part by part."""
+        before = self.columns[: self.columns.index(name)]
+        for index in range(self.num_ranges):
+            count = self._num_samples(index)
+            offset = sum(count * self._positions(other) * np.dtype(DTYPES[other]).itemsize for other in before)
+            yield np.fromfile(
+                self._path(index, ".part"), DTYPES[name], count=count * self._positions(name), offset=offset
+            )
+
+    def _remove_parts(self) -> None:
+        for _ in range(20):  # a process that is only now finding out may put a lock file there meanwhile
+            shutil.rmtree(self._work, ignore_errors=True)
+            if not self._work.exists():
+                return
+            time.sleep(0.1)
+
+    def _is_done(self, index: int) -> bool:
+        if index not in self._done and self._read(self._path(index, ".json")) is not None:
+            self._done.add(index)
+        return index in self._done
+
+    def _read(self, path: Path) -> Manifest | None:
+        """The manifest of a finished range; None where there is none, or its file is missing or cut."""
+        if not path.exists():
+            return None
+        try:
+            manifest = read_manifest(path, format=FORMAT, version=VERSION)
+        except (UsageError, CorruptError):
+            return None
+        self._check_identity(manifest)
+        return manifest
+
+    def _check_identity(self, manifest: Manifest) -> None:
+        def hashed(tokenizer: Mapping[str, Any] | None) -> Any:
+            return None if tokenizer is None else tokenizer.get("hash")
+
+        there = {**manifest.parents, "tokenizer": hashed(manifest.tokenizer), **manifest.parameters}
+        here = {**self._parents, "tokenizer": hashed(self._tokenizer), **self._parameters}
+        here |= {"num_samples": self.num_samples}
+        if manifest.format == FORMAT:
+            here |= {"range_samples": self.range_samples, "columns": list(self.columns)}
+        wrong = [
+            f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value
+        ]
+        if wrong:
+            raise MismatchError(
+                f"{manifest.path} holds other scores than these: {'; '.join(wrong)}. Give another --output, or remove "
+                f"{self.folder} to score anew"
+            )
+
+    def _positions(self, name: str) -> int:
+        return self._seq_length if name in PER_TOKEN else 1
+
+    def _num_samples(self, index: int) -> int:
+        start, stop = self.bounds(index)
+        return stop - start
+
+    def _path(self, index: int, suffix: str) -> Path:
+        return self._work / f"{index:08d}{suffix}"

@@ -1,0 +1,182 @@
+"""What ``megakd score`` is asked to do, checked against what is on disk; every refusal, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megakd.config import option
+from megakd.data.indexed import IndexedDataset
+from megakd.data.loader import check_vocabulary
+from megakd.data.samples import ConcatSamples, Samples
+from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.data.tokenizer import same_tokenizer
+from megakd.errors import MismatchError, UsageError
+from megakd.layout import ParallelConfig
+from megakd.model.config import ModelShape
+from megakd.model.record import CheckpointRecord, read_record
+from megakd.pipeline.score_parts import Parts
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What ``megakd score`` is asked to do."""
+
+    load: str = option(..., "the model: a checkpoint folder of 'megakd train'", common=True)
+    data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
+    seq_length: int = option(..., "tokens of one sample", common=True)
+    output: str = option(..., "folder for the scores; unfinished work stays in its folder parts", common=True)
+    iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
+    mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
+        "all",
+        "all: every position is scored; skip_after_eod: not the token after an end of document (MiniPLM's code); "
+        "reset: each document by itself (refused: the layers take no attention mask)",
+        common=True,
+    )
+    per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
+    per_token_entropy: bool = option(False, "store the entropy at each position too (fp16)", common=True)
+    micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
+    range_samples: int = option(
+        0, "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset"
+    )
+    tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
+    sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
+    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
+    bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the model in FP8 (Transformer Engine)")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling")
+    loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
+        "auto", "code that sweeps the logits"
+    )
+    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
+    log_interval: float = option(10.0, "seconds between progress lines", common=True)
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        for name in ("seq_length", "micro_batch_size", "head_chunk_mbytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.range_samples < 0 or self.log_interval < 0:
+            raise UsageError(
+                f"--range-samples is {self.range_samples}, --log-interval {self.log_interval}; expected 0 or more"
+            )
+        if self.mask_policy == "reset":
+            raise UsageError(
+                "--mask-policy reset needs an attention mask by document, which the model's layers do not take; use "
+                "all, or skip_after_eod, which leaves out each document's first token"
+            )
+        self.parallel().validate()
+        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
+            raise UsageError(
+                f"--seq-length {self.seq_length} is not a multiple of --tensor-model-parallel-size "
+                f"{self.tensor_model_parallel_size}, which --sequence-parallel needs"
+            )
+
+    def parallel(self) -> ParallelConfig:
+        """The model's layout."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            distributed_timeout_minutes=self.distributed_timeout_minutes,
+        )
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """The configuration checked against what is on disk."""
+
+    record: CheckpointRecord
+    shape: ModelShape
+    samples: Samples
+    eod_token: int | None
+    """The positions with this input are not scored; None: all are."""
+    parts: Parts
+
+
+def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
+    """Refuse what cannot work, and return what the rest of the run needs to know.
+
+    Raises UsageError, MismatchError (also for scores in ``--output`` that are others than these), CorruptError.
+    """
+    parallel = config.parallel()
+    parallel.data_parallel_size(world_size)
+    record = read_record(config.load, config.iteration, role="--load")
+    samples = ConcatSamples(IndexedDataset(config.data_path), config.seq_length)
+    tokenizer = _common_tokenizer(samples.dataset, record)
+    check_vocabulary([samples], record.vocab_size)
+    shape = _shape(config, record)
+    shape.check_layout(parallel, "--load")
+    eod_token = None
+    if config.mask_policy == "skip_after_eod":
+        eod_token = (tokenizer or {}).get("eod")
+        if eod_token is None:
+            raise UsageError(
+                "--mask-policy skip_after_eod needs the end-of-document id, and neither the dataset's manifest nor the "
+                "checkpoint records one; use --mask-policy all"
+            )
+    parts = Parts(
+        Path(config.output),
+        num_samples=samples.num_samples,
+        range_samples=config.range_samples or max(512, -(-samples.num_samples // 16384)),
+        columns=_columns(config),
+        parameters={
+            "packing": samples.packing,
+            "seq_length": config.seq_length,
+            "mask_policy": config.mask_policy,
+            "precision": _precision(shape),
+        },
+        parents={"dataset": samples.dataset.fingerprint, "model": record.fingerprint},
+        tokenizer=tokenizer,
+    )
+    parts.check_all()
+    return ScorePlan(record, shape, samples, eod_token, parts)
+
+
+def _columns(config: ScoreConfig) -> tuple[str, ...]:
+    extra = [TOKEN_LOG_PROBS] * config.per_token_log_probs + [TOKEN_ENTROPIES] * config.per_token_entropy
+    return (LOG_PROBS, COUNTS, *extra)
+
+
+def _common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:
+    own = dataset.manifest.tokenizer if dataset.manifest is not None else None
+    if own is None:
+        return record.tokenizer
+    if record.tokenizer is not None and not same_tokenizer(own, record.tokenizer):
+        raise MismatchError(
+            f"{dataset.prefix} was made with tokenizer {_name(own)}, the model of {record.path} was trained with "
+            f"{_name(record.tokenizer)}; its probabilities would be of other tokens. 'megakd retokenize' makes the "
+            "dataset in the model's tokens"
+        )
+    if own["vocab_size"] != record.vocab_size:
+        raise MismatchError(
+            f"{dataset.prefix}: vocabulary {own['vocab_size']}, that of the model of {record.path} is "
+            f"{record.vocab_size}"
+        )
+    return dict(own)
+
+
+def _name(tokenizer: Any) -> str:
+    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"
+
+
+def _shape(config: ScoreConfig, record: CheckpointRecord) -> ModelShape:
+    return dataclasses.replace(
+        record.shape,
+        transformer_impl=config.transformer_impl,
+        bf16=record.shape.bf16 if config.bf16 is None else config.bf16,
+        fp8_format=config.fp8_format,
+        fp8_recipe=config.fp8_recipe,
+        fp4_format=None,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+def _precision(shape: ModelShape) -> str:
+    wide = "bf16" if shape.bf16 else "fp32"
+    return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide

@@ -1,0 +1,307 @@
+"""Scoring itself: a model over one range of samples after the other, each data-parallel copy of it on its own.
+
+Axes: ``n`` samples of a range, ``S`` sequence, ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens, sequence first.
+
+A range is cut into microbatches from its beginning, the last one smaller where it does not divide. So which samples
+meet in one matrix product depends on ``--range-samples`` and ``--micro-batch-size`` alone, and a range has the same
+bits whoever scores it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megakd.data.blend import Blend
+from megakd.data.loader import Loader, Microbatch
+from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.errors import CorruptError, ExitStatus
+from megakd.layout import Coordinates, padded_vocab_size, rank_of
+from megakd.losses.read import HeadReading, read_head
+from megakd.losses.vocab_parallel import VocabShard
+from megakd.model.checkpoint import load_teacher
+from megakd.model.gpt import build_model
+from megakd.model.metadata import check_weights
+from megakd.model.teacher import ModelTeacher
+from megakd.parallel import Groups, init_parallel
+from megakd.pipeline.interrupt import StopFlag
+from megakd.pipeline.lock import RunLock
+from megakd.pipeline.score_parts import Claim, Parts
+from megakd.pipeline.score_plan import ScoreConfig, ScorePlan
+from megakd.pipeline.score_progress import ScoreProgress
+from megakd.targets import DenseTargets
+
+_STAGE_MICROBATCHES = 8  # in flight for each pipeline stage: fills it, and bounds the hidden states that are held
+_POLL_SECONDS = 0.2
+_SAME_REQUEST_SECONDS = 2.0
+_LOWEST_HALF = -65504.0
+# What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
+_WAIT, _COMPLETE, _STOP, _FOLLOW = -1, -2, -3, -4
+
+
+def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
+    """Score what is missing in ``--output``, with all other ranks and jobs that do.
+
+    All ranks call it. Returns COMPLETE once the whole scores are there, STOPPED if a signal came first.
+
+    Raises CorruptError where the model gives no finite log-probabilities, or finished ranges were damaged.
+    """
+    groups = init_parallel(config.parallel(), seed=0)
+    copy = _Copy(groups)
+    parts = plan.parts
+    if copy.first_word(parts.finished()):
+        _say(groups, f"{config.output}: finished already")
+        _tidy(parts, copy)
+        return ExitStatus.COMPLETE
+    scorer = build_scorer(config, plan, groups)
+    progress = None
+    if copy.leads and groups.data_rank == 0:
+        progress = ScoreProgress(
+            parts.num_samples,
+            seq_length=config.seq_length,
+            samples_done=parts.samples_done,
+            interval=config.log_interval,
+        )
+    with _StopFlag() as stop:
+        while True:
+            plans = _decide(parts) if copy.leads else _Decision(_FOLLOW)
+            code = copy.agree(plans.code, stop=stop.is_set())
+            if code == _WAIT:
+                time.sleep(_POLL_SECONDS)
+            elif code >= 0:
+                columns = scorer.score(*parts.bounds(code), progress)
+                if plans.claim is not None:
+                    parts.commit(plans.claim, columns, computed=scorer.computed)
+            else:
+                break
+    if plans.claim is not None:
+        plans.claim.release()
+    if code == _STOP:
+        _say(groups, "stopped by a signal; finished ranges are kept: the same command continues")
+        return ExitStatus.STOPPED
+    if plans.finish is not None:
+        manifest = parts.finish(plans.finish)
+        print(f"{config.output}: {parts.num_samples} samples, fingerprint {manifest.fingerprint}", flush=True)
+    _tidy(parts, copy)
+    return ExitStatus.COMPLETE
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What a leader means to do, with the lock that lets it."""
+
+    code: int
+    claim: Claim | None = None
+    finish: RunLock | None = None
+
+
+def _decide(parts: Parts) -> _Decision:
+    if parts.finished():
+        return _Decision(_COMPLETE)
+    claim = parts.claim()
+    if claim is not None:
+        return _Decision(claim.index, claim=claim)
+    if parts.complete:
+        finish = parts.claim_finish()
+        if finish is not None:
+            return _Decision(_COMPLETE, finish=finish)
+    return _Decision(_WAIT)  # others have what is left; they may die of it
+
+
+class Scorer:
+    """One copy of the model, and what it says about samples.
+
+    teacher: the model, in the layout of ``groups``. computed: what the last bits of its answers depend on.
+    """
+
+    def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
+        self._config, self._columns, self._teacher, self._groups = config, plan.parts.columns, teacher, groups
+        self._samples = plan.samples
+        self._loader = Loader(
+            Blend([plan.samples], None, seed=0),
+            seq_length=config.seq_length,
+            micro_batch_size=1,
+            global_batch_size=1,
+            eod_token=plan.eod_token,
+            eod_mask_loss=plan.eod_token is not None,
+            vocab_size=plan.record.vocab_size,
+        )
+        tensor_size = config.tensor_model_parallel_size
+        rows = padded_rows(config, plan)
+        self._shard = VocabShard(
+            start=groups.tensor_rank * rows,
+            num_rows=rows,
+            vocab_size=plan.record.vocab_size,
+            group=groups.tensor if tensor_size > 1 else None,
+        )
+        self.computed = {
+            "tensor": tensor_size,
+            "pipeline": config.pipeline_model_parallel_size,
+            "sequence_parallel": config.sequence_parallel,
+            "micro_batch_size": config.micro_batch_size,
+            "range_samples": plan.parts.range_samples,
+            "head_chunk_mbytes": config.head_chunk_mbytes,
+            "device": torch.cuda.get_device_name() if groups.device.type == "cuda" else "cpu",
+            "torch": torch.__version__,
+        }
+
+    def score(self, start: int, stop: int, progress: ScoreProgress | None = None) -> dict[str, NDArray[Any]]:
+        """The columns over the samples ``[start, stop)``; empty but on the last stage. The copy's ranks all call it."""
+        found: list[dict[str, NDArray[Any]]] = []
+        for batch in self._batches(start, stop):
+            for microbatch, targets in zip(batch, self._teacher.targets(batch)):
+                assert isinstance(targets, DenseTargets)
+                labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
+                reading = read_head(
+                    targets.hidden_TH,
+                    targets.weight_vH,
+                    shard=self._shard,
+                    ids_T=labels_T,
+                    entropy=self._config.per_token_entropy,
+                    implementation=self._config.loss_implementation,
+                    chunk_bytes=self._config.head_chunk_mbytes << 20,
+                )
+                found.append(self._to_columns(reading, microbatch))
+                if progress is not None:
+                    progress.tick(len(found) * self._config.micro_batch_size)
+        if not found:
+            return {}
+        return {name: np.concatenate([columns[name] for columns in found]) for name in self._columns}
+
+    def _to_columns(self, reading: HeadReading, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
+        shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
+        log_prob_BS = _to_numpy(reading.log_prob_T, shape)
+        bad_B = (mask_BS & ~np.isfinite(log_prob_BS)).any(axis=1)
+        if bad_B.any():
+            raise CorruptError(
+                f"{self._config.load}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
+                "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+            )
+        columns = {
+            # by numpy, whose order of addition does not depend on threads
+            LOG_PROBS: np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1).astype(np.float32),
+            COUNTS: mask_BS.sum(axis=1, dtype=np.int32),
+            TOKEN_LOG_PROBS: np.where(mask_BS, np.maximum(log_prob_BS, _LOWEST_HALF), np.nan).astype(np.float16),
+        }
+        if reading.entropy_T is not None:
+            columns[TOKEN_ENTROPIES] = np.where(mask_BS, _to_numpy(reading.entropy_T, shape), np.nan).astype(np.float16)
+        return columns
+
+    def _batches(self, start: int, stop: int) -> Iterator[_Batch]:
+        """The range's microbatches, as many at once as the pipeline likes; those of one batch have one size."""
+        size = self._config.micro_batch_size
+        step = size * _STAGE_MICROBATCHES * self._config.pipeline_model_parallel_size
+        whole = start + (stop - start) // size * size
+        cuts = [*range(start, whole, step), *([whole] if whole < stop else []), stop]
+        for first, last in itertools.pairwise(cuts):
+            ahead = np.arange(last, min(last + step, self._samples.num_samples), dtype=np.int64)
+            self._samples.prefetch(ahead)
+            ids = np.arange(first, last, dtype=np.int64)
+            yield _Batch([self._read(ids[at : at + size]) for at in range(0, len(ids), size)])
+
+    def _read(self, ids_B: NDArray[np.int64]) -> Microbatch:
+        return self._loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Microbatches of this copy, in the form in which a teacher takes those of a step."""
+
+    microbatches: list[Microbatch]
+
+    @property
+    def num_microbatches(self) -> int:
+        return len(self.microbatches)
+
+    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
+        """This copy's, whatever the rank: the copies work on ranges of their own."""
+        return self.microbatches[index]
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return iter(self.microbatches)
+
+
+class _Copy:
+    """The ranks that hold one copy of the model. The first of its last stage, where scores appear, leads."""
+
+    def __init__(self, groups: Groups) -> None:
+        last = groups.parallel.pipeline_model_parallel_size - 1
+        sizes = {"tensor": groups.parallel.tensor_model_parallel_size, "context": 1, "data": groups.data_size}
+        self.leads = groups.rank == rank_of(Coordinates(0, 0, groups.data_rank, last), **sizes)
+        self._groups = groups
+
+    def agree(self, code: int, *, stop: bool) -> int:
+        """What all ranks of the copy do: the leader's word, or `_STOP` if any was asked to and there is work left."""
+        if self._groups.parallel.model_parallel_size > 1:
+            both = torch.tensor([code, int(stop)], dtype=torch.int64, device=self._groups.device)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._groups.collection.mp)
+            code, stop = int(both[0]), bool(both[1])
+        return _STOP if stop and code != _COMPLETE else code
+
+    def first_word(self, value: bool) -> bool:
+        """Rank 0's, so that ranks which look at different moments do the same."""
+        word = torch.tensor(int(value), device=self._groups.device)
+        dist.broadcast(word, src=0)
+        return bool(word)
+
+
+class _StopFlag(StopFlag):
+    """As its base; but a launcher passes on what it gets, and a scheduler may signal launcher and ranks alike: what
+    comes within two seconds of the first signal is the same request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked_at: float | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            super()._handle(number, frame)
+        elif now - self._asked_at > _SAME_REQUEST_SECONDS:
+            super()._handle(number, frame)
+
+
+def build_scorer(config: ScoreConfig, plan: ScorePlan, groups: Groups) -> Scorer:
+    """The model of ``--load`` in the layout of ``groups``, ready to score. All ranks call it."""
+    check_weights(plan.record.path, plan.record.shape, "--load")
+    chunks = build_model(
+        plan.shape, groups, vocab_size=plan.record.vocab_size, seq_length=config.seq_length, with_head=False
+    )
+    head_weight_vH = load_teacher(plan.record, chunks, groups, groups, rows=padded_rows(config, plan))
+    return Scorer(config, plan, ModelTeacher(chunks, head_weight_vH, groups, groups), groups)
+
+
+def padded_rows(config: ScoreConfig, plan: ScorePlan) -> int:
+    """Rows of the output weight on one rank."""
+    size = config.tensor_model_parallel_size
+    divisible_by = plan.shape.make_vocab_size_divisible_by
+    return padded_vocab_size(plan.record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size) // size
+
+
+def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """``[B, S]`` fp32 of values in megatron's order, sequence first."""
+    assert values_T is not None
+    array: NDArray[np.float32] = values_T.view(shape[1], shape[0]).t().float().contiguous().cpu().numpy()
+    return array
+
+
+def _tidy(parts: Parts, copy: _Copy) -> None:
+    """Remove what a process that was killed after the scores were whole, or one that came late, left of the parts."""
+    if copy.leads and parts.has_leftovers and (lock := parts.claim_finish()) is not None:
+        parts.finish(lock)
+
+
+def _say(groups: Groups, text: str) -> None:
+    if groups.rank == 0:
+        print(text, file=sys.stderr, flush=True)
