@@ -123,7 +123,14 @@ class IndexedDataset:
         """The tokens of one document, a view."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
-        return self.tokens[self._token_position(document) : self._token_position(document + 1)]
+        return self.tokens[self.document_start(document) : self.document_start(document + 1)]
+
+    def document_start(self, document: int) -> int:
+        """The token position at which a document starts; for ``num_documents``, at which the last one ends."""
+        sequence = int(self.document_indices[document])
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the kernel to read token positions ``start`` to ``stop`` ahead; returns at once."""
@@ -136,12 +143,6 @@ class IndexedDataset:
         if not self._checked:
             check_arrays(self._idx_path, self.dtype, self._lengths, self._pointers, self._document_indices)
             self._checked = True
-
-    def _token_position(self, document: int) -> int:
-        sequence = int(self.document_indices[document])
-        if sequence == self.num_sequences:
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def _read_manifest(self) -> Manifest | None:
         path = manifest_path(self.prefix)

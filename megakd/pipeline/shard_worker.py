@@ -1,56 +1,25 @@
-"""The process that encodes shards: settings and jobs come in, progress goes out, as lines of JSON (see `workers`)."""
+"""The process that encodes shards of JSON lines."""
 
 from __future__ import annotations
 
-import gc
-import os
-import queue
 import sys
-import threading
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
+from megakd.pipeline.serve import Report, Work, serve
 from megakd.pipeline.shards import Settings, encode_shards
 
 
-def main() -> int:
-    """Serve until the input ends."""
-    gc.disable()  # nothing here makes cycles, and the collector would walk the records of a batch again and again
-    # What a library prints must not mix with the answers.
-    answers = os.dup(1)
-    os.dup2(2, 1)
-    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
+def prepare(settings: dict[str, Any]) -> Work:
+    """Load the engine; jobs name a file and a shard."""
+    known = Settings(**settings)
+    engine = known.build_engine()
 
-    def answer(message: Mapping[str, Any]) -> None:
-        os.write(answers, orjson.dumps(message) + b"\n")
+    def work(job: Mapping[str, Any], report: Report) -> None:
+        encode_shards(known, engine, job["file"], job["shard"], report)
 
-    try:
-        settings = Settings(**inbox.get())
-        engine = settings.build_engine()
-        while True:
-            job = inbox.get()
-            encode_shards(settings, engine, job["file"], job["shard"], answer)
-            answer({"done": True})
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) or not hasattr(error, "status"):
-            traceback.print_exc()
-        details = [value for value in error.args if isinstance(value, (int, str))]
-        if isinstance(error, OSError) and error.filename is not None:
-            details.append(str(error.filename))
-        answer({"error": type(error).__name__, "message": str(error), "args": details})
-        return 1
-
-
-def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass on what comes in. The end of the input is the end of the parent, or its wish: end at once, mid-shard too."""
-    for line in sys.stdin.buffer:
-        inbox.put(orjson.loads(line))
-    os._exit(0)
+    return work
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(prepare))

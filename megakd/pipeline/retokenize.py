@@ -1,0 +1,282 @@
+"""``megakd retokenize``: a dataset, document by document, into the ids of another tokenizer, no text lost.
+
+A refined corpus is made once and trains students of any family. The work is cut into shards of documents by the
+dataset alone and each is committed on its own: the dataset's bytes depend neither on the number of workers nor on how
+often the run was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import xxhash
+
+from megakd import __version__
+from megakd.config import option, parse
+from megakd.data.engines import Choice, EngineMode, choose_engine, give_back_memory
+from megakd.data.indexed import IndexedDataset, best_dtype, concatenate
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
+from megakd.durable import HashingWriter, fsync_directory
+from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError
+from megakd.manifest import Manifest
+from megakd.pipeline.interrupt import StopFlag
+from megakd.pipeline.lock import RunLock
+from megakd.pipeline.progress import Progress
+from megakd.pipeline.retokenize_shards import Counts, Settings, Shard, document_ranges, read_shard
+from megakd.pipeline.workers import WorkerPool
+
+HELP = "turn a dataset into another tokenizer's, document by document"
+QUARANTINE = ".quarantine.jsonl"
+_WORKER = "megakd.pipeline.retokenize_worker"
+_MAX_SHARDS = 4096
+_LEAST_SHARD_TOKENS = 1 << 22
+_SAMPLE_DOCUMENTS, _SAMPLE_TOKENS = 200, 2048
+_RESIDENT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class RetokenizeConfig:
+    """What ``megakd retokenize`` is asked to do."""
+
+    input_prefix: str = option(..., "dataset to read, without .bin or .idx")
+    output_prefix: str = option(..., "dataset to write, without .bin or .idx")
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer"] = option(
+        ..., "Megatron's name of the new tokenizer"
+    )
+    tokenizer_model: str | None = option(None, "local .model file, tokenizer.json, or folder with one", common=True)
+    source_tokenizer_type: TokenizerType | None = option(None, "the old tokenizer (default: as recorded)", common=True)
+    source_tokenizer_model: str | None = option(None, "its file, or folder (default: as recorded)", common=True)
+    source_vocab_size: int | None = option(None, "ids of an old NullTokenizer, its end of document not counted")
+    append_eod: bool = option(True, "end each document with the end-of-document id, where it does not", common=True)
+    workers: int = option(0, "worker processes; 0: one for each core", common=True)
+    log_interval: int = option(10000, "documents between progress lines, where stderr is no terminal", common=True)
+    max_bad_fraction: float = option(
+        0.001, "more documents than this fraction whose text does not survive: exit status 3", common=True
+    )
+    strict: bool = option(False, "no such document at all", common=True)
+    tokenizer_engine: EngineMode = option(
+        "auto", "auto: the fast engine where it gives the reference engine's ids", common=True
+    )
+    shard_tokens: int = option(0, "tokens per shard, what a killed run repeats; 0: 4 Mi, or a 4096th of the dataset")
+    work_dir: str | None = option(None, "folder for unfinished work (default: PREFIX.work)")
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        if min(self.workers, self.shard_tokens) < 0 or self.log_interval < 1:
+            raise UsageError(
+                f"--workers {self.workers}, --shard-tokens {self.shard_tokens}: expected 0 or more; "
+                f"--log-interval {self.log_interval}: expected at least 1"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
+        if not os.path.isdir(os.path.dirname(self.output_prefix) or "."):
+            raise UsageError(f"--output-prefix {self.output_prefix}: its folder does not exist")
+        if os.path.realpath(self.output_prefix) == os.path.realpath(self.input_prefix):
+            raise UsageError(f"--output-prefix {self.output_prefix}: the output is the input")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb."""
+    config = parse(RetokenizeConfig, argv, prog="megakd retokenize", description=HELP)
+    try:
+        retokenize(config)
+    except StoppedBySignal as stop:
+        print(f"{stop}; finished shards are kept: the same command continues", file=sys.stderr)
+        return ExitStatus.STOPPED
+    return ExitStatus.COMPLETE
+
+
+def retokenize(config: RetokenizeConfig) -> Manifest:
+    """Retokenize; returns the new dataset's manifest.
+
+    Raises UsageError, MismatchError, DataBudgetError, CorruptError, NoSpaceError, ChildProcessError for workers that
+    keep dying, StoppedBySignal.
+    """
+    with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
+        target = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        if target.eod is None:
+            raise UsageError(
+                f"--tokenizer-model {config.tokenizer_model}: it names no end-of-document token (eos_token)"
+            )
+        num_workers = config.workers or len(os.sched_getaffinity(0))
+        settings = _settings(config, IndexedDataset(config.input_prefix).fingerprint, num_workers)
+        dataset, source = settings.open_source()
+        choice = choose_engine(target, _sample_texts(dataset, source), mode=config.tokenizer_engine)
+        print(f"tokenizer engine: {choice.engine} ({choice.reason})", file=sys.stderr)
+        shard_tokens = config.shard_tokens or max(_LEAST_SHARD_TOKENS, dataset.num_tokens // _MAX_SHARDS)
+        old, new = source.describe(), target.describe()
+        del source, target
+        give_back_memory()
+
+        root = Path(config.work_dir or config.output_prefix + ".work")
+        folder = root / _fingerprint(config, dataset, old, new, choice, shard_tokens)
+        _make_folder(root, folder)
+        settings = Settings(**{**asdict(settings), "choice": choice.as_dict(), "folder": str(folder)})
+        ranges = document_ranges(dataset, shard_tokens)
+        progress = _encode(config, settings, dataset, ranges, num_workers, stop)
+        shards = [_require(read_shard(settings.folder, number, verify=False), number) for number in range(len(ranges))]
+        counts = Counts()
+        for shard in shards:
+            counts.add(shard.counts)
+        _check_budget(config, counts, _write_quarantine(config, shards))
+        manifest = concatenate(
+            [shard.part for shard in shards],
+            config.output_prefix,
+            dtype=best_dtype(new["vocab_size"]),
+            parameters={
+                "append_eod": config.append_eod,
+                "source_tokenizer": {key: value for key, value in old.items() if key != "path"},
+                "tokenizer_engine": choice.as_dict(),
+                "counts": {name: count for name, count in asdict(counts).items() if name != "tokens"},
+            },
+            parents={"dataset": dataset.fingerprint},
+            tokenizer=new,
+            progress=lambda _: stop.check(),
+        )
+        shutil.rmtree(folder)
+        if not any(root.iterdir()):
+            root.rmdir()
+        print(
+            f"{counts.documents} documents ({counts.empty_documents} empty), {counts.source_bytes} bytes of text, "
+            f"{counts.source_tokens} tokens -> {counts.tokens} tokens; the text of {counts.bad_documents} documents "
+            f"did not survive ({counts.undecodable} were not all text, {counts.normalised} were normalised); "
+            f"{progress.summary()}",
+            file=sys.stderr,
+        )
+    return manifest
+
+
+def _settings(config: RetokenizeConfig, fingerprint: str, num_workers: int) -> Settings:
+    return Settings(
+        prefix=config.input_prefix,
+        fingerprint=fingerprint,
+        source_type=config.source_tokenizer_type,
+        source_model=config.source_tokenizer_model,
+        source_vocab_size=config.source_vocab_size,
+        target_type=config.tokenizer_type,
+        target_model=config.tokenizer_model,
+        append_eod=config.append_eod,
+        choice={},
+        folder="",
+        max_resident_bytes=max(_RESIDENT_BYTES // num_workers, _RESIDENT_BYTES // 4),
+    )
+
+
+def _sample_texts(dataset: IndexedDataset, source: Tokenizer) -> list[str]:
+    """The beginnings of some documents, spread over the dataset."""
+    step = max(1, dataset.num_documents // _SAMPLE_DOCUMENTS)
+    heads = (dataset.document(number)[:_SAMPLE_TOKENS] for number in range(0, dataset.num_documents, step))
+    return [source.decode(ids[ids < source.vocab_size].tolist()) for ids in heads]
+
+
+def _fingerprint(
+    config: RetokenizeConfig,
+    dataset: IndexedDataset,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    choice: Choice,
+    shard_tokens: int,
+) -> str:
+    """Of all that decides the bytes of a shard."""
+    content = {
+        "megakd": __version__,
+        "dataset": dataset.fingerprint,
+        "tokenizers": [{key: value for key, value in each.items() if key != "path"} for each in (old, new)],
+        "choice": choice.as_dict(),
+        "flags": [config.append_eod, shard_tokens],
+    }
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+
+
+def _make_folder(root: Path, folder: Path) -> None:
+    if folder.is_dir():
+        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
+    elif root.is_dir() and any(root.iterdir()):
+        print(f"starting afresh: what is in {root} is of another input or flags; it may be deleted", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    fsync_directory(root)
+    fsync_directory(root.parent)
+
+
+def _encode(
+    config: RetokenizeConfig,
+    settings: Settings,
+    dataset: IndexedDataset,
+    ranges: Sequence[tuple[int, int]],
+    num_workers: int,
+    stop: StopFlag,
+) -> Progress:
+    """Do the shards that an earlier run has not."""
+    itemsize, done_tokens, jobs = dataset.dtype.itemsize, 0, []
+    for number, (first, last) in enumerate(ranges):
+        stop.check()
+        finished = read_shard(settings.folder, number, verify=True)
+        if finished is None:
+            jobs.append({"shard": number, "first": first, "stop": last})
+        else:
+            done_tokens += finished.counts.source_tokens
+    progress = Progress(
+        dataset.num_tokens * itemsize, done_bytes=done_tokens * itemsize, log_interval=config.log_interval
+    )
+
+    def on_message(_: Mapping[str, Any], added: dict[str, Any]) -> None:
+        progress.add(
+            num_bytes=added["source_tokens"] * itemsize,
+            documents=added["documents"],
+            tokens=added["tokens"],
+            bad=added["bad_documents"],
+        )
+
+    try:
+        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stop.is_set) as pool:
+            pool.run(jobs, on_message)
+    finally:
+        progress.close()
+    return progress
+
+
+def _require(shard: Shard | None, number: int) -> Shard:
+    if shard is None:
+        raise UsageError(f"shard {number} was removed while the run went on; run again")
+    return shard
+
+
+def _write_quarantine(config: RetokenizeConfig, shards: Sequence[Shard]) -> Path:
+    """List the documents whose text did not survive, in their order; without any, no such file is left."""
+    path = Path(config.output_prefix + QUARANTINE)
+    if not any(shard.bad_path for shard in shards):
+        path.unlink(missing_ok=True)
+        return path
+    with HashingWriter(path) as out:
+        for line in _bad_lines(shards):
+            out.write(line)
+        out.commit()
+    return path
+
+
+def _bad_lines(shards: Sequence[Shard]) -> Iterator[bytes]:
+    for shard in shards:
+        if shard.bad_path is not None:
+            with open(shard.bad_path, "rb") as stream:
+                yield from stream
+
+
+def _check_budget(config: RetokenizeConfig, counts: Counts, quarantine: Path) -> None:
+    budget = 0.0 if config.strict else config.max_bad_fraction
+    if counts.bad_documents > budget * counts.documents:
+        with open(quarantine, "rb") as stream:
+            first = orjson.loads(stream.readline())
+        flag = "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
+        raise DataBudgetError(
+            f"the text of {counts.bad_documents} of {counts.documents} documents does not survive, more than {flag} "
+            f"allows: {counts.undecodable} were not all text, {counts.normalised} are normalised by the new tokenizer; "
+            f"all are in {quarantine}; the first is document {first['document']}: {first['reason']} {first['detail']}. "
+            "With a larger budget the same command finishes from what is done"
+        )
