@@ -24,7 +24,7 @@ from megakd.pipeline.plan_costs import (
 )
 from megakd.pipeline.plan_plot import draw_fits
 from megakd.pipeline.plan_points import Curve, read_curves
-from megakd.pipeline.plan_text import describe_costs, describe_fit
+from megakd.pipeline.plan_text import FIT_NOTE, describe_costs, describe_fit
 from megakd.pipeline.scaling import Estimate, ScalingFit, fit_scaling
 
 HELP = "count what refining and training cost, fit scaling laws to training curves"
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.scaling.fit:
         curves, fits = fit_curves(config.scaling)
         targets = [extrapolation_targets(config.scaling, curve) for curve in curves]
+        lines += FIT_NOTE
         for curve, fit, flops in zip(curves, fits, targets):
             lines += describe_fit(curve, fit, flops, (curves[0].name, fits[0]))
         result["curves"] = [fit_as_dict(*both) for both in zip(curves, fits, targets)]

@@ -22,6 +22,14 @@ from megakd.pipeline.scaling import Estimate, ScalingFit
 
 _RATIOS = (0.5, 0.25, 0.125)  # what the paper compared where data is short
 
+FIT_NOTE = [
+    "## Scaling laws",
+    "",
+    "L(C) = L_inf + A / C^a. C = 6 x N x tokens: the model's own training; neither a teacher beside it nor scoring.",
+    "Points within one run share its noise and its learning rate, so that intervals from one run are too narrow.",
+    "",
+]
+
 
 def describe_costs(config: CostConfig, plan: Refinement) -> list[str]:
     """Everything that follows from sizes alone."""
@@ -47,7 +55,7 @@ def describe_fit(curve: Curve, fit: ScalingFit, flops: Sequence[float], first: t
     rows += [[f"L at C = {at:.3g}{_tokens(curve, at)}", *_spread(fit.at(at), ".4f")] for at in flops]
     noise = float(abs(fit.residuals_n).mean())
     lines = [
-        f"## {curve.name}",
+        f"### {curve.name}",
         "",
         f"L(C) = {law.floor:.4f} + {law.coefficient:.3g} / C^{law.exponent:.4f}, from {len(fit.loss_n)} points, "
         f"C {fit.flops_n[0]:.3g} to {fit.flops_n[-1]:.3g}, mean distance {noise:.2%}.",

@@ -22,6 +22,7 @@ MIN_POINTS = 5  # three constants, and something left over to tell the noise by
 _STARTS = np.geomspace(0.03, 1.5, 24)  # exponents to start from; what has been published lies within 0.05 and 0.6
 _EXPONENTS = (1e-3, 10.0)
 _MAX_STEPS = 300
+_MOST_DAMPING = 1e6  # steps that vanish beside the constants
 _LOG_LARGEST = math.log(sys.float_info.max)
 _CHUNK_FLOATS = 1 << 20
 
@@ -134,7 +135,9 @@ def fit_scaling(
     middle = float(np.log(flops_n).mean())
     x_n, log_loss_n = np.log(flops_n) - middle, np.log(loss_n)
     starts_P3 = _starts(x_n, loss_n)
-    tried_P3, cost_P = _descend(x_n, np.broadcast_to(log_loss_n, (len(starts_P3), len(x_n))), starts_P3, huber_delta)
+    tried_P3, cost_P = _descend(
+        x_n, np.broadcast_to(log_loss_n, (len(starts_P3), len(x_n))), starts_P3, huber_delta, 1e-10
+    )
     best_3 = tried_P3[np.argmin(cost_P)]
     fitted_n = _log_law(x_n, best_3[None])[0]
     residuals_n = log_loss_n - fitted_n
@@ -144,7 +147,7 @@ def fit_scaling(
     for done in range(0, num_replicates, chunk):
         drawn_Pn = random.choice(widened_n, size=(min(chunk, num_replicates - done), len(x_n)))
         starts_P3 = np.broadcast_to(best_3, (len(drawn_Pn), 3))
-        redrawn_P3, _ = _descend(x_n, fitted_n + drawn_Pn, starts_P3, huber_delta)
+        redrawn_P3, _ = _descend(x_n, fitted_n + drawn_Pn, starts_P3, huber_delta, 1e-5)
         replicates += [_law(row_3, middle) for row_3 in redrawn_P3]
     return ScalingFit(_law(best_3, middle), flops_n, loss_n, residuals_n, level, tuple(replicates))
 
@@ -199,32 +202,45 @@ def _huber(residuals_Pn: Floats, delta: float) -> Floats:
     return cost_P
 
 
-def _descend(x_n: Floats, log_loss_Pn: Floats, theta_P3: Floats, delta: float) -> tuple[Floats, Floats]:
-    """Levenberg-Marquardt with Huber's weights, P fits at once, each with its own damping: ``(theta_P3, cost_P)``."""
+def _descend(
+    x_n: Floats, log_loss_Pn: Floats, theta_P3: Floats, delta: float, tolerance: float
+) -> tuple[Floats, Floats]:
+    """Levenberg-Marquardt, P fits at once, each with its own damping: ``(theta_P3, cost_P)``.
+
+    tolerance: a fit is done when a step that helps moves no constant's logarithm by more.
+    """
     theta_P3 = np.array(theta_P3)
     damping_P = np.full(len(theta_P3), 1e-2)
     cost_P = _huber(log_loss_Pn - _log_law(x_n, theta_P3), delta)
-    lowest = np.array([-20.0 + log_loss_Pn.min(), -np.inf, math.log(_EXPONENTS[0])])
+    lowest = np.array([log_loss_Pn.min() - 20, -np.inf, math.log(_EXPONENTS[0])])
     highest = np.array([log_loss_Pn.max(), np.inf, math.log(_EXPONENTS[1])])
+    left = np.arange(len(theta_P3))  # the fits that are not done
     for _ in range(_MAX_STEPS):
-        floor_P1, exponent_P1 = np.exp(theta_P3[:, :1]), np.exp(theta_P3[:, 2:])
-        falling_Pn = np.exp(theta_P3[:, 1:2] - exponent_P1 * x_n)
-        law_Pn = floor_P1 + falling_Pn
-        residuals_Pn = log_loss_Pn - np.log(law_Pn)
-        share_Pn = falling_Pn / law_Pn
-        slopes_Pn3 = np.stack([1 - share_Pn, share_Pn, -share_Pn * x_n * exponent_P1], axis=2)
-        weighted_Pn3 = slopes_Pn3 * (delta / np.maximum(np.abs(residuals_Pn), delta))[:, :, None]
-        curvature_P33 = np.einsum("pni,pnj->pij", weighted_Pn3, slopes_Pn3)
-        descent_P3 = np.einsum("pni,pn->pi", weighted_Pn3, residuals_Pn)
-        diagonal_P3 = np.einsum("pii->pi", curvature_P33)
-        damped_P33 = curvature_P33 + np.eye(3) * (damping_P[:, None] * diagonal_P3 + 1e-14)[:, None, :]
-        step_P3 = np.clip(np.linalg.solve(damped_P33, descent_P3[:, :, None])[:, :, 0], -2, 2)
-        trial_P3 = np.clip(theta_P3 + step_P3, lowest, highest)
-        trial_cost_P = _huber(log_loss_Pn - _log_law(x_n, trial_P3), delta)
-        better_P = trial_cost_P < cost_P
-        moved = float(np.abs(step_P3)[better_P].max(initial=0))
-        theta_P3[better_P], cost_P = trial_P3[better_P], np.minimum(cost_P, trial_cost_P)
-        damping_P = np.clip(np.where(better_P, damping_P / 5, damping_P * 5), 1e-10, 1e8)
-        if moved < 1e-10 and (better_P | (damping_P > 1e6)).all():
+        step_P3 = _step(x_n, log_loss_Pn[left], theta_P3[left], damping_P[left], delta)
+        trial_P3 = np.clip(theta_P3[left] + step_P3, lowest, highest)
+        trial_cost_P = _huber(log_loss_Pn[left] - _log_law(x_n, trial_P3), delta)
+        better_P = trial_cost_P < cost_P[left]
+        theta_P3[left[better_P]], cost_P[left[better_P]] = trial_P3[better_P], trial_cost_P[better_P]
+        damping_P[left] = np.clip(damping_P[left] * np.where(better_P, 0.2, 5.0), 1e-10, _MOST_DAMPING)
+        still_P = np.where(better_P, np.abs(step_P3).max(axis=1) > tolerance, damping_P[left] < _MOST_DAMPING)
+        left = left[still_P]
+        if not len(left):
             break
     return theta_P3, cost_P
+
+
+def _step(x_n: Floats, log_loss_Pn: Floats, theta_P3: Floats, damping_P: Floats, delta: float) -> Floats:
+    """``[P, 3]``: the damped Gauss-Newton step, each point with the weight that Huber's loss gives it."""
+    exponent_P1 = np.exp(theta_P3[:, 2:])
+    falling_Pn = np.exp(theta_P3[:, 1:2] - exponent_P1 * x_n)
+    law_Pn = np.exp(theta_P3[:, :1]) + falling_Pn
+    residuals_Pn = log_loss_Pn - np.log(law_Pn)
+    share_Pn = falling_Pn / law_Pn
+    slopes_P3n = np.stack([1 - share_Pn, share_Pn, -share_Pn * x_n * exponent_P1], axis=1)
+    weighted_P3n = slopes_P3n * (delta / np.maximum(np.abs(residuals_Pn), delta))[:, None, :]
+    curvature_P33 = weighted_P3n @ slopes_P3n.transpose(0, 2, 1)
+    diagonal_P3 = np.einsum("pii->pi", curvature_P33)
+    damped_P33 = curvature_P33 + np.eye(3) * (damping_P[:, None] * diagonal_P3 + 1e-14)[:, None, :]
+    descent_P31 = weighted_P3n @ residuals_Pn[:, :, None]
+    step_P3: Floats = np.clip(np.linalg.solve(damped_P33, descent_P31)[:, :, 0], -2, 2)
+    return step_P3

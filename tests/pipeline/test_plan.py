@@ -238,6 +238,18 @@ def test_points_of_runs(tmp_path):
     assert len(late.loss_n) == 6 and late.flops_n.min() == 6 * size * 20 * 50_000_000
 
 
+def test_a_size_by_checkpoint_or_preset(tmp_path, capsys):
+    size = write_run(tmp_path / "a")
+    assert sized(str(tmp_path / "a")).parameters == size  # with its own vocabulary of 1,000
+    flags = ["--student", tmp_path / "a", "miniplm-200m", "--teacher", "1.8B", "--reference", "miniplm-104m"]
+    assert run_plan(*flags) == ExitStatus.COMPLETE
+    out = capsys.readouterr().out
+    assert f"{size:.4g}" in out and "2.034e+08" in out and "1.035e+08" in out
+    (tmp_path / "empty").mkdir()
+    assert run_plan(*flags, "--proxy", tmp_path / "empty") == ExitStatus.USAGE
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
 def test_runs_refused(tmp_path):
     write_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
@@ -290,7 +302,7 @@ def test_a_fit_from_runs_and_a_file(tmp_path, capsys):
     flags = [*fits, "--extrapolate-flops", 1e18, "--output", tmp_path / "out"]
     assert run_plan(*flags) == ExitStatus.COMPLETE
     out = capsys.readouterr().out
-    assert "## plain" in out and "L(C) = 3.3000" in out and "L(C) = 3.2000" in out
+    assert "### plain" in out and "neither a teacher" in out and "L(C) = 3.3000" in out and "L(C) = 3.2000" in out
     assert "To the loss of plain at its last point" in out
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     curves = json.loads((tmp_path / "out" / "plan.json").read_bytes())["curves"]
