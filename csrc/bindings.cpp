@@ -16,6 +16,7 @@ namespace py = pybind11;
 namespace megakd {
 
 void bind_sentence_cuts(py::module_& m);  // sentence_cuts.cpp
+void bind_selection(py::module_& m);      // select_bindings.cpp
 
 namespace {
 
@@ -177,4 +178,5 @@ PYBIND11_MODULE(_csrc, m) {
         py::arg("factor") = py::none(), py::arg("shift") = py::none(), py::arg("listed") = py::none(),
         "A sweep over a chunk of logits whose teacher lists ids.");
   megakd::bind_sentence_cuts(m);
+  megakd::bind_selection(m);
 }

@@ -1,0 +1,181 @@
+"""The selection: the ids of the samples that are kept of a dataset, and training on just those with no copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.samples import Samples
+from megakd.durable import HashingWriter, fsync_directory
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.manifest import Manifest, read_manifest, write_manifest
+
+FORMAT, VERSION = "megakd-selection", 1
+MANIFEST, IDS = "selection.json", "ids.i64"
+
+
+class Selection:
+    """A folder with the sorted ids of the samples that are kept.
+
+    ids: ``[n]`` int64, ascending, without duplicates; a read-only view of the mapped file.
+
+    Raises UsageError where there is none, CorruptError for files that are not whole, MismatchError if
+    ``expect_dataset`` is not the fingerprint of the dataset it was made for.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, expect_dataset: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+        parameters = self.manifest.parameters
+        self.dataset = self.manifest.parents["dataset"]
+        """Fingerprint of the dataset."""
+        if expect_dataset is not None and self.dataset != expect_dataset:
+            raise MismatchError(
+                f"{self.folder}: a selection from dataset {self.dataset}, expected dataset {expect_dataset}: "
+                "select from this dataset's scores"
+            )
+        self.packing: str = parameters["packing"]
+        self.seq_length = int(parameters["seq_length"])
+        self.num_samples = int(parameters["num_samples"])
+        """Samples of the dataset, kept or not."""
+        self.ids: NDArray[np.int64] = np.zeros(0, np.int64)
+        if self.manifest.files[0].size_bytes:  # an empty file cannot be mapped
+            self.ids = np.memmap(self.folder / IDS, "<i8", "r")
+            if not 0 <= int(self.ids[0]) <= int(self.ids[-1]) < self.num_samples:
+                raise CorruptError(
+                    f"{self.folder / IDS}: ids from {self.ids[0]} to {self.ids[-1]} of {self.num_samples} samples"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class SelectedSamples:
+    """The kept ones of ``samples``, as samples: sample *i* is sample ``selection.ids[i]`` of the source.
+
+    ``packing`` names the selection too: with it a data order cannot be continued with another selection.
+
+    Raises MismatchError for a selection from another dataset or packing, UsageError for one that keeps nothing.
+    """
+
+    def __init__(self, samples: Samples, selection: Selection) -> None:
+        for name, own, expected in (
+            ("dataset", samples.dataset.fingerprint, selection.dataset),
+            ("packing", samples.packing, selection.packing),
+            ("seq_length", samples.seq_length, selection.seq_length),
+            ("number of samples", samples.num_samples, selection.num_samples),
+        ):
+            if own != expected:
+                raise MismatchError(
+                    f"{selection.folder}: selected from {name} {expected}, but {samples.dataset.prefix} has {name} "
+                    f"{own}; use the {name} that was scored, or score and select anew"
+                )
+        if not len(selection):
+            raise UsageError(f"{selection.folder}: the selection keeps no sample of {samples.dataset.prefix}")
+        self.dataset = samples.dataset
+        self.seq_length = samples.seq_length
+        self.num_samples = len(selection)
+        self.packing = f"{samples.packing}, selection {selection.fingerprint}"
+        self.selection = selection
+        self._samples = samples
+
+    def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
+        return self._samples.read(self._source_ids(sample_ids))
+
+    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the tokens of each sample."""
+        return self._samples.lengths(self._source_ids(sample_ids))
+
+    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the token position at which each sample starts."""
+        return self._samples.starts(self._source_ids(sample_ids))
+
+    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
+        """Ask the kernel to have the samples in memory soon."""
+        self._samples.prefetch(self._source_ids(sample_ids))
+
+    def _source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        if len(ids) and ids.min() < 0:
+            raise IndexError(f"sample {ids.min()} of {self.num_samples}")
+        return np.asarray(self.selection.ids[ids])
+
+
+class SelectionWriter:
+    """Writes a selection piece by piece, ids ascending; nothing has its final name before `finish`.
+
+    A context manager: left without `finish`, it removes what it wrote.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_kept = 0
+        self._writer = HashingWriter(self.folder / IDS)
+        self._last = -1
+
+    def append(self, ids: NDArray[np.int64]) -> None:
+        """Add ids larger than all before. Raises ValueError for others."""
+        if not len(ids):
+            return
+        if int(ids[0]) <= self._last or bool((ids[1:] <= ids[:-1]).any()):
+            raise ValueError(f"{self.folder}: ids of a selection must ascend (after {self._last}: {ids[:3]} ...)")
+        self._last = int(ids[-1])
+        self._writer.write(np.ascontiguousarray(ids, dtype="<i8").data)
+        self.num_kept += len(ids)
+
+    def finish(
+        self,
+        *,
+        packing: str,
+        seq_length: int,
+        num_samples: int,
+        dataset: str,
+        rule: Mapping[str, Any],
+        parents: Mapping[str, str] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Make the selection durable, the manifest last.
+
+        num_samples: of the dataset. dataset: its fingerprint. rule: what decided, and what it came to.
+        parents: fingerprints of what else it was made from, such as the scores.
+        """
+        if self._last >= num_samples:
+            raise ValueError(f"{self.folder}: id {self._last} of {num_samples} samples")
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # an older one does not describe the new ids
+        fsync_directory(self.folder)
+        return write_manifest(
+            self.folder / MANIFEST,
+            format=FORMAT,
+            version=VERSION,
+            parameters={
+                "packing": packing,
+                "seq_length": seq_length,
+                "num_samples": num_samples,
+                "num_kept": self.num_kept,
+                "rule": rule,
+            },
+            parents={**(parents or {}), "dataset": dataset},
+            tokenizer=tokenizer,
+            files=[self._writer.commit()],
+        )
+
+    def abort(self) -> None:
+        """Remove what was written; does nothing after `finish`."""
+        self._writer.abort()
+
+    def __enter__(self) -> SelectionWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()

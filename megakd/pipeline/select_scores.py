@@ -1,0 +1,239 @@
+"""What a selection is made from: scores that belong together, and which samples are out of question."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.indexed import IndexedDataset
+from megakd.data.packing import open_samples
+from megakd.data.recorded import open_tokenizer
+from megakd.data.samples import Samples
+from megakd.data.scores import COUNTS, Scores
+from megakd.data.selection import MANIFEST as SELECTION
+from megakd.data.selection import Selection
+from megakd.data.tokenizer import same_tokenizer
+from megakd.errors import MismatchError, UsageError
+from megakd.pipeline.select_config import SelectConfig
+
+_SAMPLES_AT_ONCE = 1 << 12
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """The scores of one dataset's samples under every model."""
+
+    output: Path
+    scores: dict[str, Scores]
+    samples: Samples | None
+    """The dataset's samples, where --data-path tells it."""
+    divisor: NDArray[np.int32] | int
+    """``[num_samples]``: an NLL is divided by it."""
+    excluded: NDArray[np.int64]
+    """Sorted ids that are never kept."""
+    excluded_by: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the selections among what excludes."""
+
+    @property
+    def any_scores(self) -> Scores:
+        return next(iter(self.scores.values()))
+
+    @property
+    def dataset(self) -> str:
+        """Fingerprint of the dataset."""
+        return self.any_scores.manifest.parents["dataset"]
+
+    @property
+    def num_samples(self) -> int:
+        return self.any_scores.num_samples
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """``[num_samples]``: scored tokens, the same for every model."""
+        return self.any_scores.counts
+
+
+def open_sources(config: SelectConfig) -> list[Source]:
+    """The scores of every dataset, in the order of the outputs.
+
+    Raises MismatchError, with both values, for scores that do not belong together or to the datasets given; UsageError
+    for missing or doubled ones.
+    """
+    opened = {name: [Scores(folder) for folder in folders] for name, (_, folders) in config.models().items()}
+    for name, several in opened.items():
+        if len(several) != len(config.output):
+            raise UsageError(
+                f"scores of {name}: {len(several)} folders, --output has {len(config.output)}: one for each dataset"
+            )
+        _check_one_model(name, several)
+    first, *others = opened
+    datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
+    sources = []
+    for index, output in enumerate(config.output):
+        anchor = opened[first][index]
+        dataset = anchor.manifest.parents["dataset"]
+        scores = {first: anchor}
+        for name in others:
+            found = {each.manifest.parents["dataset"]: each for each in opened[name]}
+            if dataset not in found:
+                listing = ", ".join(f"{each.folder} of dataset {which}" for which, each in found.items())
+                raise MismatchError(
+                    f"no scores of {name} for dataset {dataset}, which {first} scored in {anchor.folder}; there are "
+                    f"{listing}: score the same dataset with both"
+                )
+            scores[name] = found[dataset]
+            _check_pair(anchor, scores[name])
+        samples = _open_samples(config, index, anchor) if config.data_path else None
+        excluded, excluded_by = _read_excluded(config, datasets, anchor)
+        sources.append(
+            Source(
+                output=Path(output),
+                scores=scores,
+                samples=samples,
+                divisor=_divisor(config, anchor, samples),
+                excluded=excluded,
+                excluded_by=excluded_by,
+            )
+        )
+    return sources
+
+
+def _check_one_model(name: str, several: Sequence[Scores]) -> None:
+    """One name is one model, and each folder another dataset."""
+    by_dataset: dict[str, Scores] = {}
+    for scores in several:
+        parents = scores.manifest.parents
+        model = several[0].manifest.parents["model"]
+        if parents["model"] != model:
+            raise MismatchError(
+                f"scores of {name} are of different models: {several[0].folder} of {model}, {scores.folder} of "
+                f"{parents['model']}"
+            )
+        twin = by_dataset.setdefault(parents["dataset"], scores)
+        if twin is not scores:
+            raise UsageError(f"scores of {name}: {twin.folder} and {scores.folder} are of one dataset")
+
+
+def _check_pair(one: Scores, other: Scores) -> None:
+    """Refuse scores that are not of the same tokens of the same samples."""
+    for key in ("packing", "seq_length", "mask_policy", "num_samples"):
+        values = [scores.manifest.parameters.get(key) for scores in (one, other)]
+        if values[0] != values[1]:
+            raise MismatchError(
+                f"{one.folder} (fingerprint {one.fingerprint}) has {key} {values[0]}, {other.folder} (fingerprint "
+                f"{other.fingerprint}) has {values[1]}: score anew with the same"
+            )
+    tokenizers = one.manifest.tokenizer, other.manifest.tokenizer
+    if tokenizers[0] and tokenizers[1] and not same_tokenizer(tokenizers[0], tokenizers[1]):
+        raise MismatchError(
+            f"{one.folder} was scored with tokenizer {tokenizers[0].get('hash')}, {other.folder} with "
+            f"{tokenizers[1].get('hash')}: their tokens are not the same"
+        )
+    hashes = [next(f.xxh3_128 for f in scores.manifest.files if f.name == COUNTS) for scores in (one, other)]
+    if hashes[0] != hashes[1]:
+        raise MismatchError(
+            f"{one.folder} and {other.folder} scored different tokens: {COUNTS} is {hashes[0]} and {hashes[1]}"
+        )
+
+
+def _open_samples(config: SelectConfig, index: int, scores: Scores) -> Samples:
+    manifest = scores.manifest
+    dataset = IndexedDataset(config.data_path[index], expect_fingerprint=manifest.parents["dataset"])
+    tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
+    samples = open_samples(manifest.parameters["packing"], dataset, int(manifest.parameters["seq_length"]), tokenizer)
+    if samples.num_samples != scores.num_samples:
+        raise MismatchError(
+            f"{scores.folder}: scores of {scores.num_samples} samples, {dataset.prefix} has {samples.num_samples} with "
+            f"{samples.packing} packing of {samples.seq_length} tokens"
+        )
+    return samples
+
+
+def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> NDArray[np.int32] | int:
+    if config.normalise == "token":
+        return scores.counts
+    if config.normalise == "sample":
+        return 1
+    assert samples is not None  # byte needs --data-path
+    tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
+    skipped = tokenizer.eod if scores.manifest.parameters.get("mask_policy") == "skip_after_eod" else None
+    return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped)
+
+
+def sample_bytes(samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None) -> NDArray[np.int32]:
+    """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a file without a name.
+
+    skip_after: labels behind this id were not scored and do not count.
+    """
+    with tempfile.TemporaryFile() as stream:
+        stream.truncate(4 * samples.num_samples)
+        sizes: NDArray[np.int32] = np.memmap(stream, "<i4", "r+", shape=(samples.num_samples,))
+    for first in range(0, samples.num_samples, _SAMPLES_AT_ONCE):
+        ids = np.arange(first, min(first + _SAMPLES_AT_ONCE, samples.num_samples))
+        starts = samples.starts(ids)
+        ends = starts + samples.lengths(ids)
+        base = int(starts[0])
+        tokens = samples.dataset.tokens[base : int(ends[-1])]
+        bytes_each = token_bytes[tokens]
+        if skip_after is not None:
+            bytes_each[1:][tokens[:-1] == skip_after] = 0
+        before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
+        sizes[ids] = before[ends - base] - before[starts + 1 - base]
+    return sizes
+
+
+def _read_excluded(
+    config: SelectConfig, datasets: set[str], scores: Scores
+) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """The sorted ids to leave out of one of the datasets, and the fingerprints of the selections that name them."""
+    parts: list[NDArray[np.int64]] = []
+    parents: dict[str, str] = {}
+    for entry in config.exclude_ids:
+        path = Path(entry)
+        if (path / SELECTION).is_file():
+            selection = Selection(path)
+            if selection.dataset not in datasets:
+                raise MismatchError(
+                    f"--exclude-ids {path}: a selection from dataset {selection.dataset}, the scores are of "
+                    f"{', '.join(sorted(datasets))}"
+                )
+            if selection.dataset != scores.manifest.parents["dataset"]:
+                continue  # it speaks of another one of the datasets
+            for key, own in (("packing", selection.packing), ("seq_length", selection.seq_length)):
+                if own != scores.manifest.parameters[key]:
+                    raise MismatchError(
+                        f"--exclude-ids {path}: selected with {key} {own}, the scores have "
+                        f"{scores.manifest.parameters[key]}: its ids name other samples"
+                    )
+            parents[f"excluded {len(parents)}"] = selection.fingerprint
+            parts.append(selection.ids)
+        elif len(config.output) > 1:
+            raise UsageError(f"--exclude-ids {path}: ids of which dataset? With several, exclude by selections")
+        else:
+            parts.append(_read_ids(path, scores.num_samples))
+    if len(parts) == 1:
+        return parts[0], parents  # a selection stays on disk
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *parts])), parents
+
+
+def _read_ids(path: Path, num_samples: int) -> NDArray[np.int64]:
+    if not path.is_file():
+        raise UsageError(f"--exclude-ids {path}: no such file, and no selection")
+    try:
+        ids = np.load(path) if path.suffix == ".npy" else np.array(path.read_bytes().split(), dtype=np.int64)
+    except ValueError as error:
+        raise UsageError(f"--exclude-ids {path}: {error}: expected one sample id in a line, or .npy") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UsageError(f"--exclude-ids {path}: shape {ids.shape}, dtype {ids.dtype}: expected one axis of integers")
+    ids = np.unique(ids.astype(np.int64))
+    outside = ids[(ids < 0) | (ids >= num_samples)]
+    if len(outside):
+        raise UsageError(f"--exclude-ids {path}: sample id {outside[0]} of {num_samples} samples")
+    return ids
