@@ -53,7 +53,7 @@ def import_scores(
         )
     hashed = xxhash.xxh3_128()
     for each in means:
-        hashed.update(each.view(np.uint8))
+        hashed.update(each.tobytes())
     counts = _counts(samples, skipped)
     return finish_scores(
         output,
