@@ -45,6 +45,11 @@ class DataConfig:
     packing: Packing = option(
         "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
     )
+    selection: list[str] = option(
+        [],
+        "train on these samples alone: a folder of 'megakd select' for each dataset, or 'all' for one used whole",
+        common=True,
+    )
     vocab_size: int | None = option(None, "true vocabulary (default: what the dataset's manifest records)")
     tokenizer_type: (
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None

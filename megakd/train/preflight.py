@@ -6,6 +6,7 @@ Without megatron, and without torch unless a checkpoint's list of tensors is to 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
+from megakd.data.selection import SelectedSamples, Selection
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
@@ -43,6 +45,9 @@ class Plan:
     def parents(self) -> dict[str, str]:
         """Fingerprints of what this run is made from."""
         found = {f"data{index}": samples.dataset.fingerprint for index, samples in enumerate(self.blend.datasets)}
+        for index, samples in enumerate(self.blend.datasets):
+            if isinstance(samples, SelectedSamples):
+                found[f"selection{index}"] = samples.selection.fingerprint
         return found | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
 
 
@@ -58,7 +63,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     student.check_layout(config.parallel, "student")
     if config.parallel.interleaved:
         _check_interleaving(config, data_size)
-    blend = _open_blend(config, config.data.data_path)
+    blend = _open_blend(config, config.data.data_path, config.data.selection)
     valid_blend = _open_blend(config, config.data.valid_data_path) if config.data.valid_data_path else None
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
@@ -99,9 +104,17 @@ def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int
     )
 
 
-def _open_blend(config: TrainConfig, data_path: list[str | float]) -> Blend:
+def _open_blend(config: TrainConfig, data_path: list[str | float], selections: Sequence[str] = ()) -> Blend:
     weights, prefixes = parse_data_path([str(part) for part in data_path])
     datasets = [_open_samples(config, IndexedDataset(prefix)) for prefix in prefixes]
+    if selections and len(selections) != len(datasets):
+        raise UsageError(
+            f"--selection has {len(selections)} entries, --data-path {len(datasets)} datasets: one for each, in their "
+            "order; 'all' for a dataset that is used whole"
+        )
+    for index, selection in enumerate(selections):
+        if selection != "all":
+            datasets[index] = SelectedSamples(datasets[index], Selection(selection))
     return Blend(datasets, weights, config.training.seed)
 
 
