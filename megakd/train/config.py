@@ -45,6 +45,7 @@ class DataConfig:
     packing: Packing = option(
         "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
     )
+    valid_packing: Packing | None = option(None, "the same for the held-out data (default: as --packing)")
     selection: list[str] = option(
         [],
         "train on these samples alone: a folder of 'megakd select' for each dataset, or 'all' for one used whole",

@@ -14,7 +14,7 @@ from typing import Any
 from megakd.data.blend import Blend, parse_data_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
-from megakd.data.packing import open_samples
+from megakd.data.packing import Packing, open_samples
 from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.selection import SelectedSamples, Selection
@@ -63,8 +63,10 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     student.check_layout(config.parallel, "student")
     if config.parallel.interleaved:
         _check_interleaving(config, data_size)
-    blend = _open_blend(config, config.data.data_path, config.data.selection)
-    valid_blend = _open_blend(config, config.data.valid_data_path) if config.data.valid_data_path else None
+    data = config.data
+    blend = _open_blend(config, data.data_path, data.packing, data.selection)
+    valid_packing = data.valid_packing or data.packing
+    valid_blend = _open_blend(config, data.valid_data_path, valid_packing) if data.valid_data_path else None
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
     vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
@@ -104,9 +106,11 @@ def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int
     )
 
 
-def _open_blend(config: TrainConfig, data_path: list[str | float], selections: Sequence[str] = ()) -> Blend:
+def _open_blend(
+    config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = ()
+) -> Blend:
     weights, prefixes = parse_data_path([str(part) for part in data_path])
-    datasets = [_open_samples(config, IndexedDataset(prefix)) for prefix in prefixes]
+    datasets = [_open_samples(config, IndexedDataset(prefix), packing) for prefix in prefixes]
     if selections and len(selections) != len(datasets):
         raise UsageError(
             f"--selection has {len(selections)} entries, --data-path {len(datasets)} datasets: one for each, in their "
@@ -118,12 +122,12 @@ def _open_blend(config: TrainConfig, data_path: list[str | float], selections: S
     return Blend(datasets, weights, config.training.seed)
 
 
-def _open_samples(config: TrainConfig, dataset: IndexedDataset) -> Samples:
+def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing) -> Samples:
     data = config.data
     tokenizer = partial(
         open_tokenizer, dataset, tokenizer_type=data.tokenizer_type, tokenizer_model=data.tokenizer_model
     )
-    return open_samples(data.packing, dataset, data.seq_length, tokenizer)
+    return open_samples(packing, dataset, data.seq_length, tokenizer)
 
 
 def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:

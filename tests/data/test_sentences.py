@@ -311,3 +311,11 @@ def test_a_run_trains_on_sentences(tmp_path, tokenizers, world):
     assert stepped["tokens"] == sum(int(microbatch.loss_mask_BS.sum()) for microbatch in batch) < 16 * 32
     with pytest.raises(UsageError, match="document 0 has"):
         check_run(make_config({**tree, "data": {**tree["data"], "packing": "document"}}), 1)
+
+
+def test_held_out_data_may_be_packed_otherwise(tmp_path, tokenizers):
+    write(tmp_path / "d", documents_of(tokenizers["ByteTokenizer"], 3), tokenizers["ByteTokenizer"])
+    for valid_packing, expected in ((None, "sentence"), ("concat", "concat")):
+        data = {"packing": "sentence", "valid_data_path": [str(tmp_path / "d")], "valid_packing": valid_packing}
+        plan = check_run(make_config(make_tree(str(tmp_path / "d"), data=data)), 1)
+        assert plan.blend.datasets[0].packing == "sentence" and plan.valid_blend.datasets[0].packing == expected
