@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from megakd.config import option
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import check_vocabulary
-from megakd.data.samples import ConcatSamples, Samples
+from megakd.data.packing import Packing, open_samples
+from megakd.data.recorded import open_tokenizer, recorded_tokenizer
+from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
@@ -27,6 +30,9 @@ class ScoreConfig:
     load: str = option(..., "the model: a checkpoint folder of 'megakd train'", common=True)
     data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
     seq_length: int = option(..., "tokens of one sample", common=True)
+    packing: Packing = option(
+        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
+    )
     output: str = option(..., "folder for the scores; unfinished work stays in its folder parts", common=True)
     iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
     mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
@@ -45,6 +51,9 @@ class ScoreConfig:
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
     sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    tokenizer_model: str | None = option(
+        None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
     bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the model in FP8 (Transformer Engine)")
@@ -106,11 +115,13 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
     parallel = config.parallel()
     parallel.data_parallel_size(world_size)
     record = read_record(config.load, config.iteration, role="--load")
-    samples = ConcatSamples(IndexedDataset(config.data_path), config.seq_length)
-    tokenizer = _common_tokenizer(samples.dataset, record)
-    check_vocabulary([samples], record.vocab_size)
+    dataset = IndexedDataset(config.data_path)
+    tokenizer = _common_tokenizer(dataset, record)
     shape = _shape(config, record)
     shape.check_layout(parallel, "--load")
+    find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
+    samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
+    check_vocabulary([samples], record.vocab_size)
     eod_token = None
     if config.mask_policy == "skip_after_eod":
         eod_token = (tokenizer or {}).get("eod")
@@ -130,7 +141,7 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
             "mask_policy": config.mask_policy,
             "precision": _precision(shape),
         },
-        parents={"dataset": samples.dataset.fingerprint, "model": record.fingerprint},
+        parents={"dataset": dataset.fingerprint, "model": record.fingerprint},
         tokenizer=tokenizer,
     )
     parts.check_all()
@@ -143,7 +154,7 @@ def _columns(config: ScoreConfig) -> tuple[str, ...]:
 
 
 def _common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:
-    own = dataset.manifest.tokenizer if dataset.manifest is not None else None
+    own = recorded_tokenizer(dataset)
     if own is None:
         return record.tokenizer
     if record.tokenizer is not None and not same_tokenizer(own, record.tokenizer):

@@ -2,14 +2,12 @@
 
 Axes: ``n`` samples of a range, ``S`` sequence, ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens, sequence first.
 
-A range is cut into microbatches from its beginning, the last one smaller where it does not divide. So which samples
-meet in one matrix product depends on ``--range-samples`` and ``--micro-batch-size`` alone, and a range has the same
-bits whoever scores it.
+Which samples meet in one matrix product depends on ``--range-samples`` and ``--micro-batch-size`` alone
+(`score_batches`), so a range has the same bits whoever scores it.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
-from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.data.scores import COUNTS, DTYPES, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.errors import CorruptError, ExitStatus
 from megakd.layout import Coordinates, padded_vocab_size, rank_of
 from megakd.losses.read import HeadReading, read_head
@@ -36,6 +34,7 @@ from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
+from megakd.pipeline.score_batches import batch_pieces, cut_range
 from megakd.pipeline.score_parts import Claim, Parts
 from megakd.pipeline.score_plan import ScoreConfig, ScorePlan
 from megakd.pipeline.score_progress import ScoreProgress
@@ -157,7 +156,8 @@ class Scorer:
 
     def score(self, start: int, stop: int, progress: ScoreProgress | None = None) -> dict[str, NDArray[Any]]:
         """The columns over the samples ``[start, stop)``; empty but on the last stage. The copy's ranks all call it."""
-        found: list[dict[str, NDArray[Any]]] = []
+        columns: dict[str, NDArray[Any]] = {}
+        done = 0
         for batch in self._batches(start, stop):
             for microbatch, targets in zip(batch, self._teacher.targets(batch)):
                 assert isinstance(targets, DenseTargets)
@@ -171,12 +171,14 @@ class Scorer:
                     implementation=self._config.loss_implementation,
                     chunk_bytes=self._config.head_chunk_mbytes << 20,
                 )
-                found.append(self._to_columns(reading, microbatch))
+                for name, values in self._to_columns(reading, microbatch).items():
+                    if name not in columns:
+                        columns[name] = np.empty((stop - start, *values.shape[1:]), DTYPES[name])
+                    columns[name][microbatch.sample_ids_B - start] = values
+                done += len(microbatch.sample_ids_B)
                 if progress is not None:
-                    progress.tick(len(found) * self._config.micro_batch_size)
-        if not found:
-            return {}
-        return {name: np.concatenate([columns[name] for columns in found]) for name in self._columns}
+                    progress.tick(done)
+        return columns
 
     def _to_columns(self, reading: HeadReading, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
         shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
@@ -187,30 +189,43 @@ class Scorer:
                 f"{self._config.load}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
                 "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
-        columns = {
-            # by numpy, whose order of addition does not depend on threads
-            LOG_PROBS: np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1).astype(np.float32),
-            COUNTS: mask_BS.sum(axis=1, dtype=np.int32),
-            TOKEN_LOG_PROBS: np.where(mask_BS, np.maximum(log_prob_BS, _LOWEST_HALF), np.nan).astype(np.float16),
-        }
+        # by numpy, whose order of addition does not depend on threads
+        sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
+        columns = {LOG_PROBS: sums_B.astype(np.float32), COUNTS: mask_BS.sum(axis=1, dtype=np.int32)}
+        if TOKEN_LOG_PROBS in self._columns:
+            columns[TOKEN_LOG_PROBS] = self._whole_rows(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
         if reading.entropy_T is not None:
-            columns[TOKEN_ENTROPIES] = np.where(mask_BS, _to_numpy(reading.entropy_T, shape), np.nan).astype(np.float16)
+            columns[TOKEN_ENTROPIES] = self._whole_rows(_to_numpy(reading.entropy_T, shape), mask_BS)
         return columns
 
-    def _batches(self, start: int, stop: int) -> Iterator[_Batch]:
-        """The range's microbatches, as many at once as the pipeline likes; those of one batch have one size."""
-        size = self._config.micro_batch_size
-        step = size * _STAGE_MICROBATCHES * self._config.pipeline_model_parallel_size
-        whole = start + (stop - start) // size * size
-        cuts = [*range(start, whole, step), *([whole] if whole < stop else []), stop]
-        for first, last in itertools.pairwise(cuts):
-            ahead = np.arange(last, min(last + step, self._samples.num_samples), dtype=np.int64)
-            self._samples.prefetch(ahead)
-            ids = np.arange(first, last, dtype=np.int64)
-            yield _Batch([self._read(ids[at : at + size]) for at in range(0, len(ids), size)])
+    def _whole_rows(self, values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
+        """``[B, seq_length]``, NaN where no label was scored."""
+        rows = np.full((len(values_BS), self._config.seq_length), np.nan, dtype=np.float16)
+        rows[:, : values_BS.shape[1]] = np.where(mask_BS, values_BS, np.nan)
+        return rows
 
-    def _read(self, ids_B: NDArray[np.int64]) -> Microbatch:
-        return self._loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
+    def _batches(self, start: int, stop: int) -> Iterator[_Batch]:
+        """The range's microbatches, as many at once as the pipeline likes."""
+        config = self._config
+        pieces = cut_range(
+            self._samples.lengths(np.arange(start, stop)),
+            micro_batch_size=config.micro_batch_size,
+            seq_length=config.seq_length,
+            tensor_size=config.tensor_model_parallel_size,
+        )
+        self._samples.prefetch(np.arange(start, stop))
+        for batch in batch_pieces(pieces, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
+            yield _Batch([self._read(start + piece.places, piece.width) for piece in batch])
+
+    def _read(self, ids_B: NDArray[np.int64], width: int) -> Microbatch:
+        whole = self._loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
+        return Microbatch(
+            np.ascontiguousarray(whole.tokens_BS[:, :width]),
+            np.ascontiguousarray(whole.labels_BS[:, :width]),
+            np.ascontiguousarray(whole.loss_mask_BS[:, :width]),
+            ids_B,
+            whole.dataset_ids_B,
+        )
 
 
 @dataclass(frozen=True)
