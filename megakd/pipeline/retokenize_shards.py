@@ -136,7 +136,6 @@ class Retokenizer:
             max_resident_bytes=settings.max_resident_bytes,
             turns=Path(settings.folder) / "turns.lock",
         )
-        self._source_bytes = self._source.token_bytes()
         self._dtype = best_dtype(self._target.vocab_size)
 
     def encode_shard(self, shard: int, first: int, stop: int, report: Callable[[Mapping[str, int]], object]) -> None:
@@ -245,11 +244,11 @@ class Retokenizer:
             bad.append(orjson.dumps({"document": document.number, "reason": reason, "detail": detail}) + b"\n")
 
     def _is_text(self, text: str, ids: NDArray[Any]) -> bool:
-        """Whether the ids were text: what looks like a decoder's stopgap is none where their bytes add up."""
-        if not any(mark in text for mark in _NO_TEXT):
-            return True
-        # A decoder may drop the space before the first word.
-        return int(self._source_bytes[ids].sum()) - len(text.encode()) in (0, 1)
+        """Whether the ids were text: what looks like a decoder's stopgap is none where it encodes to them again.
+
+        Bytes are no way to tell: three of a character's four decode to a replacement character, which has three.
+        """
+        return not any(mark in text for mark in _NO_TEXT) or self._source.encode(text) == ids.tolist()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megakd.data.loader import Loader
 from megakd.data.packing import open_samples
 from megakd.data.ranges import DocumentSamples
 from megakd.data.sentences import SentenceSamples, manifest_path, open_sentences, token_classes, write_sentences
-from megakd.data.tokenizer import build_tokenizer
+from megakd.data.tokenizer import Tokenizer, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.manifest import verify_files
 from megakd.pipeline import pack
@@ -127,6 +127,44 @@ def test_classes_say_what_decoding_says(tokenizers, kind):
         assert (classes & 2).any() and (classes & 4).any()
 
 
+class Pieces(Tokenizer):
+    """Each id is one of the given texts; the last one is no text but the end of a document."""
+
+    type = "NullTokenizer"
+    path = None
+
+    def __init__(self, *pieces):
+        self._pieces = (*pieces, "")
+        self.vocab_size, self.eod = len(self._pieces), len(pieces)
+        super().__init__("".join(pieces).encode())
+
+    def encode(self, text):
+        raise NotImplementedError
+
+    def token_bytes(self):
+        raise NotImplementedError
+
+    def decode(self, ids):
+        return "".join(self._pieces[i] for i in ids)
+
+
+def test_the_classes_of_some_tokens():
+    always, if_space, space = 1, 2, 4
+    known = {
+        "a": 0, " a": space, "a ": space, ".": if_space, "a!": if_space, "?\"": if_space, ";)": if_space,
+        " .": always | space, ". ": always | space, "\n": always, ".\n": always, " \n": always | space, "(\n": always,
+        "(.": 0, ".(": 0, "[?": 0, "{;": 0, ")(.": if_space, "(.)": if_space, ").": if_space, "].": if_space, " (.": space,
+        ".5": if_space, "\u3002": 0, ":": 0, ",": 0, "\t.": if_space,
+    }  # fmt: skip
+    tokenizer = Pieces(*known)
+    classes = token_classes(tokenizer)
+    assert classes.tolist() == [*known.values(), always]
+    for token in range(tokenizer.vocab_size):
+        for following in range(tokenizer.vocab_size):
+            fast = bool(classes[token] & 1 or (classes[token] & 2 and classes[following] & 4))
+            assert fast == ends_sentence(tokenizer, token, following)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 7), max_size=60), st.integers(2, 9), st.integers(2, 5), st.sampled_from(["u1", "i8"]))
 def test_cuts_of_any_stream_with_any_buffer(stream, window, capacity, dtype):
@@ -225,9 +263,10 @@ def test_many_processes_at_once_write_it_once(tmp_path, tokenizers):
     tokenizer = tokenizers["ByteTokenizer"]
     write(tmp_path / "d", [list(b"A sentence, so called. ") * 4000], tokenizer)
     code = (
-        f"import megakd.data.sentences as s, megakd.data.indexed as i, megakd.data.tokenizer as t\n"
+        f"import time, megakd.data.sentences as s, megakd.data.indexed as i, megakd.data.tokenizer as t\n"
         f"d = i.IndexedDataset({str(tmp_path / 'd')!r})\n"
-        "print(s.open_sentences(d, 31, t.ByteTokenizer).manifest.fingerprint)"
+        "slow = lambda: time.sleep(1) or t.ByteTokenizer()\n"
+        "print(s.open_sentences(d, 31, slow).manifest.fingerprint)"
     )
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -154,14 +154,15 @@ def test_a_normalising_tokenizer_is_refused_beyond_the_budget_and_told(tmp_path,
     assert met["source_bytes"] != met["target_bytes"]
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("old", ["bpe", "bytes", "sp"])
-def test_half_a_character_is_told(tmp_path, models, old, capsys):
+def test_half_a_character_is_told(tmp_path, models, old, cut, capsys):
     """A sample may start or end inside a character; a replacement character that is text is none of these."""
     source = build_tokenizer(*models[old])
-    ids = source.encode("caf\u4e2d")
-    texts = [source.encode("whole"), ids[:-1], source.encode("a \ufffd b"), ids]
+    ids = source.encode("caf\U0001f469")  # four bytes, each a token
+    texts = [source.encode("whole"), ids[:-cut], source.encode("a \ufffd b"), ids]
     write(tmp_path / "old", texts, source)
-    assert source.decode(ids[:-1]) != "caf" and retokenized(tmp_path, models["bytes"]) == ExitStatus.DATA_BUDGET
+    assert "\ufffd" in source.decode(ids[:-cut]) and retokenized(tmp_path, models["bytes"]) == ExitStatus.DATA_BUDGET
     assert "1 of 4 documents" in capsys.readouterr().err
     (listed,) = (tmp_path / "new.quarantine.jsonl").read_text().splitlines()
     assert json.loads(listed) == {"document": 1, "reason": "undecodable", "detail": ""}
