@@ -153,8 +153,8 @@ def test_the_classes_of_some_tokens():
     known = {
         "a": 0, " a": space, "a ": space, ".": if_space, "a!": if_space, "?\"": if_space, ";)": if_space,
         " .": always | space, ". ": always | space, "\n": always, ".\n": always, " \n": always | space, "(\n": always,
-        "(.": 0, ".(": 0, "[?": 0, "{;": 0, ")(.": if_space, "(.)": if_space, ").": if_space, "].": if_space, " (.": space,
-        ".5": if_space, "\u3002": 0, ":": 0, ",": 0, "\t.": if_space,
+        "(.": 0, ".(": 0, "[?": 0, "{;": 0, ")(.": if_space, "(.)": if_space, ").": if_space, " (.": space,
+        "].": if_space, ".5": if_space, "\u3002": 0, ":": 0, ",": 0, "\t.": if_space,
     }  # fmt: skip
     tokenizer = Pieces(*known)
     classes = token_classes(tokenizer)

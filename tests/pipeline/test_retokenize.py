@@ -198,6 +198,7 @@ def start(tmp_path, name):
     return subprocess.Popen([*command, "--shard-tokens", "2000"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_kills_and_signals(tmp_path):
     source = build_tokenizer("ByteTokenizer", None)
     rng = np.random.default_rng(0)
