@@ -194,7 +194,9 @@ class Retokenizer:
             )
         ends = [] if self._source.eod is None else np.flatnonzero(ids == self._source.eod).tolist()
         pieces = [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)])]
-        return _Document(number, len(ids), pieces, [self._source.decode(piece.tolist()) for piece in pieces])
+        return _Document(
+            number, len(ids), pieces, [self._source.decode(piece.tolist()) if len(piece) else "" for piece in pieces]
+        )
 
     def _encode(self, batch: Sequence[_Document], counts: Counts, bad: list[bytes]) -> list[NDArray[Any]]:
         texts = [text for document in batch for text in document.texts]
