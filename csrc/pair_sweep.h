@@ -113,7 +113,9 @@ struct Merged {
   struct Unit {
     float p, q;
   };
-  Unit unit(float weight) const { return {weight / sums.teacher, weight / sums.student}; }
+  // No mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass anywhere, not 0 / 0.
+  Unit unit(float weight) const { return {share(weight, sums.teacher), share(weight, sums.student)}; }
+  static float share(float weight, float sum) { return sum == 0.0f ? 0.0f : weight / sum; }
 
   Probabilities probabilities(Vec s, Vec t, Unit unit) const {
     const Vec s2 = sums.student_scale.in_log2(s), t2 = sums.teacher_scale.in_log2(t);

@@ -20,7 +20,7 @@ int keep_openmp(dl_phdr_info* info, size_t, void* found) {
   if (path == nullptr) return 0;
   if (!std::strstr(path, "libgomp") && !std::strstr(path, "libomp") && !std::strstr(path, "libiomp")) return 0;
   std::string& kept = *static_cast<std::string*>(found);
-  if (kept.empty() || std::strstr(path, "torch")) kept = path;
+  if (kept.empty() || std::strstr(path, "/torch/")) kept = path;
   return 0;
 }
 

@@ -7,6 +7,7 @@ namespace megakd {
 //
 // torch's threads wait for their next work by spinning, for milliseconds. Threads of our own would run beside them, on
 // cores that are taken; so it is those that get the work. Where there is no such library, threads are started for the call.
+// Like torch's own work on several threads, this must not be called in a child that was forked after a first call.
 void run_on_team(int threads, void (*work)(void*), void* data);
 
 }  // namespace megakd

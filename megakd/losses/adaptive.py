@@ -34,8 +34,9 @@ def head_and_tail_gap(chunk: Chunk, rows: RowStatistics, shard: VocabShard) -> R
     s_Rv = (student_Rv - column(pivot(rows["student_max"]))) / term.student_temperature
     p_Rv = t_Rv.exp() / column(rows["teacher_sum"])
     gap_Rv = (p_Rv - s_Rv.exp() / column(rows["student_sum"])).abs()
-    above_R = _largest_key_outside(_ordered_keys(teacher_Rv), p_Rv, term.akl_mu, shard)
-    is_head_Rv = (_ordered_keys(teacher_Rv) > column(above_R)) | (teacher_Rv == column(rows["teacher_max"]))
+    keys_Rv = _ordered_keys(teacher_Rv)
+    outside_R = _largest_key_outside(keys_Rv, p_Rv, term.akl_mu, shard)
+    is_head_Rv = (keys_Rv > column(outside_R)) | (teacher_Rv == column(rows["teacher_max"]))
     head_R = torch.where(is_head_Rv, gap_Rv, 0.0).sum(1)
     return RowStatistics(("head_gap", "tail_gap"), torch.stack([head_R, gap_Rv.sum(1) - head_R]))
 
@@ -43,7 +44,7 @@ def head_and_tail_gap(chunk: Chunk, rows: RowStatistics, shard: VocabShard) -> R
 def _ordered_keys(logits_Rv: Tensor) -> Tensor:
     """int64 in [0, 2^32) in the order of the logits as fp32."""
     bits_Rv = logits_Rv.float().add(0.0).view(torch.int32).long()  # + 0 makes -0 to 0
-    return torch.where(bits_Rv < 0, ~bits_Rv + (1 << 32) & 0x7FFFFFFF, bits_Rv + (1 << 31))
+    return torch.where(bits_Rv < 0, ~bits_Rv, bits_Rv + (1 << 31))
 
 
 def _largest_key_outside(keys_Rv: Tensor, p_Rv: Tensor, mass: float, shard: VocabShard) -> Tensor:

@@ -35,7 +35,8 @@ class KDOutput:
     """What one term says about ``T`` tokens; 0 where the token was not computed. Detached.
 
     value_T: the divergence, temperature² included, fp32 (fp64 for fp64 inputs), nats.
-    agree_T: bool, student and teacher have the same top-1 id (one of them, where logits tie).
+    agree_T: bool, student and teacher have the same top-1 id (one of them, where logits tie); for samples the one that
+        was drawn most.
     entropy_T: the teacher's entropy after its temperature; for sparse targets what they bring, or None.
     """
 
@@ -99,7 +100,7 @@ class Select:
 
 def make_terms(kd: Sequence[KD], select: Select, labels_R: Tensor, shard: VocabShard) -> list[Term]:
     """The sweep's side of every term. Raises UsageError for targets that do not fit the term or the shard."""
-    return [Term(one.term, select(one.weight_T).float(), _teacher(one, select, labels_R, shard)) for one in kd]
+    return [Term(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd]
 
 
 def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Logits | Buckets:
@@ -115,11 +116,12 @@ def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Lo
         check_shapes(("targets.logits_Tv", targets.logits_Tv, (select.num_tokens, shard.num_rows)))
         return GivenLogits(targets.logits_Tv.detach(), None if select.everything else select.rows_R)
     size = (select.num_tokens, targets.ids_TK.shape[-1])
+    if size[1] == 0:
+        raise UsageError("sparse targets list no ids: ids_TK has shape [T, 0], expected at least one slot")
     check_shapes(("targets.ids_TK", targets.ids_TK, size), ("targets.log_probs_TK", targets.log_probs_TK, size))
     chosen = replace(targets, ids_TK=select(targets.ids_TK), log_probs_TK=select(targets.log_probs_TK))
-    buckets = Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
-    _check_ids(buckets.ids_RK, shard.vocab_size)
-    return buckets
+    _check_ids(chosen, shard.vocab_size)
+    return Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
 
 
 def head_output(
@@ -143,11 +145,12 @@ def head_output(
         loss = loss + _weighted_sum(z_weight_R, log_z_R.square())
     outputs = []
     for one, term, found in zip(kd, terms, swept.terms):
-        loss = loss + _weighted_sum(term.weight_R, found.value_R)
+        value_R = torch.where(is_id_R, found.value_R, torch.nan) if one.term.needs_label else found.value_R
+        loss = loss + _weighted_sum(term.weight_R, value_R)
         entropy_T = one.targets.entropy_T if isinstance(one.targets, SparseTargets) else None
         if found.entropy_R is not None:
             entropy_T = select.put(found.entropy_R)
-        outputs.append(KDOutput(select.put(found.value_R), select.put(found.agree_R), entropy_T))
+        outputs.append(KDOutput(select.put(value_R), select.put(found.agree_R), entropy_T))
     return HeadOutput(loss, select.put(torch.where(is_id_R, lm_R, 0.0)), select.put(log_z_R), tuple(outputs))
 
 
@@ -166,7 +169,7 @@ def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
 def check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
     """Raises UsageError, on CPU, for a label that is used and is no vocabulary id."""
     if labels_R.device.type != "cpu":
-        return  # looking would wait for the device
+        return  # head_output makes the loss NaN
     used_R = lm_weight_R != 0
     for one in kd:
         if one.term.needs_label:
@@ -180,14 +183,18 @@ def check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select
         )
 
 
-def _check_ids(ids_RK: Tensor, vocab_size: int) -> None:
-    """Raises UsageError, on CPU, for listed ids that are none of the vocabulary or stand twice in a row."""
-    if ids_RK.device.type != "cpu" or ids_RK.numel() == 0:
+def _check_ids(targets: SparseTargets, vocab_size: int) -> None:
+    """Raises UsageError, on CPU, for listed ids that are none of the vocabulary or stand twice in a row. (On other
+    devices an id that is none makes the loss NaN.)"""
+    if targets.ids_TK.device.type != "cpu" or targets.ids_TK.numel() == 0:
         return
+    ids_RK = torch.where(targets.log_probs_TK == -torch.inf, -1, targets.ids_TK.long())
+    wrong_RK = (targets.log_probs_TK != -torch.inf) & ((ids_RK < 0) | (ids_RK >= vocab_size))
+    if wrong_RK.any():
+        raise UsageError(
+            f"sparse targets list id {int(ids_RK[wrong_RK][0])}, which is none of the vocabulary of {vocab_size}"
+        )
     sorted_RK = ids_RK.sort(1).values
-    if sorted_RK[:, -1].max() >= vocab_size or sorted_RK[:, 0].min() < -1:
-        wrong = int(sorted_RK[:, -1].max()) if sorted_RK[:, -1].max() >= vocab_size else int(sorted_RK[:, 0].min())
-        raise UsageError(f"sparse targets list id {wrong}, which is none of the vocabulary of {vocab_size}")
     twice_RK = (sorted_RK[:, 1:] == sorted_RK[:, :-1]) & (sorted_RK[:, 1:] >= 0)
     if twice_RK.any():
         row = int(twice_RK.any(1).nonzero()[0])

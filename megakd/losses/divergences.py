@@ -121,7 +121,9 @@ def label_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
 
 def decoupled(rows: RowStatistics, term: KDTerm) -> Tensor:
     """alpha · label part + beta · KL among the other ids (DKD, arXiv 2203.08679, equation 7)."""
-    return term.dkd_alpha * label_kl(rows, term) + term.dkd_beta * forward_kl(rows, term)
+    label_R = term.dkd_alpha * label_kl(rows, term)
+    # what weighs nothing adds nothing, even where it is infinite
+    return label_R + term.dkd_beta * forward_kl(rows, term) if term.dkd_beta else label_R
 
 
 def second_value(rows: RowStatistics, term: KDTerm) -> Tensor:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megakd.errors import UsageError
 from megakd.losses.call import (
     KD,
     HeadOutput,
@@ -32,13 +33,11 @@ from megakd.losses.call import (
 from megakd.losses.implementations import Implementation
 from megakd.losses.logit_sources import HeadStudent
 from megakd.losses.main_grad import add_to_main_grad
-from megakd.losses.sweep import sweep
+from megakd.losses.sweep import DEFAULT_CHUNK_BYTES, sweep
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import VocabShard
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "KD", "HeadOutput", "KDTerm", "VocabShard", "head_loss"]
-
-DEFAULT_CHUNK_BYTES = 256 << 20
 
 HiddenGrad = Literal["all_reduce", "partial"]
 
@@ -83,11 +82,15 @@ def head_loss(
         ("weight_vH", weight_vH, (shard.num_rows, weight_vH.shape[-1])),
         ("labels_T", labels_T, (hidden_TH.shape[0],)),
     )
+    if hidden_grad not in get_args(HiddenGrad):
+        raise UsageError(f"hidden_grad {hidden_grad!r} is not one of {', '.join(get_args(HiddenGrad))}")
+    if hidden_TH.dtype != weight_vH.dtype:
+        raise UsageError(f"hidden states are {hidden_TH.dtype} and the weight {weight_vH.dtype}: expected one dtype")
     wants_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
     wants_weight = torch.is_grad_enabled() and weight_vH.requires_grad
     with torch.no_grad():
         select = Select.of(hidden_TH.shape[0], lm_weight_T, z_weight_T, kd)
-        labels_R, lm_weight_R = select(labels_T), select(lm_weight_T)
+        labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
         check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
         student = HeadStudent(
             select(hidden_TH), weight_vH.detach(), wants_hidden=wants_hidden, wants_weight=wants_weight
@@ -138,7 +141,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TH, d_weight_vH = ctx.saved_tensors
         if d_hidden_TH is not None:
-            d_hidden_TH = d_hidden_TH * grad.to(d_hidden_TH.dtype)
+            d_hidden_TH = d_hidden_TH * grad  # which has no axes: it is not rounded to the dtype of the other
             if ctx.group is not None:
                 dist.all_reduce(d_hidden_TH, group=ctx.group)
         if d_weight_vH is not None:

@@ -31,15 +31,18 @@ def made(name: str) -> Kernels:
 def kernels_for(chunk: Chunk, implementation: Implementation) -> Kernels:
     """The named implementation; ``auto`` takes the first that can do the chunk.
 
-    Raises UsageError where the named one cannot.
+    Raises UsageError where the named one cannot, or does not exist.
     """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise UsageError(f"implementation {implementation!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
     names = list(IMPLEMENTATIONS) if implementation == "auto" else [implementation]
     for name in names:
         if made(name).supports(chunk):
             return made(name)
     term = None if chunk.teacher is None else chunk.teacher.term
     raise UsageError(
-        f"implementation {implementation} cannot do {chunk.student_Rv.dtype} on {chunk.student_Rv.device}"
+        f"implementation {implementation} cannot do {chunk.student_Rv.dtype} on {chunk.student_Rv.device}, "
+        f"{'contiguous' if chunk.student_Rv.is_contiguous() else 'not contiguous'}"
         + (f" with divergence {term.divergence}" if term else "")
         + ": use auto or reference"
     )

@@ -74,19 +74,26 @@ class HeadStudent(ProductLogits):
 
 
 class GivenLogits:
-    """Logits ``[T, v]`` that exist; ``rows_R`` are the tokens that are computed, None for all."""
+    """Logits ``[T, v]`` that exist; ``rows_R`` are the tokens that are computed, None for all.
+
+    Chunks are views of them, or copies where rows are left out or their memory has gaps (a slice of columns).
+    """
 
     def __init__(self, logits_Tv: Tensor, rows_R: Tensor | None) -> None:
         self.logits_Tv, self.rows_R = logits_Tv, rows_R
+        self.copies = rows_R is not None or not logits_Tv.is_contiguous()
         self.num_rows = logits_Tv.shape[0] if rows_R is None else rows_R.shape[0]
         self.width, self.dtype = logits_Tv.shape[1], logits_Tv.dtype
 
     def buffer(self, num_rows: int) -> Tensor | None:
-        return None if self.rows_R is None else self.logits_Tv.new_empty(num_rows, self.width)
+        return self.logits_Tv.new_empty(num_rows, self.width) if self.copies else None
 
     def logits(self, rows: slice, buffer: Tensor | None) -> Tensor:
-        if self.rows_R is None or buffer is None:
+        if buffer is None:
             return self.logits_Tv[rows]
+        if self.rows_R is None:
+            logits_Rv = self.logits_Tv[rows]
+            return buffer[: logits_Rv.shape[0]].copy_(logits_Rv)
         index_R = self.rows_R[rows]
         return torch.index_select(self.logits_Tv, 0, index_R, out=buffer[: index_R.shape[0]])
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megakd.losses.call import KD, HeadOutput, Select, check_labels, check_shapes, head_output, make_terms
-from megakd.losses.implementations import Implementation
-from megakd.losses.logit_sources import GivenStudent
-from megakd.losses.sweep import sweep
+from megakd.losses.implementations import Implementation, kernels_for
+from megakd.losses.kernels import Chunk
+from megakd.losses.logit_sources import GivenLogits, GivenStudent
+from megakd.losses.reference import ReferenceKernels
+from megakd.losses.sweep import Term, sweep
 from megakd.losses.vocab_parallel import VocabShard
 
 _COPIED_BYTES = 32 << 20
@@ -41,7 +43,7 @@ def logits_loss(
         operation before has kept them for its backward; a matrix product has not). Else a copy does.
     chunk_bytes: how many bytes of logits, of all models together, are done at a time. Unless given: 32 MiB, but
         everything at once, and so with one all-gather in all, where the vocabulary is split and no logits have to be
-        copied (one term but taid, and every token with weight).
+        copied (contiguous, every token with weight, one term, and neither taid nor adaptive_kl).
 
     Raises UsageError as ``head_loss`` does.
     """
@@ -52,7 +54,7 @@ def logits_loss(
     wants_gradient = torch.is_grad_enabled() and student_Tv.requires_grad
     with torch.no_grad():
         select = Select.of(student_Tv.shape[0], lm_weight_T, z_weight_T, kd)
-        labels_R, lm_weight_R = select(labels_T), select(lm_weight_T)
+        labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
         check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
         logits_Tv = student_Tv.detach()
         if wants_gradient and not (inplace and logits_Tv.is_contiguous()):
@@ -70,19 +72,31 @@ def logits_loss(
             terms,
             shard=shard,
             implementation=implementation,
-            chunk_bytes=chunk_bytes or _chunk_bytes(select, kd, shard),
+            chunk_bytes=chunk_bytes or _chunk_bytes(student, terms, shard, implementation),
         )
         output = head_output(swept, labels_R, lm_weight_R, z_weight_R, kd, terms, select, shard.vocab_size)
         if wants_gradient and not select.everything:
             select.clear_others(logits_Tv)
     if not wants_gradient:
         return output
+    if logits_Tv.data_ptr() == student_Tv.data_ptr():
+        # kernels write past autograd: it must know, to refuse where somebody has kept these logits for a backward
+        torch.autograd.graph.increment_version(student_Tv)
     loss: Tensor = _Loss.apply(student_Tv, output.loss, logits_Tv)  # type: ignore[no-untyped-call]
     return replace(output, loss=loss)
 
 
-def _chunk_bytes(select: Select, kd: Sequence[KD], shard: VocabShard) -> int:
-    copies = not select.everything or len(kd) > 1 or any(one.term.divergence == "taid" for one in kd)
+def _chunk_bytes(
+    student: GivenStudent, terms: Sequence[Term], shard: VocabShard, implementation: Implementation
+) -> int:
+    """Everything at once only where a chunk needs no memory of its own."""
+    copies = student.copies or len(terms) > 1
+    for term in terms:
+        copies |= term.term.divergence in ("taid", "adaptive_kl")
+        copies |= isinstance(term.teacher, GivenLogits) and term.teacher.copies
+    none_R = student.logits_Tv.new_zeros(0)
+    example = Chunk(student.logits_Tv[:0], shard.num_valid, none_R.long(), none_R)
+    copies |= isinstance(kernels_for(example, implementation), ReferenceKernels)
     return _COPIED_BYTES if copies or shard.world_size == 1 else sys.maxsize
 
 
@@ -101,5 +115,5 @@ class _Loss(torch.autograd.Function):
         if gradient_Tv is None:
             raise RuntimeError("logits_loss keeps one gradient: a second backward over it has nothing left")
         if grad.device.type != "cpu" or grad != 1:  # looking is free on CPU alone
-            gradient_Tv.mul_(grad.to(gradient_Tv.dtype))
+            gradient_Tv.mul_(grad)  # which has no axes: it is not rounded to the dtype of the other
         return gradient_Tv, None, None

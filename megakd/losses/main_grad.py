@@ -29,9 +29,8 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
 
 
 def _scaled(d_weight_vH: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad · d_weight_vH``, rounded; a block at a time, because torch would make a second wide tensor of the whole."""
+    """``grad · d_weight_vH``, rounded; a block at a time: of the whole torch would make a second wide tensor."""
     scaled_vH = torch.empty_like(d_weight_vH, dtype=dtype)
-    grad = grad.to(d_weight_vH.dtype)
     block = max(1, _BLOCK_BYTES // (d_weight_vH.shape[1] * d_weight_vH.element_size()))
     for start in range(0, d_weight_vH.shape[0], block):
         scaled_vH[start : start + block] = d_weight_vH[start : start + block] * grad

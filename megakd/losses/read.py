@@ -8,7 +8,8 @@ One engine with the losses: the same chunks, statistics and merge. No gradients 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,9 @@ from megakd.losses.divergences import column, teacher_entropy
 from megakd.losses.implementations import Implementation, kernels_for
 from megakd.losses.kernels import Chunk, DenseTeacher
 from megakd.losses.logit_sources import ProductLogits
+from megakd.losses.sweep import DEFAULT_CHUNK_BYTES
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
-
-_DEFAULT_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_head(
     top_k: int = 0,
     uniforms_TN: Tensor | None = None,
     implementation: Implementation = "auto",
-    chunk_bytes: int = _DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> HeadReading:
     """Read a head whose vocabulary is split over a group; all its ranks call this with the same tokens.
 
@@ -73,35 +73,28 @@ def read_head(
         ("hidden_TH", hidden_TH, (num_tokens, weight_vH.shape[-1])),
         ("weight_vH", weight_vH, (shard.num_rows, weight_vH.shape[-1])),
     )
+    if ids_T is not None:
+        check_shapes(("ids_T", ids_T, (num_tokens,)))
+    if uniforms_TN is not None:
+        check_shapes(("uniforms_TN", uniforms_TN, (num_tokens, uniforms_TN.shape[-1])))
     if not 0 <= top_k <= shard.vocab_size:
         raise UsageError(f"top_k is {top_k}, expected 0 to the vocabulary's {shard.vocab_size}")
     logits = ProductLogits(hidden_TH.detach(), weight_vH.detach())
-    chunk_rows = max(1, chunk_bytes // (logits.width * logits.dtype.itemsize))
+    # what sorting and drawing hold beside a logit: masks and places, mass and its running sum
+    entry_bytes = logits.dtype.itemsize + (16 if top_k else 0) + (26 if uniforms_TN is not None else 0)
+    chunk_rows = max(1, chunk_bytes // (logits.width * entry_bytes))
     buffer = logits.buffer(min(chunk_rows, num_tokens))
     chunks = []
     for start in range(0, max(num_tokens, 1), chunk_rows):
         rows = slice(start, min(start + chunk_rows, num_tokens))
-        labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows]
+        labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows].long()
         uniforms_RN = None if uniforms_TN is None else uniforms_TN[rows]
         made_Rv = logits.logits(rows, buffer)
         chunks.append(_read_chunk(made_Rv, labels_R, entropy, top_k, uniforms_RN, shard, implementation))
-    whole = HeadReading(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*map(_fields, chunks))))  # type: ignore[arg-type]
-    if ids_T is not None:
-        return whole
-    return HeadReading(
-        whole.log_z_T, None, whole.entropy_T, whole.top_ids_TK, whole.top_log_probs_TK, whole.sample_ids_TN
-    )
-
-
-def _fields(reading: HeadReading) -> tuple[Tensor | None, ...]:
-    return (
-        reading.log_z_T,
-        reading.log_prob_T,
-        reading.entropy_T,
-        reading.top_ids_TK,
-        reading.top_log_probs_TK,
-        reading.sample_ids_TN,
-    )
+    parts = {field.name: [getattr(chunk, field.name) for chunk in chunks] for field in fields(HeadReading)}
+    joined: dict[str, Any] = {name: None if found[0] is None else torch.cat(found) for name, found in parts.items()}
+    whole = HeadReading(**joined)
+    return whole if ids_T is not None else replace(whole, log_prob_T=None)
 
 
 def _read_chunk(
@@ -161,14 +154,16 @@ def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tens
     ids_RK = torch.cat([ids_RK, ids_RK.new_full((num_rows, missing), shard.vocab_size)], 1)
     wide_RK = logits_RK.to(torch.promote_types(logits_RK.dtype, torch.float32))
     all_logits, all_ids = _gather_columns(wide_RK, shard), _gather_columns(ids_RK, shard)
-    # slices stand in the order of their ids, and each is stable: so is the whole
-    order_RK = torch.where(all_ids < shard.vocab_size, all_logits, -torch.inf).sort(dim=1, descending=True, stable=True)
-    chosen_RK = order_RK.indices[:, :top_k]
+    # Slices stand in the order of their ids, and each is stable: so is the whole, once what fills them is behind.
+    order_RK = (all_ids >= shard.vocab_size).sort(dim=1, stable=True).indices
+    all_ids, all_logits = all_ids.gather(1, order_RK), all_logits.gather(1, order_RK)
+    chosen_RK = all_logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     return all_ids.gather(1, chosen_RK), all_logits.gather(1, chosen_RK)
 
 
 def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, in falling order, ties by column."""
+    """The k largest, in falling order, ties by column; the first k of a row with NaN, which has no order."""
+    values_Rv = torch.where(values_Rv.isnan().any(1, keepdim=True), 0.0, values_Rv)
     found = values_Rv.topk(k, 1)
     values_RK, columns_RK = found.values, found.indices
     if k == 0:
@@ -200,11 +195,13 @@ def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: Voc
         mine_RN = torch.ones_like(mine_RN)
     columns_RN = torch.searchsorted(cumulative_Rv, thresholds_RN.contiguous(), right=True)
     # rounding may carry the last number past the last sum: it belongs to the last id that has mass
-    last_R1 = (mass_Rv > 0).long().cumsum(1).argmax(1, keepdim=True) if shard.num_valid else columns_RN[:, :1]
+    last_R1 = columns_RN[:, :1]
+    if shard.num_valid:
+        last_R1 = shard.num_valid - 1 - (mass_Rv > 0).flip(1).to(torch.int8).argmax(1, keepdim=True)
     ids_RN = torch.minimum(columns_RN, last_R1) + shard.start
     if shard.world_size == 1:
         return ids_RN
-    # slices answer for disjoint intervals; a number that rounding leaves between two is the later one's first id
+    # slices answer for disjoint intervals; a number that rounding leaves to none of them is the last id's
     answers_RN = torch.where(mine_RN, ids_RN, shard.vocab_size)
     dist.all_reduce(answers_RN, op=dist.ReduceOp.MIN, group=shard.group)
     return answers_RN.clamp(max=shard.vocab_size - 1)

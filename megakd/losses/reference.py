@@ -123,8 +123,14 @@ def _pair(chunk: Chunk, teacher: DenseTeacher, rows: RowStatistics) -> Pair:
         student_Rv, teacher_Rv = (x.masked_fill(is_label_Rv, -math.inf) for x in (student_Rv, teacher_Rv))
     s_Rv = (student_Rv - column(pivot(rows["student_max"]))) / term.student_temperature
     t_Rv = (teacher_Rv - column(pivot(rows["teacher_max"]))) / term.temperature
-    p_Rv, q_Rv = t_Rv.exp() / column(rows["teacher_sum"]), s_Rv.exp() / column(rows["student_sum"])
+    p_Rv, q_Rv = _shares(t_Rv.exp(), rows["teacher_sum"]), _shares(s_Rv.exp(), rows["student_sum"])
     return Pair(s_Rv, t_Rv, p_Rv, q_Rv, is_label_Rv)
+
+
+def _shares(mass_Rv: Tensor, sum_R: Tensor) -> Tensor:
+    """Mass over its sum; no mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass
+    anywhere, not 0 / 0."""
+    return torch.where(mass_Rv == 0, 0.0, mass_Rv / column(sum_R))
 
 
 def _listed_statistics(

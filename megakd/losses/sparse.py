@@ -30,25 +30,30 @@ _ROUNDING = 2.0**-24
 class Buckets:
     """Sparse targets of rows, with the tail settled.
 
-    ids_RK: -1 in empty slots. log_p_RK: float64, -inf in empty slots. log_tail_R: float64, log-mass of all ids that are
-    not listed, together. num_rest_R: how many those are. counts_top: whether the largest log_p is the teacher's top-1.
+    ids_RK: -1 in empty slots. log_p_RK: float64, -inf in empty slots, NaN for what is no id of the vocabulary.
+    log_tail_R: float64, log-mass of all ids that are not listed, together. num_rest_R: how many those are. is_top_RK:
+    bool, the ids to which the targets give most, before the tail goes anywhere.
     """
 
     ids_RK: Tensor
     log_p_RK: Tensor
     log_tail_R: Tensor
     num_rest_R: Tensor
-    counts_top: bool
+    is_top_RK: Tensor
 
     @staticmethod
     def of(targets: SparseTargets, labels_R: Tensor, term: KDTerm, vocab_size: int) -> Buckets:
         """From the targets of the rows and their labels."""
         log_p_RK = targets.log_probs_TK.double()
-        ids_RK = torch.where(log_p_RK == -math.inf, -1, targets.ids_TK)
+        empty_RK = log_p_RK == -math.inf
+        ids_RK = torch.where(empty_RK, -1, targets.ids_TK.long())
+        is_id_RK = empty_RK | ((ids_RK >= 0) & (ids_RK < vocab_size))
+        log_p_RK = torch.where(is_id_RK, log_p_RK, math.nan)
+        is_top_RK = ~empty_RK & (log_p_RK == column(log_p_RK.amax(1)))
         num_rest_R = vocab_size - (ids_RK >= 0).sum(1)
         log_tail_R = torch.full_like(log_p_RK[:, 0], -math.inf)
         if term.tail == "renormalise":
-            log_p_RK = (log_p_RK / term.temperature).log_softmax(1)
+            log_p_RK = torch.where(empty_RK, -math.inf, (log_p_RK / term.temperature).log_softmax(1))
         elif term.tail != "none":
             # Less than the rounding of log-probabilities is unknown, and 0 would make some divergences infinite.
             least = _ROUNDING if term.tail == "ghost" else 0.0
@@ -57,12 +62,11 @@ class Buckets:
         if term.tail == "label":
             ids_RK, log_p_RK = _onto_label(ids_RK, log_p_RK, labels_R, log_tail_R)
             log_tail_R = torch.full_like(log_tail_R, -math.inf)
-        return Buckets(ids_RK, log_p_RK, log_tail_R, num_rest_R, targets.kind == "top_p_k")
+            is_top_RK = torch.nn.functional.pad(is_top_RK, (0, 1))
+        return Buckets(ids_RK, log_p_RK, log_tail_R, num_rest_R, is_top_RK)
 
     def __getitem__(self, rows: slice) -> Buckets:
-        return Buckets(
-            self.ids_RK[rows], self.log_p_RK[rows], self.log_tail_R[rows], self.num_rest_R[rows], self.counts_top
-        )
+        return Buckets(*(values[rows] for values in vars(self).values()))
 
 
 def _onto_label(ids_RK: Tensor, log_p_RK: Tensor, labels_R: Tensor, log_mass_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +100,17 @@ def listed_values(rows: RowStatistics, buckets: Buckets, term: KDTerm, weight_R:
     log_rest_R = to_rest_R + rows["rest_sum"].double().log()
     s_RB = torch.cat([(listed_RK - column(top_R)) / tau, column(log_rest_R)], 1)
     log_z_R = s_RB.logsumexp(1)
-    entries = Entries.of(torch.cat([buckets.log_p_RK, column(buckets.log_tail_R)], 1), s_RB - column(log_z_R))
+    # A tail within the rounding of the targets is none where the student rules out all ids that it could be of.
+    no_tail_R = (rows["rest_max"] == -math.inf) & (buckets.log_tail_R <= math.log(_ROUNDING))
+    log_tail_R = torch.where(no_tail_R, -math.inf, buckets.log_tail_R)
+    entries = Entries.of(torch.cat([buckets.log_p_RK, column(log_tail_R)], 1), s_RB - column(log_z_R))
     if term.tail == "spread":
         sums = _spread_sums(rows, buckets, entries, term, top_R, log_z_R)
     else:
         sums = _bucket_sums(entries, term)
-    factor_R = product(to_rest_R.exp(), (sums.rest_ratio_R - sums.total_R) * (-log_z_R).exp())
+    rest_sum_R = rows["rest_sum"].double()
+    of_rest_R = torch.where(rest_sum_R == 0, 0.0, sums.rest_R / rest_sum_R)  # by shares of the rest: q may underflow
+    factor_R = of_rest_R - product((to_rest_R - log_z_R).exp(), sums.total_R)
     listed_q_RK = entries.q[:, :-1]
     listed_KR = (sums.slope_RK - product(listed_q_RK, column(sums.total_R).expand_as(listed_q_RK))).t()
     by_logit_R = weight_R.double() * (term.scale / tau)
@@ -112,26 +121,26 @@ def listed_values(rows: RowStatistics, buckets: Buckets, term: KDTerm, weight_R:
 
 @dataclass(frozen=True)
 class _Sums:
-    """value_R: the divergence. slope_RK: w of the listed ids. total_R: sum of w over all ids. At an id that is not
-    listed w is rest_ratio_R · q - shift_R."""
+    """value_R: the divergence. slope_RK: w of the listed ids. total_R: sum of w over all ids. rest_R: of that what the
+    ids that are not listed have together, each in proportion to its q; and each -shift_R more."""
 
     value_R: Tensor
     slope_RK: Tensor
     total_R: Tensor
-    rest_ratio_R: Tensor
+    rest_R: Tensor
     shift_R: Tensor
 
 
 def _bucket_sums(entries: Entries, term: KDTerm) -> _Sums:
     """All ids that are not listed are one bucket in both models."""
     pointwise = POINTWISE[term.formula]
-    slope_RB, q_rest_R = pointwise.slope(entries, term), entries.q[:, -1]
+    slope_RB = pointwise.slope(entries, term)
     return _Sums(
         value_R=pointwise.value(entries, term).sum(1),
         slope_RK=slope_RB[:, :-1],
         total_R=slope_RB.sum(1),
-        rest_ratio_R=torch.where(q_rest_R > 0, slope_RB[:, -1] / q_rest_R, 0.0),
-        shift_R=torch.zeros_like(q_rest_R),
+        rest_R=slope_RB[:, -1],
+        shift_R=torch.zeros_like(slope_RB[:, -1]),
     )
 
 
@@ -152,9 +161,7 @@ def _spread_sums(
 
 
 def _agree(rows: RowStatistics, buckets: Buckets) -> Tensor:
-    top_RK = buckets.log_p_RK == column(buckets.log_p_RK.amax(1))
-    is_top_RK = top_RK & (buckets.ids_RK >= 0) & (rows.listed_KR.t() == column(rows["lm_max"]))
-    return is_top_RK.any(1)
+    return (buckets.is_top_RK & (rows.listed_KR.t() == column(rows["lm_max"]))).any(1)
 
 
 def _weighted(weight_R: Tensor, values: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from megakd.losses.sparse import Buckets, listed_values
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import LM_COLUMNS, Gather, RowStatistics, VocabShard, merge_statistics
 
+DEFAULT_CHUNK_BYTES = 256 << 20
+"""Fewer chunks make better products and fewer sums of the weight's gradient; more of them need less memory."""
+
 
 @dataclass(frozen=True)
 class Term:

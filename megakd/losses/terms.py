@@ -88,6 +88,8 @@ class KDTerm:
             raise UsageError(f"divergence {self.divergence!r} is not one of {', '.join(LEGAL)}")
         if self.tail not in ALL_TAILS:
             raise UsageError(f"tail {self.tail!r} is not one of {', '.join(ALL_TAILS)}")
+        if self.temperature_on not in ("teacher", "both"):
+            raise UsageError(f"temperature_on {self.temperature_on!r} is not one of teacher, both")
         if not 1e-3 <= self.temperature <= 1e3:
             raise UsageError(f"temperature is {self.temperature}, expected 0.001 to 1000")
         for name, most in (("reverse_weight", 1), ("jsd_beta", 1), ("skew_alpha", 0.999), ("akl_mu", 1), ("taid_t", 1)):
@@ -135,6 +137,8 @@ class KDTerm:
 
         Raises UsageError with the reason and what would be right.
         """
+        if kind not in LEGAL["forward_kl"]:
+            raise UsageError(f"targets of kind {kind!r}; expected one of {', '.join(LEGAL['forward_kl'])}")
         legal = LEGAL[self.divergence]
         at_end = LEGAL[self.formula] if self.divergence != "taid" else legal
         if kind not in legal or kind not in at_end:

@@ -193,7 +193,9 @@ def pair_gradient(
         t_odds = log_odds(rows, num_rows, FIRST + 2, TEACHER_MAX, TEACHER_SUM, inverse_tau_t)
         label_slope = x * (sigmoid(s_odds) - sigmoid(t_odds))
     log_s_sum, log_t_sum = tl.log(s_sum), tl.log(t_sum)
-    one_over_s_sum, one_over_t_sum = 1.0 / s_sum, 1.0 / t_sum
+    # no mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass anywhere, not 0 / 0
+    one_over_s_sum = tl.where(s_sum == 0.0, 0.0, 1.0 / s_sum)
+    one_over_t_sum = tl.where(t_sum == 0.0, 0.0, 1.0 / t_sum)
     for start in range(0, width, BLOCK):
         raw_s = load_logits(student, start, num_valid, width, BLOCK)
         raw_t = load_logits(teacher, start, num_valid, width, BLOCK)

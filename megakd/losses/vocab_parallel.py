@@ -92,7 +92,7 @@ class Gather:
         self._sizes = [part.shape[0] for part in parts]
         self._gathered = packed.new_empty(shard.world_size, k, num_rows)
         self._work = dist.all_gather_into_tensor(
-            self._gathered.view(-1, num_rows), packed.contiguous(), group=shard.group, async_op=True
+            self._gathered.view(shard.world_size * k, num_rows), packed.contiguous(), group=shard.group, async_op=True
         )
 
     def wait(self) -> list[Tensor]:

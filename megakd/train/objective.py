@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.losses.head import KD, HeadOutput, KDTerm, VocabShard, head_loss
+from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
 from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
 from megakd.targets import Targets
@@ -62,7 +62,7 @@ class Objective:
     gates: Gates = Gates()
     taid: Taid | None = None
     implementation: Implementation = "auto"
-    chunk_bytes: int = 256 << 20
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None

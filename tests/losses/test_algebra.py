@@ -31,7 +31,7 @@ def _run(
     output = logits_loss(
         student,
         torch.arange(rows) % VOCAB,
-        shard=VocabShard(0, VOCAB, VOCAB, None),
+        shard=VocabShard(0, student.shape[1], student.shape[1], None),
         lm_weight_T=torch.zeros(rows),
         kd=[KD(term, targets, torch.ones(rows))],
         implementation=implementation,  # type: ignore[arg-type]
@@ -216,3 +216,53 @@ def test_truncation_biases_where_samples_do_not() -> None:
     targets = sparse_targets("top_p_k", teacher)
     _, _, gradient = _run(KDTerm(tail="renormalise"), student, targets)
     assert (gradient - dense).norm() > 0.1 * dense.norm()
+
+
+def _tail_row(student: list[float], ids: list[int], p: list[float], term: KDTerm) -> tuple[Tensor, Tensor, Tensor]:
+    logits = torch.tensor([student], dtype=torch.float64).requires_grad_()
+    output = logits_loss(
+        logits,
+        torch.zeros(1, dtype=torch.int64),
+        shard=VocabShard(0, len(student), len(student), None),
+        lm_weight_T=torch.zeros(1),
+        kd=[KD(term, SparseTargets(torch.tensor([ids]), torch.tensor([p]).log()), torch.ones(1))],
+    )
+    output.loss.backward()
+    assert logits.grad is not None
+    return output.kd[0].value_T, logits.grad[0], output.kd[0].agree_T
+
+
+def test_the_ghost_keeps_its_gradient_where_the_student_gives_it_nothing() -> None:
+    """All but the listed id underflow: together they are due half of the mass, in equal shares."""
+    _, gradient, _ = _tail_row([800.0, 0.0, 0.0, 0.0], [0], [0.5], KDTerm(tail="ghost"))
+    torch.testing.assert_close(gradient, torch.tensor([0.5, -1 / 6, -1 / 6, -1 / 6], dtype=torch.float64))
+
+
+def test_the_ghost_is_none_where_both_models_rule_the_rest_out() -> None:
+    rest = -math.inf
+    value, gradient, _ = _tail_row([1.0, 0.0, rest, rest], [0, 1], [0.25, 0.75], KDTerm(tail="ghost"))
+    assert value.isfinite().all() and gradient.isfinite().all()
+    assert gradient[2:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("tail", ["none", "renormalise", "ghost"])
+def test_a_row_that_lists_nothing_has_no_gradient(tail: str) -> None:
+    value, gradient, _ = _tail_row([1.0, 0.5, 0.0], [0, 1], [0.0, 0.0], KDTerm(tail=tail))  # type: ignore[arg-type]
+    assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+
+
+def test_agreement_is_with_the_teacher_and_not_with_the_label() -> None:
+    for tail in ("none", "ghost", "label"):
+        _, _, agree = _tail_row([0.0, 3.0, 1.0], [1], [0.4], KDTerm(tail=tail))  # type: ignore[arg-type]
+        assert agree.all()
+
+
+def test_decoupled_without_the_other_ids_is_the_label_alone() -> None:
+    """Also where the teacher is certain of the label and the others have no distribution."""
+    student = torch.tensor([[1.0, 0.5, 0.0]])
+    teacher = torch.tensor([[0.0, -math.inf, -math.inf]])
+    for implementation in ("reference", "native"):
+        _, value, gradient = _run(KDTerm("decoupled", dkd_beta=0.0), student, LogitTargets(teacher), implementation)
+        q = student.softmax(-1)
+        torch.testing.assert_close(value, -q[:, 0].log())
+        torch.testing.assert_close(gradient, q - torch.tensor([[1.0, 0.0, 0.0]]))

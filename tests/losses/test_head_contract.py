@@ -58,8 +58,6 @@ def test_a_masked_token_changes_nothing(implementation: str, what: float, case: 
 @pytest.mark.parametrize("case", MASKED, ids=str)
 def test_elsewhere_it_shows(implementation: str, case: Case) -> None:
     problem = Problem.make()
-    targets_of_clean = problem.sparse(case.kind) if case.kind != "dense" else None
-    assert targets_of_clean is None or targets_of_clean.log_probs_TK.isfinite().any()
     problem.hidden_TH[3, 0] = math.nan
     output = run_head(problem, case, implementation=implementation).output
     assert output.loss.isnan()
@@ -193,3 +191,15 @@ def test_weight_gradient_adds_up_over_uses_and_backward_may_run_twice() -> None:
 def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run_head(replace(Problem.make(), **change), FORWARD, implementation="native")
+
+
+def test_wrong_names_and_dtypes_are_refused() -> None:
+    problem = Problem.make()
+    with pytest.raises(UsageError, match="hidden_grad 'allreduce' is not one of all_reduce, partial"):
+        run_head(problem, FORWARD, hidden_grad="allreduce")
+    with pytest.raises(UsageError, match="implementation 'fast' is not one of auto"):
+        run_head(problem, FORWARD, implementation="fast")
+    with pytest.raises(UsageError, match=r"hidden states are torch.bfloat16 and the weight torch.float32"):
+        run_head(replace(problem, hidden_TH=problem.hidden_TH.bfloat16()), FORWARD)
+    narrow = replace(problem, labels_T=problem.labels_T.int())
+    assert torch.equal(run_head(narrow, FORWARD).output.loss, run_head(problem, FORWARD).output.loss)

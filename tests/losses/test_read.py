@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,6 +91,37 @@ def test_samples_follow_the_distribution_and_stay_in_the_vocabulary(world: World
     counts.scatter_add_(1, ids_TN, torch.ones(ids_TN.shape, dtype=torch.float64))
     error = (p * (1 - p) / draws).sqrt()
     assert ((counts / draws - p).abs() < 6 * error + 1 / draws).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_tokens(world: Worlds, size: int) -> None:
+    problem = Problem.make()
+    none = replace(problem, hidden_TH=problem.hidden_TH[:0])
+    for reading in world(size).run(_read, none, problem.labels_T[:0], 3, torch.zeros(0, 2, dtype=torch.float64)):
+        assert reading.log_prob_T is not None and reading.log_prob_T.shape == (0,)
+        assert reading.top_ids_TK is not None and reading.top_ids_TK.shape == (0, 3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(world: Worlds, size: int) -> None:
+    problem = Problem.make()
+    problem.weight_VH[:] = 1.0  # ties everywhere
+    problem.hidden_TH[2] = torch.nan
+    for reading in world(size).run(_read, problem, problem.labels_T, 4, None):
+        assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
+        assert (reading.top_ids_TK == torch.arange(4)).all()
+        assert reading.top_log_probs_TK.isnan().all(1).tolist() == [False, False, True, False, False, False, False]
+
+
+def test_what_fills_a_small_slice_is_never_best(world: Worlds) -> None:
+    """Six ids over two ranks, four of them ruled out: the best five are real ids all the same."""
+    problem = replace(Problem.make(), vocab_size=6)
+    problem.weight_VH[:] = 0.0
+    problem = replace(problem, hidden_TH=torch.ones(7, 13), weight_VH=problem.weight_VH[:8].clone())
+    problem.weight_VH[2:6] = -torch.inf
+    for reading in world(2).run(_read, problem, None, 5, None):
+        assert reading.top_ids_TK is not None
+        assert (reading.top_ids_TK == torch.tensor([0, 1, 2, 3, 4])).all()
 
 
 def test_wrong_requests_are_refused() -> None:
