@@ -80,8 +80,8 @@ class ScoreSweep {
     result["negative"] = found.negative;
     result["num_bad"] = found.num_bad;
     result["first_bad"] = found.first_bad;
-    result["divisors"] = std::make_pair(found.least_divisor, found.largest_divisor);
-    result["token_counts"] = std::make_pair(found.least_tokens, found.most_tokens);
+    result["divisors"] = std::make_pair(found.divisors.least, found.divisors.most);
+    result["token_counts"] = std::make_pair(found.token_counts.least, found.token_counts.most);
     result["moments"] = found.moments;
     return result;
   }
@@ -95,6 +95,18 @@ class ScoreSweep {
     py::gil_scoped_release unlocked;
     if (by_tokens) histogram_of<uint64_t>(source_, begin, end, digit, key, true, threads, out);
     else histogram_of<uint32_t>(source_, begin, end, digit, key, false, threads, out);
+  }
+
+  int64_t collect(int64_t begin, int64_t end, std::pair<uint32_t, uint32_t> images_between, const py::array& images,
+                  const py::array& hashes, const py::array& tokens) const {
+    check(begin, end);
+    const int64_t room = images.size();
+    auto* to_images = checked<uint32_t>(images, room, "images: expected uint32 [n]");
+    auto* to_hashes = checked<uint64_t>(hashes, room, "hashes: expected uint64 [n]");
+    auto* to_tokens = checked<int32_t>(tokens, room, "tokens: expected int32 [n]");
+    const auto [first, last] = images_between;
+    py::gil_scoped_release unlocked;
+    return megakd::collect(source_, begin, end, first, last, room, to_images, to_hashes, to_tokens);
   }
 
   std::pair<int64_t, int64_t> keep(int64_t begin, int64_t end, std::pair<uint32_t, uint64_t> at_least,
@@ -121,7 +133,7 @@ class ScoreSweep {
     py::gil_scoped_release unlocked;
     Block block(source_);
     for (int64_t at = begin; at < end; at += kBlock) {
-      block.fill_scores(at, std::min(at + kBlock, end));
+      block.fill_scores(at, std::min(at + kBlock, end), false);
       std::copy(block.score, block.score + block.count, out + (at - begin));
     }
   }
@@ -173,6 +185,8 @@ void bind_selection(py::module_& m) {
            py::arg("threads"))
       .def("count", &ScoreSweep::count, py::arg("begin"), py::arg("end"), py::arg("digit"), py::arg("prefix"),
            py::arg("by_tokens"), py::arg("counts"), py::arg("threads"))
+      .def("collect", &ScoreSweep::collect, py::arg("begin"), py::arg("end"), py::arg("images_between"),
+           py::arg("images"), py::arg("hashes"), py::arg("tokens"))
       .def("keep", &ScoreSweep::keep, py::arg("begin"), py::arg("end"), py::arg("at_least"), py::arg("ids"))
       .def("count_ranks", &ScoreSweep::count_ranks, py::arg("begin"), py::arg("end"), py::arg("model"),
            py::arg("counts"))

@@ -102,6 +102,17 @@ class ScoreSweep:
         counts: NDArray[np.uint64],
         threads: int,
     ) -> None: ...
+    def collect(
+        self,
+        begin: int,
+        end: int,
+        images_between: tuple[int, int],
+        images: NDArray[np.uint32],
+        hashes: NDArray[np.uint64],
+        tokens: NDArray[np.int32],
+    ) -> int:
+        """Keys with images from the first to the last, and their tokens, as many as there is room for."""
+
     def keep(self, begin: int, end: int, at_least: tuple[int, int], ids: NDArray[np.int64]) -> tuple[int, int]:
         """Samples kept and their tokens; the ids stand first in ``ids``."""
 

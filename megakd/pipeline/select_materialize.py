@@ -13,7 +13,7 @@ from megakd.data.samples import Samples
 from megakd.data.selection import Selection
 from megakd.manifest import Manifest
 
-_COPY_BYTES = 4 << 20
+_COPY_BYTES = 1 << 20  # stays in the cache while it is hashed, checked and written
 
 
 def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifest:

@@ -25,6 +25,8 @@ EVERYTHING = 0
 _DIGITS = 6
 _RANK_BINS = 1 << 20
 _AT_ONCE = 1 << 19
+_COLLECTED = 1 << 19
+"""So few keys are sorted in memory rather than counted by further sweeps."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,25 @@ class Keys:
             bucket = len(from_top) - 1 - over
             if left == 0 or digit == _DIGITS - 1:
                 return prefix + ((bucket + 1) << shift)
+            if digit < 2 and counts[bucket] <= _COLLECTED:
+                return self._cut(pieces, prefix + (bucket << shift), 1 << shift, int(counts[bucket]), left, by_tokens)
             prefix += bucket << shift
             counts = None
         raise AssertionError("the last digit returns")
+
+    def _cut(self, pieces: Sequence[Piece], first: int, span: int, room: int, budget: int, by_tokens: bool) -> int:
+        """The threshold among ``span`` keys from ``first`` on, which at most ``room`` samples have."""
+        images, hashes, tokens = (np.empty(room, dtype) for dtype in (np.uint32, np.uint64, np.int32))
+        found = 0
+        between = first >> 64, (first + span - 1) >> 64
+        for piece in pieces:
+            rest = images[found:], hashes[found:], tokens[found:]
+            found += self._sweeps[piece.source].collect(piece.begin, piece.end, between, *rest)
+        order = np.lexsort((hashes[:found], images[:found]))[::-1]
+        amounts = tokens[order] if by_tokens else np.ones(found, np.int64)
+        fitting = int(np.searchsorted(np.cumsum(amounts, dtype=np.int64), budget, side="right"))
+        last = order[max(0, fitting - 1)]
+        return (int(images[last]) << 64 | int(hashes[last])) + (fitting == 0)
 
     def keep(
         self, piece: Piece, threshold: int, take: Callable[[NDArray[np.int64]], object] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline.select_twin import gumbel, ordered, scores_of, take, write
 
@@ -103,7 +103,12 @@ class Corpus:
         return [sorted(ids) for ids in kept]
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_threshold, "_COLLECTED", select_threshold._COLLECTED)  # put back at the end
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
     seed=st.integers(0, 10**6),
@@ -114,8 +119,10 @@ class Corpus:
     drop_top=st.sampled_from([0.0, 0.125, 0.5]),
     temperature=st.sampled_from([0.0, 0.7]),
     uniform=st.booleans(),
+    collected=st.sampled_from([0, 3, 1 << 19]),
 )
 def test_select_is_the_full_sort(
+    as_it_was: None,
     tmp_path_factory: pytest.TempPathFactory,
     sizes: list[int],
     seed: int,
@@ -126,7 +133,9 @@ def test_select_is_the_full_sort(
     drop_top: float,
     temperature: float,
     uniform: bool,
+    collected: int,
 ) -> None:
+    select_threshold._COLLECTED = collected
     corpus = Corpus(tmp_path_factory.mktemp("twin"), sizes, seed, levels=levels, uniform=uniform)
     expected = corpus.twin(
         ratio, by_tokens=by_tokens, drop_negative=drop_negative, drop_top=drop_top, temperature=temperature
@@ -150,7 +159,8 @@ def test_beyond_a_block_a_stretch_and_a_chunk(tmp_path: Path, monkeypatch: pytes
         write(tmp_path / kind, values, counts, model=kind)
     flags = ["--teacher-scores", tmp_path / "t", "--reference-scores", tmp_path / "r", "--output", tmp_path / "o"]
     scores = scores_of([(1.0, reference), (-1.0, teacher)], counts)
-    for threads, ratio in ((1, 0.4), (3, 0.4), (2, 0.77777)):
+    for threads, ratio, collected in ((1, 0.4, 0), (3, 0.4, 1 << 19), (2, 0.77777, 1000)):
+        monkeypatch.setattr(select_threshold, "_COLLECTED", collected)
         (kept,) = run(*flags, "--threads", threads, "--ratio", ratio)
         assert len(kept) == int(ratio * size)
         assert scores[kept].min() >= np.delete(scores, kept).max()
