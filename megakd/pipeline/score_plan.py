@@ -112,13 +112,16 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
 
     Raises UsageError, MismatchError (also for scores in ``--output`` that are others than these), CorruptError.
     """
-    parallel = config.parallel()
-    parallel.data_parallel_size(world_size)
-    record = read_record(config.load, config.iteration, role="--load")
+    config.parallel().data_parallel_size(world_size)
+    return check_score_of(read_record(config.load, config.iteration, role="--load"), config)
+
+
+def check_score_of(record: CheckpointRecord, config: ScoreConfig) -> ScorePlan:
+    """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
     tokenizer = _common_tokenizer(dataset, record)
     shape = _shape(config, record)
-    shape.check_layout(parallel, "--load")
+    shape.check_layout(config.parallel(), "--load")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
     check_vocabulary([samples], record.vocab_size)
