@@ -72,7 +72,7 @@ class Ratio:
 
 RATIOS = {
     "head": (
-        Ratio("time over the products alone", "seconds", "megakd", "products", most=1.2),
+        Ratio("time over the products alone", "seconds", "megakd", "products", most=1.2, goal_from_vocab=131072),
         Ratio("liger (KD alone) time over ours", "seconds", "liger KD", "megakd", least=1.25, goal_from_vocab=131072),
         Ratio("liger time over ours", "seconds", "liger LM + KD", "megakd"),
         Ratio("unfused time over ours", "seconds", "unfused", "megakd", least=2.4, goal_from_vocab=131072),
