@@ -153,12 +153,12 @@ class Keys:
 
     def _cut(self, pieces: Sequence[Piece], first: int, span: int, room: int, budget: int, by_tokens: bool) -> int:
         """The threshold among ``span`` keys from ``first`` on, which at most ``room`` samples have."""
-        images, hashes, tokens = (np.empty(room, dtype) for dtype in (np.uint32, np.uint64, np.int32))
+        images, hashes, tokens = np.empty(room, np.uint32), np.empty(room, np.uint64), np.empty(room, np.int32)
         found = 0
         between = first >> 64, (first + span - 1) >> 64
         for piece in pieces:
-            rest = images[found:], hashes[found:], tokens[found:]
-            found += self._sweeps[piece.source].collect(piece.begin, piece.end, between, *rest)
+            sweep = self._sweeps[piece.source]
+            found += sweep.collect(piece.begin, piece.end, between, images[found:], hashes[found:], tokens[found:])
         order = np.lexsort((hashes[:found], images[:found]))[::-1]
         amounts = tokens[order] if by_tokens else np.ones(found, np.int64)
         fitting = int(np.searchsorted(np.cumsum(amounts, dtype=np.int64), budget, side="right"))
