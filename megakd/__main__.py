@@ -13,6 +13,12 @@ VERBS = {
     "merge": "megakd.pipeline.merge",
     "verify": "megakd.pipeline.verify",
     "show": "megakd.pipeline.show",
+    "pack": "megakd.pipeline.pack",
+    "score": "megakd.pipeline.score",
+    "select": "megakd.pipeline.select",
+    "retokenize": "megakd.pipeline.retokenize",
+    "import-miniplm": "megakd.pipeline.import_miniplm",
+    "plan": "megakd.pipeline.plan",
     "train": "megakd.train.main",
 }
 

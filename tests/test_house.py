@@ -32,6 +32,7 @@ LOCAL_IMPORTS_ALLOWED = {
     # --help and refusals must not wait for what does the work
     ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
     ("megakd/train/main.py", "megakd.train.loop"),
+    ("megakd/pipeline/score.py", "megakd.pipeline.score_run"),
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/triton_kernels.py", "megakd.losses.triton_statistics"),
     ("megakd/losses/triton_kernels.py", "megakd.losses.triton_gradients"),
@@ -47,6 +48,7 @@ TORCH_FREE = (
     "megakd.train.main",
     "megakd.train.preflight",
 )
+RUNS_A_MODEL = ("megakd.pipeline.score_run",)  # what the others load once nothing is left to refuse
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 
 
@@ -191,6 +193,7 @@ def test_no_import_cycle() -> None:
 
 def test_what_must_start_fast_loads_nothing_heavy() -> None:
     starts = [*TORCH_FREE, *(name for name in MODULES if entry_of(name) in ("data", "pipeline"))]
+    starts = [start for start in starts if start not in RUNS_A_MODEL]
     wrong = [chain for start in starts for chain in heavy_chains(start)]
     assert not wrong, "\n".join(" -> ".join(chain) for chain in wrong)
 
