@@ -3,6 +3,7 @@
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
+PYTEST := $(PYTHON) -m pytest -q -n 2 --dist loadscope
 PIP    := $(PYTHON) -m pip install --disable-pip-version-check --quiet
 
 # The first interpreter that runs and is new enough: python3.11 is what the pins were tested with.
@@ -19,13 +20,13 @@ demo: $(VENV)/.built  ## teacher, plain student, distilled student on real text;
 	$(PYTHON) examples/demo/demo.py
 
 test: $(VENV)/.built $(VENV)/.dev  ## every test
-	$(PYTHON) -m pytest -q
+	$(PYTEST) --durations 15
 
 test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take no more than a few seconds each
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.built $(VENV)/.dev  ## the others: whole runs, kills, resumes
-	$(PYTHON) -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 check: $(VENV)/.built $(VENV)/.dev  ## ruff and mypy --strict
 	$(PYTHON) -m ruff check .
