@@ -11,7 +11,7 @@ FIND_PYTHON = for name in python3.11 python3 python3.12 python3.13; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$name; break; fi; done
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-slow check bench clean
+.PHONY: help demo test test-fast test-slow test-long check bench clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +23,13 @@ test: $(VENV)/.built $(VENV)/.dev  ## every test
 	$(PYTEST) --durations 15
 
 test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take no more than a few seconds each
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
 test-slow: $(VENV)/.built $(VENV)/.dev  ## the others: whole runs, kills, resumes
 	$(PYTEST) -m slow
+
+test-long: $(VENV)/.built $(VENV)/.dev  ## twenty kills instead of five; minutes each
+	$(PYTHON) -m pytest -q -m long
 
 check: $(VENV)/.built $(VENV)/.dev  ## ruff and mypy --strict
 	$(PYTHON) -m ruff check .

@@ -107,12 +107,12 @@ def test_bytes_after_five_kills(made: dict[str, Any], tmp_path: Path) -> None:
     kill_and_rerun(made, tmp_path / "s", 5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bytes_after_twenty_kills(made: dict[str, Any], tmp_path: Path) -> None:
     kill_and_rerun(made, tmp_path / "s", 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bytes_after_twenty_kills_among_three_jobs(made: dict[str, Any], tmp_path: Path) -> None:
     """Jobs come and go, and while one is killed the others go on."""
     rng = random.Random(3)
