@@ -124,7 +124,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
         domain.candidate_tokens += survey.tokens
     amounts = {name: d.candidate_tokens if by_tokens else d.candidates for name, d in domains.items()}
     shares = allocate(config, keys, pieces, amounts, find)
-    thresholds = _thresholds(config, shares, pieces, find)
+    thresholds = _thresholds(config, shares, pieces, find, num_candidates=whole.candidates)
     manifests = _write(config, sources, keys, pieces, thresholds, domains)
     correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
     return Outcome(manifests, domains, correlations, whole)
@@ -156,11 +156,17 @@ def _refuse_bad(keys: Keys, piece: Piece, survey: Survey) -> None:
     more = ", ..." if survey.num_bad > 5 else ""
     raise CorruptError(
         f"{folders}: {survey.num_bad} samples have a score that is not finite: ids {shown}{more}; score "
-        " them anew, or leave them out with --exclude-ids FILE"
+        "them anew, or leave them out with --exclude-ids FILE"
     )
 
 
-def _thresholds(config: SelectConfig, shares: Sequence[Share], pieces: Sequence[Piece], find: Any) -> dict[str, int]:
+def _thresholds(
+    config: SelectConfig, shares: Sequence[Share], pieces: Sequence[Piece], find: Any, *, num_candidates: int
+) -> dict[str, int]:
+    if not num_candidates:
+        raise UsageError(
+            "there is no sample to select from: all are excluded by --exclude-ids or have nothing to score"
+        )
     if not sum(share.budget for share in shares):
         raise UsageError(
             f"--ratio {config.ratio} of the {config.ratio_of} there are keeps nothing; raise it, or score more samples"

@@ -76,9 +76,22 @@ class SelectConfig:
         for paths in (self.output, self.materialize):
             if len({os.path.realpath(path) for path in paths}) != len(paths):
                 raise UsageError(f"{' '.join(paths)}: expected different outputs")
+        self._check_places()
         if self.domains and len(self.output) > 1:
             raise UsageError("--domains names documents of one dataset; with several, each dataset is a domain")
         self.models()
+
+    def _check_places(self) -> None:
+        """Raise UsageError for outputs that cannot be written, or that would replace what is read."""
+        for path in self.output:
+            if not path or (os.path.exists(path) and not os.path.isdir(path)):
+                raise UsageError(f"--output '{path}': expected a folder, new or there")
+        read = {os.path.realpath(path) for path in self.data_path}
+        for path in self.materialize:
+            if os.path.realpath(path) in read:
+                raise UsageError(f"--materialize {path}: the output is one of the datasets that are read; name another")
+            if not os.path.basename(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                raise UsageError(f"--materialize '{path}': expected FOLDER/NAME, in a folder that is there")
 
     def models(self) -> dict[str, tuple[float, list[str]]]:
         """Name of each model -> its weight and its folders; the first one's are in the order of the outputs.

@@ -153,9 +153,13 @@ def _read_ranges(path: Path, samples: Samples) -> list[tuple[str, int, int]]:
     if not path.is_file():
         raise UsageError(f"--domains {path}: no such file")
     ranges = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--domains {path}: {error}; expected lines of UTF-8, NAME FIRST STOP") from error
+    for number, line in enumerate(lines, 1):
         words = line.split()
-        if not words or line.startswith("#"):
+        if not words or words[0].startswith("#"):
             continue
         if len(words) != 3 or not (words[1].isdecimal() and words[2].isdecimal()):
             raise UsageError(f"{path}:{number}: {line!r}: expected NAME FIRST STOP, documents of which STOP is not one")

@@ -136,6 +136,11 @@ def _check_pair(one: Scores, other: Scores) -> None:
             f"{one.folder} was scored with tokenizer {tokenizers[0].get('hash')}, {other.folder} with "
             f"{tokenizers[1].get('hash')}: their tokens are not the same"
         )
+    if one.fingerprint == other.fingerprint:
+        raise UsageError(
+            f"{one.folder} and {other.folder} are the same scores: their difference says nothing; give those of two "
+            "models"
+        )
     hashes = [next(f.xxh3_128 for f in scores.manifest.files if f.name == COUNTS) for scores in (one, other)]
     if hashes[0] != hashes[1]:
         raise MismatchError(
@@ -185,7 +190,7 @@ def sample_bytes(samples: Samples, token_bytes: NDArray[np.int32], *, skip_after
         if skip_after is not None:
             bytes_each[1:][tokens[:-1] == skip_after] = 0
         before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
-        sizes[ids] = before[ends - base] - before[starts + 1 - base]
+        sizes[ids] = before[ends - base] - before[np.minimum(starts + 1, ends) - base]  # empty documents have no first
     return sizes
 
 
@@ -228,7 +233,7 @@ def _read_ids(path: Path, num_samples: int) -> NDArray[np.int64]:
         raise UsageError(f"--exclude-ids {path}: no such file, and no selection")
     try:
         ids = np.load(path) if path.suffix == ".npy" else np.array(path.read_bytes().split(), dtype=np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError, EOFError) as error:
         raise UsageError(f"--exclude-ids {path}: {error}: expected one sample id in a line, or .npy") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise UsageError(f"--exclude-ids {path}: shape {ids.shape}, dtype {ids.dtype}: expected one axis of integers")

@@ -294,6 +294,14 @@ def test_excluded_samples(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("60\n")
     with pytest.raises(UsageError, match="sample id 60 of 60"):
         run(*corpus.flags(), "--exclude-ids", tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_text("9" * 30)
+    (tmp_path / "ids.npy").write_bytes(b"")
+    for name in ("ids.txt", "ids.npy"):
+        with pytest.raises(UsageError, match=f"{name}: .* expected one sample id in a line"):
+            run(*corpus.flags(), "--exclude-ids", tmp_path / name)
+    np.save(tmp_path / "ids.npy", np.arange(60))
+    with pytest.raises(UsageError, match="no sample to select from: all are excluded"):
+        run(*corpus.flags(), "--exclude-ids", tmp_path / "ids.npy")
 
 
 def test_scores_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
@@ -376,6 +384,20 @@ def test_scores_of_other_tokens_or_models_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "t-d0", corpus.teacher[0], corpus.counts[0], dataset="d0", model="u")
     with pytest.raises(MismatchError, match=r"of different models: .*t-d0 of u, .*t-d1 of t"):
         run(*corpus.flags())
+
+
+def test_a_difference_of_the_same_scores_is_refused(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [20], 1)
+    with pytest.raises(UsageError, match="are the same scores"):
+        run(*corpus.flags(), "--reference-scores", tmp_path / "t-d0")
+
+
+def test_outputs_that_are_no_folders(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [20], 1)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", ""):
+        with pytest.raises(UsageError, match="--output '.*': expected a folder"):
+            run(*corpus.flags()[:-1], output)
 
 
 def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:

@@ -89,6 +89,31 @@ def test_domains_are_ranges_of_documents(tmp_path: Path, dataset: IndexedDataset
     with pytest.raises(UsageError, match="domain books, documents 10 to 20: .* overlaps"):
         main([*flags, "--domains", str(tmp_path / "domains")])
 
+    (tmp_path / "domains").write_bytes(b"\xff 0 11\n")
+    with pytest.raises(UsageError, match="expected lines of UTF-8"):
+        main([*flags, "--domains", str(tmp_path / "domains")])
+
+
+def test_bytes_where_the_last_document_is_empty(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_documents(np.array([97, 98, 99, 97, 256]), np.array([3, 0, 2, 0], np.int32))
+        writer.finish(tokenizer=ByteTokenizer().describe())
+    samples = open_samples("document", IndexedDataset(tmp_path / "data"), SEQ, ByteTokenizer)
+    sizes = select_scores.sample_bytes(samples, ByteTokenizer().token_bytes(), skip_after=None)
+    assert sizes.tolist() == [2, 0, 0, 0]
+
+
+def test_a_dataset_is_not_replaced_by_its_refined_one(tmp_path: Path, dataset: IndexedDataset) -> None:
+    flags, *_ = write_pair(tmp_path, ConcatSamples(dataset, SEQ))
+    (tmp_path / "link").symlink_to(tmp_path)
+    for prefix in (dataset.prefix, tmp_path / "link" / "data"):
+        with pytest.raises(UsageError, match="one of the datasets that are read"):
+            main([*flags, "--materialize", str(prefix)])
+    for prefix in (tmp_path / "none" / "x", f"{tmp_path}/"):
+        with pytest.raises(UsageError, match="expected FOLDER/NAME"):
+            main([*flags, "--materialize", str(prefix)])
+    assert not (tmp_path / "out").exists()
+
 
 def slow_documents(samples: Samples, ids: list[int]) -> list[list[int]]:
     """A document a kept sample, without its last token where that is the next kept one's first."""
