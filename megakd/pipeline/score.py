@@ -14,6 +14,8 @@ HELP = "log-probabilities of a dataset's samples under a model (under torchrun o
 # What megatron-core's calls make torch and itself say in every run, and no user can change.
 _KNOWN_WARNINGS = (
     r"`torch\.distributed\.\w+` is deprecated",
+    r"`load_state_dict` is deprecated and will be removed",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
     r"When using sequence parallelism it is recommended to set the environment variable",
 )
 

@@ -7,7 +7,9 @@ kernel drops that lock with its process, so ranks and jobs come and go as they l
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from megakd.manifest import Manifest, read_manifest, verify_files, write_manifes
 from megakd.pipeline.lock import RunLock
 
 FORMAT, VERSION = "megakd-scores-part", 1
+_OF_A_RANGE = re.compile(r"\.?[0-9]{8}\.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Parts:
 
     def check_all(self) -> None:
         """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output {self.folder}: a file is there; expected a folder, new or there")
         if not self.finished():
             for path in sorted(self._work.glob("[0-9]*.json")):
                 self._read(path)
@@ -93,7 +98,8 @@ class Parts:
     @property
     def has_leftovers(self) -> bool:
         """Whether parts are there that finished scores no longer need."""
-        return self._work.exists()
+        names = self._names()
+        return names is not None and (not names or any(map(_OF_A_RANGE.match, names)))
 
     @property
     def complete(self) -> bool:
@@ -102,7 +108,8 @@ class Parts:
 
     def samples_done(self) -> int:
         """Samples of the ranges that are finished on disk, whoever made them."""
-        finished = [int(path.stem) for path in self._work.glob("[0-9]*.json")]
+        names = self._names() or ()
+        finished = [int(name[:8]) for name in names if _OF_A_RANGE.match(name) and name.endswith(".json")]
         return sum(self._num_samples(index) for index in finished if index < self.num_ranges)
 
     def bounds(self, index: int) -> tuple[int, int]:
@@ -218,10 +225,20 @@ class Parts:
 
     def _remove_parts(self) -> None:
         for _ in range(20):  # a process that is only now finding out may put a lock file there meanwhile
-            shutil.rmtree(self._work, ignore_errors=True)
-            if not self._work.exists():
+            for name in filter(_OF_A_RANGE.match, self._names() or ()):  # what else is there is not ours
+                (self._work / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                self._work.rmdir()
+            if not self.has_leftovers:
                 return
             time.sleep(0.1)
+
+    def _names(self) -> list[str] | None:
+        """What is in the folder of parts; None where there is none, which is so as soon as another has joined them."""
+        try:
+            return os.listdir(self._work)
+        except FileNotFoundError:
+            return None
 
     def _is_done(self, index: int) -> bool:
         if index not in self._done and self._read(self._path(index, ".json")) is not None:

@@ -316,6 +316,23 @@ def test_damaged_ranges_are_dropped_and_made_again(made: dict[str, Any], world: 
     assert files(folder) == files(made["folder"] / "whole")
 
 
+def test_files_that_are_not_ours_stay(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(made["folder"] / "unfinished", folder)
+    for name in ("mine.json", "001.json", "00000001"):
+        (folder / "parts" / name).write_text("precious")
+    for _ in range(2):
+        assert world(1).run(run_score, make_score_tree(made, folder)) == [0]
+        left = {path.name: path.read_text() for path in (folder / "parts").iterdir()}
+        assert left == dict.fromkeys(("mine.json", "001.json", "00000001"), "precious")
+
+
+def test_the_output_is_a_folder(made: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("")
+    with pytest.raises(UsageError, match="--output .*/s: a file is there"):
+        check_score(make_config(make_score_tree(made, tmp_path / "s")), 1)
+
+
 @pytest.mark.parametrize(
     ("tree", "error", "message"),
     [
