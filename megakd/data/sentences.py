@@ -94,9 +94,12 @@ def open_sentences(
             fcntl.flock(stream, fcntl.LOCK_EX)
         if samples := _try_open(dataset, seq_length):
             return samples
-        print(f"writing the sentence packing {path}", file=sys.stderr, flush=True)
-        write_sentences(dataset, seq_length, open_tokenizer())
-        lock.unlink(missing_ok=True)  # whoever still waits for it finds the packing
+        try:
+            tokenizer = open_tokenizer()
+            print(f"writing the sentence packing {path}", file=sys.stderr, flush=True)
+            write_sentences(dataset, seq_length, tokenizer)
+        finally:
+            lock.unlink(missing_ok=True)  # whoever still waits for it finds the packing, or fails as we did
     return SentenceSamples(dataset, seq_length)
 
 
@@ -105,8 +108,8 @@ def write_sentences(dataset: IndexedDataset, seq_length: int, tokenizer: Tokeniz
 
     Raises UsageError where there is no sample in the dataset, MismatchError for a tokenizer that is not its.
     """
-    if seq_length < 1:
-        raise UsageError(f"seq_length {seq_length}: expected at least 1")
+    if not 1 <= seq_length < 1 << 31:
+        raise UsageError(f"seq_length {seq_length}: expected at least 1 and less than 2^31")
     recorded = recorded_tokenizer(dataset)
     if recorded is not None and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(f"{dataset.prefix}: made with tokenizer {recorded['hash']}, this one is {tokenizer.hash}")

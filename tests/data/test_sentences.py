@@ -284,8 +284,12 @@ def test_what_cannot_be_packed(tmp_path, tokenizers):
         SentenceSamples(dataset, 7)
     with pytest.raises(MismatchError, match=f"{tokenizer.hash}, this one is"):
         write_sentences(dataset, 7, tokenizers["NullTokenizer"])
-    with pytest.raises(UsageError, match="seq_length 0"):
-        write_sentences(dataset, 0, tokenizer)
+    for seq_length in (0, 1 << 31, 10**20):
+        with pytest.raises(UsageError, match=f"seq_length {seq_length}"):
+            write_sentences(dataset, seq_length, tokenizer)
+    with pytest.raises(MismatchError, match="this one is"):
+        open_sentences(dataset, 7, lambda: tokenizers["NullTokenizer"])
+    assert not list(tmp_path.glob("*.lock"))
     with pytest.raises(UsageError, match="1 tokens do not make a sample"):
         write_sentences(write(tmp_path / "one", [b"A"], tokenizer), 7, tokenizer)
     samples = open_sentences(dataset, 7, lambda: tokenizer)
