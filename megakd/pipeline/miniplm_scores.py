@@ -96,10 +96,14 @@ def _load(path: Path) -> NDArray[np.float32]:
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise CorruptError(f"{path}: not a file with a tensor and nothing else: {reason[0]}") from error
-    if not isinstance(loaded, torch.Tensor) or loaded.ndim != 1 or not loaded.is_floating_point():
-        found = f"{loaded.dtype} {list(loaded.shape)}" if isinstance(loaded, torch.Tensor) else type(loaded).__name__
+        # torch's own text advises to run what the file holds
+        raise CorruptError(
+            f"{path}: not a file with a tensor and nothing else ({type(error).__name__}): cut, or not made by "
+            "MiniPLM's scorer"
+        ) from error
+    is_tensor = isinstance(loaded, torch.Tensor) and loaded.layout == torch.strided
+    if not is_tensor or loaded.ndim != 1 or not loaded.is_floating_point():
+        found = f"{loaded.dtype} {list(loaded.shape)}" if is_tensor else type(loaded).__name__
         raise CorruptError(f"{path}: holds {found}, expected a tensor of one axis of floating-point numbers")
     means: NDArray[np.float32] = loaded.float().contiguous().numpy()
     bad = np.flatnonzero(~np.isfinite(means))

@@ -199,6 +199,7 @@ def test_scores_that_are_none(tmp_path, shards, capsys):
         assert imported(tmp_path, *flags, shards=False) == status
         captured = capsys.readouterr()
         assert message in captured.err and "executed" not in captured.out
+        assert "weights_only" not in captured.err  # torch advises to run what the file holds
         assert not (tmp_path / "scores/scores.json").exists()
 
     refused(ExitStatus.USAGE, "no such file or folder")
@@ -222,6 +223,8 @@ def test_scores_that_are_none(tmp_path, shards, capsys):
     refused(ExitStatus.CORRUPT, "holds dict")
     torch.save(Hostile(), folder / "scores_1.pt")
     refused(ExitStatus.CORRUPT, "scores_1.pt: not a file with a tensor")
+    torch.save(torch.sparse_coo_tensor([[0]], [1.0], (160,), check_invariants=True), folder / "scores_1.pt")
+    refused(ExitStatus.CORRUPT, "expected a tensor of one axis")
     (folder / "scores_1.pt").write_bytes(b"")
     refused(ExitStatus.CORRUPT, "scores_1.pt: not a file with a tensor")
     write_scores(folder, good)
