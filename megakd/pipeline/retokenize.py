@@ -76,6 +76,8 @@ class RetokenizeConfig:
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
+        if not os.path.basename(self.output_prefix):
+            raise UsageError(f"--output-prefix '{self.output_prefix}': expected FOLDER/NAME")
         if not os.path.isdir(os.path.dirname(self.output_prefix) or "."):
             raise UsageError(f"--output-prefix {self.output_prefix}: its folder does not exist")
         if os.path.realpath(self.output_prefix) == os.path.realpath(self.input_prefix):

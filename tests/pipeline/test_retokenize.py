@@ -178,6 +178,7 @@ def test_refusals(tmp_path, models, capsys):
 
     refused(ExitStatus.USAGE, "the output is the input", "--output-prefix", str(tmp_path / "old"))
     refused(ExitStatus.USAGE, "folder does not exist", "--output-prefix", str(tmp_path / "none" / "new"))
+    refused(ExitStatus.USAGE, "expected FOLDER/NAME", "--output-prefix", f"{tmp_path}/")
     refused(ExitStatus.USAGE, "--max-bad-fraction 2", "--max-bad-fraction", "2")
     refused(ExitStatus.USAGE, "--workers -1", "--workers", "-1")
     refused(ExitStatus.USAGE, "no such file", "--source-tokenizer-model", str(tmp_path / "gone.model"))
