@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples = scoring.source.samples
     tokenizer = None
     if samples is not None and config.extremes:  # now: one that is not there is found before the long part
-        tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
+        tokenizer = open_tokenizer(
+            samples.dataset,
+            tokenizer_type=config.tokenizer_type,
+            tokenizer_model=config.tokenizer_model,
+            vocab_size=config.vocab_size,
+        )
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder / "report.lock"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megakd.config import option
+from megakd.data.tokenizer import TokenizerType
 from megakd.errors import UsageError
 
 
@@ -18,10 +19,10 @@ class ReportConfig:
     reference_scores: str = option(..., "the reference model's", common=True)
     selection: str | None = option(None, "what was kept (default: the --ratio with the largest scores)", common=True)
     other_teacher_scores: str | None = option(
-        None, "a second scoring to compare keep and drop with: its teacher (default: the same teacher)"
+        None, "compare keep and drop with those by another teacher's scores (default: the same teacher's)"
     )
     other_reference_scores: str | None = option(
-        None, "and its reference (default: the same), for instance of a larger model", common=True
+        None, "compare keep and drop with those by another reference, for instance a larger one", common=True
     )
     ratio: float | None = option(
         None, "share that either scoring keeps (default: the selection's, else 0.5)", common=True
@@ -38,6 +39,8 @@ class ReportConfig:
     domains: str | None = option(None, "file of lines NAME FIRST STOP, ranges of documents, as select reads it")
     exclude_ids: list[str] = option([], "leave these samples out: a selection, or a file of ids, as select reads it")
     tokenizer_model: str | None = option(None, "the tokenizer's file (default: as the dataset records)")
+    tokenizer_type: TokenizerType | None = option(None, "its type, where the dataset records none")
+    vocab_size: int | None = option(None, "of a NullTokenizer that is not recorded")
     bins: int = option(100, "of the histograms, along each axis")
     extremes: int = option(10, "how many samples to show from either end; 0 for none")
     extreme_chars: int = option(1200, "characters of each that are shown")

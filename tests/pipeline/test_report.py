@@ -339,6 +339,31 @@ def test_flags_that_cannot_work(tmp_path: Path, flags: list[str], message: str) 
         main(["--teacher-scores", "t", "--reference-scores", "r", "--output", str(tmp_path / "out"), *flags])
 
 
+@pytest.mark.parametrize("size, kept", [(1, 0), (2, 1), (3, 1)])
+def test_a_sample_or_two(tmp_path: Path, size: int, kept: int) -> None:
+    for place, name in enumerate("tr"):
+        write(tmp_path / name, -np.arange(1, size + 1) * (1.0 + place), np.ones(size), model=name)
+    flags = ["--teacher-scores", str(tmp_path / "t"), "--reference-scores", str(tmp_path / "r")]
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out" / "domains.csv").open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["samples"], row["kept_samples"]) == (str(size), str(kept))
+
+
+def test_a_dataset_that_records_no_tokenizer(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_documents(np.arange(70) + 40, np.array([70], np.int32))
+        told = {"dataset": writer.finish().fingerprint, "seq_length": 30}
+    for place, name in enumerate("tr"):
+        write(tmp_path / name, [-30.0, -60 - 9.0 * place], [30, 30], model=name, **told)
+    flags = ["--teacher-scores", tmp_path / "t", "--reference-scores", tmp_path / "r", "--data-path", tmp_path / "data"]
+    words = [str(word) for word in (*flags, "--output", tmp_path / "out")]
+    with pytest.raises(UsageError, match="--tokenizer-type"):
+        main(words)
+    assert main([*words, "--tokenizer-type", "ByteTokenizer"]) == 0
+    assert "FGHIJKLMNOPQRSTUVWXYZ" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_nothing_to_report_on(tmp_path: Path) -> None:
     for name in "tr":
         write(tmp_path / name, np.zeros(3), np.zeros(3), model=name)
