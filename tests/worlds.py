@@ -28,6 +28,7 @@ from typing import Any
 
 START_TIMEOUT_SECONDS = 120.0
 RUN_TIMEOUT_SECONDS = 120.0
+MOST_THREADS = 64  # what a test leaves referenced keeps its groups' threads alive: a world with more is replaced
 GRACE_SECONDS = 3.0  # after one rank has failed, the others get this long before they count as stuck in a collective
 
 
@@ -82,6 +83,7 @@ class World:
     def _collect(self, timeout: float) -> list[Any]:
         waiting = dict(zip(self._connections, range(self.size)))
         results: list[Any] = [None] * self.size
+        threads = 0
         failures: dict[int, str] = {}
         broken = False
         deadline = time.monotonic() + timeout
@@ -96,7 +98,8 @@ class World:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
-                    ok, payload = connection.recv()
+                    ok, payload, own_threads = connection.recv()
+                    threads = max(threads, own_threads)
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join(1.0)
                     ok, payload, broken = False, f"died with exit code {self._processes[rank].exitcode}", True
@@ -105,7 +108,7 @@ class World:
                 else:
                     failures[rank] = payload
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if broken:
+        if broken or threads > MOST_THREADS:
             self._kill()
         if failures:
             reports = [f"rank {rank} of {self.size}: {text}" for rank, text in sorted(failures.items())]
@@ -163,7 +166,7 @@ def _serve(connection: Connection, rank: int, size: int, folder: str) -> None:
         store = f"file://{Path(folder, 'store')}"
         limit = timedelta(seconds=RUN_TIMEOUT_SECONDS)
         dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=limit)
-        connection.send((True, pickle.dumps(None)))
+        connection.send((True, pickle.dumps(None), _num_threads()))
         modules: dict[str, ModuleType] = {}
         while True:
             try:
@@ -178,7 +181,11 @@ def _serve(connection: Connection, rank: int, size: int, folder: str) -> None:
             except BaseException:  # whatever it was, the test that called must see it
                 answer = (False, traceback.format_exc())
             _take_down_groups()
-            connection.send(answer)
+            connection.send((*answer, _num_threads()))
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
 
 
 def _take_down_groups() -> None:
