@@ -20,6 +20,7 @@ from megakd.data.tokenizer import ByteTokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline import report, report_plots, report_scoring
 from megakd.pipeline.report import TABLES, main
+from megakd.pipeline.report_figures import Column, images
 from megakd.pipeline.select import main as select
 
 SEQ = 30
@@ -151,6 +152,13 @@ def test_figures_are_numpy_s(tmp_path: Path, packing: str) -> None:
 def ranks(values: Any) -> Any:
     """Mean ranks, by comparing each with each."""
     return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
+
+
+def test_ranks_of_ties_are_their_mean() -> None:
+    column, values = Column(), np.array([2, -1, 2, 0.5, -0.0, 0, 2, -1, 8], np.float32)
+    column.add(values[:4])
+    column.add(values[4:])
+    assert column.ranks()[images(values)].tolist() == (ranks(values) - 4).tolist()
 
 
 def test_two_scorings_compared(tmp_path: Path) -> None:
