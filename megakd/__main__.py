@@ -16,6 +16,7 @@ VERBS = {
     "pack": "megakd.pipeline.pack",
     "score": "megakd.pipeline.score",
     "select": "megakd.pipeline.select",
+    "report": "megakd.pipeline.report",
     "retokenize": "megakd.pipeline.retokenize",
     "import-miniplm": "megakd.pipeline.import_miniplm",
     "plan": "megakd.pipeline.plan",
