@@ -251,7 +251,7 @@ class Parts:
             return None
         try:
             manifest = read_manifest(path, format=FORMAT, version=VERSION)
-        except (UsageError, CorruptError):
+        except (UsageError, CorruptError, FileNotFoundError):  # the last: another process is just removing it
             return None
         self._check_identity(manifest)
         return manifest
