@@ -184,9 +184,10 @@ def test_signal_to_one_rank_of_two(layout: list[str], made: dict[str, Any], tmp_
     status, errors = finish(launcher)
     assert status != 0 and "exitcode  : 75" in errors, errors
     done = num_parts(folder)
-    assert 3 <= done < num_samples_of(made) // 50
-    status, errors = finish(start(made, folder, *layout, ranks=2))
-    assert status == 0, errors
+    if not (folder / "scores.json").exists():  # a copy of its own may be done before the launcher gets to it
+        assert 3 <= done < num_samples_of(made) // 50
+        status, errors = finish(start(made, folder, *layout, ranks=2))
+        assert status == 0, errors
     if not layout:
         assert files(folder) == made["whole"]
     else:
