@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.errors import UsageError
 from megakd.losses.logit_sources import GivenLogits, Logits, ProductLogits
 from megakd.losses.sparse import Buckets
-from megakd.losses.sweep import Swept, Term
+from megakd.losses.sweep import Rows, Swept, Term
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.targets import DenseTargets, LogitTargets, SparseTargets, Targets
@@ -98,9 +98,24 @@ class Select:
         values_T[others_T] = 0
 
 
-def make_terms(kd: Sequence[KD], select: Select, labels_R: Tensor, shard: VocabShard) -> list[Term]:
-    """The sweep's side of every term. Raises UsageError for targets that do not fit the term or the shard."""
-    return [Term(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd]
+def make_rows(
+    select: Select,
+    labels_T: Tensor,
+    lm_weight_T: Tensor,
+    z_weight_T: Tensor | None,
+    kd: Sequence[KD],
+    shard: VocabShard,
+) -> Rows:
+    """The sweep's side of a call. Raises UsageError for targets that do not fit their term or the shard, and, on CPU,
+    for a label that is used and is no vocabulary id."""
+    labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
+    _check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
+    return Rows(
+        labels_R,
+        lm_weight_R,
+        None if z_weight_T is None else select(z_weight_T),
+        [Term(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd],
+    )
 
 
 def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Logits | Buckets:
@@ -124,27 +139,18 @@ def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Lo
     return Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
 
 
-def head_output(
-    swept: Swept,
-    labels_R: Tensor,
-    lm_weight_R: Tensor,
-    z_weight_R: Tensor | None,
-    kd: Sequence[KD],
-    terms: Sequence[Term],
-    select: Select,
-    vocab_size: int,
-) -> HeadOutput:
+def head_output(swept: Swept, rows: Rows, kd: Sequence[KD], select: Select, vocab_size: int) -> HeadOutput:
     """Values of all tokens and the weighted sum, from what the sweep left."""
-    rows = swept.lm
-    is_id_R = (labels_R >= 0) & (labels_R < vocab_size)
+    lm = swept.lm
+    is_id_R = (rows.labels_R >= 0) & (rows.labels_R < vocab_size)
     # (max - label) first: both are large where logits are, and their difference is exact.
-    lm_R = (rows["lm_max"] - rows["label"]) + rows["lm_sum"].log()
-    log_z_R = rows["lm_max"] + rows["lm_sum"].log()
-    loss = _weighted_sum(lm_weight_R, torch.where(is_id_R, lm_R, torch.nan))
-    if z_weight_R is not None:
-        loss = loss + _weighted_sum(z_weight_R, log_z_R.square())
+    lm_R = (lm["lm_max"] - lm["label"]) + lm["lm_sum"].log()
+    log_z_R = lm["lm_max"] + lm["lm_sum"].log()
+    loss = _weighted_sum(rows.lm_weight_R, torch.where(is_id_R, lm_R, torch.nan))
+    if rows.z_weight_R is not None:
+        loss = loss + _weighted_sum(rows.z_weight_R, log_z_R.square())
     outputs = []
-    for one, term, found in zip(kd, terms, swept.terms):
+    for one, term, found in zip(kd, rows.terms, swept.terms):
         value_R = torch.where(is_id_R, found.value_R, torch.nan) if one.term.needs_label else found.value_R
         loss = loss + _weighted_sum(term.weight_R, value_R)
         entropy_T = one.targets.entropy_T if isinstance(one.targets, SparseTargets) else None
@@ -166,7 +172,7 @@ def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
+def _check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
     """Raises UsageError, on CPU, for a label that is used and is no vocabulary id."""
     if labels_R.device.type != "cpu":
         return  # head_output makes the loss NaN

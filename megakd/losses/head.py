@@ -25,10 +25,9 @@ from megakd.losses.call import (
     KD,
     HeadOutput,
     Select,
-    check_labels,
     check_shapes,
     head_output,
-    make_terms,
+    make_rows,
 )
 from megakd.losses.implementations import Implementation
 from megakd.losses.logit_sources import HeadStudent
@@ -90,24 +89,12 @@ def head_loss(
     wants_weight = torch.is_grad_enabled() and weight_vH.requires_grad
     with torch.no_grad():
         select = Select.of(hidden_TH.shape[0], lm_weight_T, z_weight_T, kd)
-        labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
-        check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
+        rows = make_rows(select, labels_T, lm_weight_T, z_weight_T, kd, shard)
         student = HeadStudent(
             select(hidden_TH), weight_vH.detach(), wants_hidden=wants_hidden, wants_weight=wants_weight
         )
-        terms = make_terms(kd, select, labels_R, shard)
-        z_weight_R = None if z_weight_T is None else select(z_weight_T)
-        swept = sweep(
-            student,
-            labels_R,
-            lm_weight_R,
-            z_weight_R,
-            terms,
-            shard=shard,
-            implementation=implementation,
-            chunk_bytes=chunk_bytes,
-        )
-        output = head_output(swept, labels_R, lm_weight_R, z_weight_R, kd, terms, select, shard.vocab_size)
+        swept = sweep(student, rows, shard=shard, implementation=implementation, chunk_bytes=chunk_bytes)
+        output = head_output(swept, rows, kd, select, shard.vocab_size)
         d_hidden_TH = None if student.d_hidden_RH is None else select.put(student.d_hidden_RH)
     if not (wants_hidden or wants_weight):
         return output

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megakd.losses.call import KD, HeadOutput, Select, check_labels, check_shapes, head_output, make_terms
+from megakd.losses.call import KD, HeadOutput, Select, check_shapes, head_output, make_rows
 from megakd.losses.implementations import Implementation, kernels_for
 from megakd.losses.kernels import Chunk
 from megakd.losses.logit_sources import GivenLogits, GivenStudent
@@ -54,27 +54,16 @@ def logits_loss(
     wants_gradient = torch.is_grad_enabled() and student_Tv.requires_grad
     with torch.no_grad():
         select = Select.of(student_Tv.shape[0], lm_weight_T, z_weight_T, kd)
-        labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
-        check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
+        rows = make_rows(select, labels_T, lm_weight_T, z_weight_T, kd, shard)
         logits_Tv = student_Tv.detach()
         if wants_gradient and not (inplace and logits_Tv.is_contiguous()):
             logits_Tv = logits_Tv.clone(memory_format=torch.contiguous_format)
         elif not logits_Tv.is_contiguous():
             logits_Tv = logits_Tv.contiguous()
         student = GivenStudent(logits_Tv, None if select.everything else select.rows_R, wants_gradient=wants_gradient)
-        terms = make_terms(kd, select, labels_R, shard)
-        z_weight_R = None if z_weight_T is None else select(z_weight_T)
-        swept = sweep(
-            student,
-            labels_R,
-            lm_weight_R,
-            z_weight_R,
-            terms,
-            shard=shard,
-            implementation=implementation,
-            chunk_bytes=chunk_bytes or _chunk_bytes(student, terms, shard, implementation),
-        )
-        output = head_output(swept, labels_R, lm_weight_R, z_weight_R, kd, terms, select, shard.vocab_size)
+        chunk_bytes = chunk_bytes or _chunk_bytes(student, rows.terms, shard, implementation)
+        swept = sweep(student, rows, shard=shard, implementation=implementation, chunk_bytes=chunk_bytes)
+        output = head_output(swept, rows, kd, select, shard.vocab_size)
         if wants_gradient and not select.everything:
             select.clear_others(logits_Tv)
     if not wants_gradient:

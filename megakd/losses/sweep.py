@@ -55,12 +55,20 @@ class Swept:
     terms: list[TermRows]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a sweep are held against: labels, int64 ``[R]``; what LM loss and z-loss weigh in each, ``[R]``
+    (None for no z-loss); the divergences."""
+
+    labels_R: Tensor
+    lm_weight_R: Tensor
+    z_weight_R: Tensor | None
+    terms: Sequence[Term]
+
+
 def sweep(
     student: Student,
-    labels_R: Tensor,
-    lm_weight_R: Tensor,
-    z_weight_R: Tensor | None,
-    terms: Sequence[Term],
+    rows: Rows,
     *,
     shard: VocabShard,
     implementation: Implementation,
@@ -68,7 +76,7 @@ def sweep(
 ) -> Swept:
     """Walk over the rows. One all-gather a chunk, and one more for terms with ``second`` sums; the gradient goes to
     ``student.take`` where the student wants it."""
-    walk = _Walk(student, labels_R, lm_weight_R, z_weight_R, terms, shard, implementation)
+    walk = _Walk(student, rows, shard, implementation)
     chunk_rows = _even_chunk(student.num_rows, most=max(1, chunk_bytes // walk.row_bytes))
     walk.allocate(chunk_rows)
     pending: _Work | None = None
@@ -108,26 +116,16 @@ class _Work:
 class _Walk:
     """The state of one sweep: buffers that all chunks share, and results a row."""
 
-    def __init__(
-        self,
-        student: Student,
-        labels_R: Tensor,
-        lm_weight_R: Tensor,
-        z_weight_R: Tensor | None,
-        terms: Sequence[Term],
-        shard: VocabShard,
-        implementation: Implementation,
-    ) -> None:
-        self._student, self._labels_R = student, labels_R
-        self._lm_weight_R, self._z_weight_R = lm_weight_R, z_weight_R
-        self._terms, self._shard, self._implementation = terms, shard, implementation
+    def __init__(self, student: Student, rows: Rows, shard: VocabShard, implementation: Implementation) -> None:
+        self._student, self._rows, self._terms = student, rows, rows.terms
+        self._shard, self._implementation = shard, implementation
         self._split = shard.world_size > 1
         # Fresh memory for each chunk would cost more in page faults than the statistics do. While a gather is under
         # way the next chunk's logits need a place of their own.
         self._num_buffers = 2 if self._split else 1
         self._turn = 0
         wide = torch.promote_types(student.dtype, torch.float32)
-        device = labels_R.device
+        device = rows.labels_R.device
         self._lm_kR = torch.empty(len(LM_COLUMNS), student.num_rows, dtype=wide, device=device)
         self._results = [
             TermRows(
@@ -137,7 +135,7 @@ class _Walk:
                 if isinstance(term.teacher, Buckets)
                 else torch.empty(student.num_rows, dtype=wide, device=device),
             )
-            for term in terms
+            for term in rows.terms
         ]
 
     @property
@@ -207,13 +205,13 @@ class _Walk:
         return Swept(RowStatistics(LM_COLUMNS, self._lm_kR), self._results)
 
     def _chunk(self, rows: slice, student_Rv: Tensor, *, with_lm: bool) -> Chunk:
-        lm_weight_R = self._lm_weight_R[rows]
+        lm_weight_R, z_weight_R = self._rows.lm_weight_R[rows], self._rows.z_weight_R
         return Chunk(
             student_Rv=student_Rv,
             num_valid=self._shard.num_valid,
-            label_R=self._labels_R[rows] - self._shard.start,
+            label_R=self._rows.labels_R[rows] - self._shard.start,
             lm_weight_R=lm_weight_R if with_lm else torch.zeros_like(lm_weight_R),
-            z_weight_R=self._z_weight_R[rows] if with_lm and self._z_weight_R is not None else None,
+            z_weight_R=z_weight_R[rows] if with_lm and z_weight_R is not None else None,
         )
 
     def _teacher(
