@@ -1,8 +1,8 @@
-"""``megakd show``: what an indexed dataset holds, in numbers and in text."""
+"""``megakd show``: what a dataset holds, in numbers and in text, and what other artefacts are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config import option, parse
+from megakd.data.idx_format import idx_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
 from megakd.errors import ExitStatus, MismatchError, UsageError
+from megakd.pipeline.show_artefact import describe_artefact, flat
+from megakd.pipeline.verify import existing_manifests
 
-HELP = "print what an indexed dataset holds"
+HELP = "print what a dataset, scores, a selection or another artefact holds"
 _BAR = 40
 _TOKENS_SHOWN = 64
 
@@ -23,7 +26,9 @@ _TOKENS_SHOWN = 64
 class ShowConfig:
     """What to show."""
 
-    prefix: str = option(..., "dataset prefix, without .bin or .idx", positional=True)
+    prefix: str = option(
+        ..., "dataset prefix, folder of scores, a selection or a checkpoint, any manifest", positional=True
+    )
     documents: int = option(0, "print the first tokens of so many documents", common=True)
 
     tokenizer_type: TokenizerType | None = option(None, "show documents as text, by this tokenizer", common=True)
@@ -39,6 +44,12 @@ class ShowConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb."""
     config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
+    others = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
+    if others:
+        if config.documents or config.tokenizer_type is not None:
+            raise UsageError(f"{config.prefix}: --documents and --tokenizer-type show a dataset, which this is not")
+        print("\n".join(line for path in others for line in describe_artefact(path)))
+        return ExitStatus.COMPLETE
     dataset = IndexedDataset(config.prefix)
     tokenizer = None
     if config.tokenizer_type is not None:
@@ -62,7 +73,7 @@ def describe(dataset: IndexedDataset) -> list[str]:
         ("fingerprint", dataset.fingerprint),
     ]
     if manifest is not None:
-        rows += [("tokenizer", _flat(manifest.tokenizer) if manifest.tokenizer else "not recorded")]
+        rows += [("tokenizer", flat(manifest.tokenizer) if manifest.tokenizer else "not recorded")]
         rows += [(f"parent {name}", fingerprint) for name, fingerprint in manifest.parents.items()]
         rows += [(name, value) for name, value in manifest.parameters.items() if name != "dataset"]
     lines = [f"{name:<18} {value}" for name, value in rows]
@@ -103,14 +114,9 @@ def _check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     recorded = None if dataset.manifest is None else dataset.manifest.tokenizer
     if recorded is not None and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(
-            f"{dataset.prefix}: made with the tokenizer {_flat(recorded)}; "
-            f"the one given is {_flat(tokenizer.describe())}"
+            f"{dataset.prefix}: made with the tokenizer {flat(recorded)}; the one given is {flat(tokenizer.describe())}"
         )
     recorded_largest = dataset.max_token_id
     largest = int(dataset.tokens.max(initial=0)) if recorded_largest is None else recorded_largest
     if largest >= tokenizer.vocab_size:
         raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
-
-
-def _flat(mapping: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in mapping.items())

@@ -14,11 +14,14 @@ from megakd.config import option, parse
 from megakd.data.idx_format import bin_path, idx_path, manifest_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.indexed_writer import FORMAT, write_dataset_manifest
+from megakd.data.scores import MANIFEST as SCORES
+from megakd.data.selection import MANIFEST as SELECTION
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, UsageError
 from megakd.manifest import Manifest, hash_file, read_manifest, verify_files
 
 HELP = "hash the files of an artefact and compare them with its manifest"
+_IN_FOLDERS = ("manifest.json", SCORES, SELECTION)
 _TOKENS_AT_ONCE = 1 << 22
 
 
@@ -26,7 +29,9 @@ _TOKENS_AT_ONCE = 1 << 22
 class VerifyConfig:
     """What to verify."""
 
-    artefact: list[str] = option(..., "dataset prefix, folder with a manifest.json, or manifest", positional=True)
+    artefact: list[str] = option(
+        ..., "dataset prefix, folder of scores, a selection or a checkpoint, or any manifest", positional=True
+    )
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
     tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
     tokenizer_model: str | None = option(None, "its file, or folder", common=True)
@@ -45,30 +50,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.tokenizer_type is not None:
         tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
     for name in config.artefact:
-        faults: list[str] = []
-        try:
-            if config.adopt and _existing_manifest(name) is None:
-                manifest = adopt(Path(name), vocab_size=config.vocab_size, tokenizer=tokenizer)
+        adopts = config.adopt and not existing_manifests(name)
+        for path in [manifest_path(name)] if adopts else find_manifests(name):
+            faults: list[str] = []
+            try:
+                if adopts:
+                    manifest = adopt(Path(name), vocab_size=config.vocab_size, tokenizer=tokenizer)
+                else:
+                    manifest, faults = verify(path)
+            except CorruptError as error:
+                faults = [str(error)]
+            if faults:
+                status = ExitStatus.CORRUPT
+                print("\n".join(f"{name}: CORRUPT: {fault}" for fault in faults), file=sys.stderr)
             else:
-                manifest, faults = verify(find_manifest(name))
-        except CorruptError as error:
-            faults = [str(error)]
-        if faults:
-            status = ExitStatus.CORRUPT
-            print("\n".join(f"{name}: CORRUPT: {fault}" for fault in faults), file=sys.stderr)
-        else:
-            size_bytes = sum(record.size_bytes for record in manifest.files)
-            print(f"{name}: whole: {manifest.format}, {size_bytes} bytes, fingerprint {manifest.fingerprint}")
+                size_bytes = sum(record.size_bytes for record in manifest.files)
+                print(f"{name}: whole: {manifest.format}, {size_bytes} bytes, fingerprint {manifest.fingerprint}")
     return status
 
 
-def find_manifest(name: str) -> Path:
-    """The manifest of an artefact given by its prefix, its folder or the manifest itself."""
-    path = _existing_manifest(name)
-    if path is None:
+def find_manifests(name: str) -> list[Path]:
+    """`existing_manifests`, of which there must be one. Raises UsageError."""
+    paths = existing_manifests(name)
+    if not paths:
+        looked = ", ".join(
+            map(str, [manifest_path(name), f"{name}.json", *(Path(name) / each for each in _IN_FOLDERS)])
+        )
         hint = f"; `megakd verify --adopt {name}` checks the dataset and writes one" if idx_path(name).exists() else ""
-        raise UsageError(f"{name}: no manifest: looked for {name}.manifest.json and {name}/manifest.json{hint}")
-    return path
+        raise UsageError(f"{name}: no manifest: looked for {looked}{hint}")
+    return paths
+
+
+def existing_manifests(name: str) -> list[Path]:
+    """The manifests of what is given by its prefix, its folder, its manifest, or its manifest's name without ``.json``.
+
+    Several where a folder holds several artefacts, such as scores and a selection; else one, or none.
+    """
+    path = Path(name)
+    if manifest_path(name).is_file():
+        return [manifest_path(name)]
+    if path.is_dir():
+        return [path / each for each in _IN_FOLDERS if (path / each).is_file()]
+    beside = [] if idx_path(name).exists() else [Path(f"{name}.json")]  # such as PREFIX.sentence-1024.json
+    return [each for each in (path, *beside) if each.is_file()][:1]
 
 
 def verify(path: Path) -> tuple[Manifest, list[str]]:
@@ -116,8 +140,3 @@ def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer |
         max_token_id=largest,
         tokenizer=None if tokenizer is None else tokenizer.describe(),
     )
-
-
-def _existing_manifest(name: str) -> Path | None:
-    candidates = (manifest_path(name), Path(name) / "manifest.json", Path(name))
-    return next((path for path in candidates if path.is_file()), None)

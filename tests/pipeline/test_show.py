@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+from pipeline.select_corpus import Corpus
+from pipeline.select_corpus import run as select
+from pipeline.select_twin import write as write_scores
 
 from megakd.__main__ import run
 from megakd.data.indexed import IndexedWriter
+from megakd.data.selection import Selection
 from megakd.data.tokenizer import ByteTokenizer
 from megakd.errors import ExitStatus
-from megakd.pipeline import show
+from megakd.pipeline import pack, show, show_artefact
 
 
 @pytest.fixture
@@ -77,3 +81,44 @@ def test_histogram_counts_every_document_in_its_class():
     }  # fmt: skip
     assert found[(0, 0)] == 2 and found[(4, 7)] == 2 and found[(2**30, 2**31 - 1)] == 1
     assert show.histogram(lengths[:0]) == []
+
+
+def shown(capsys, *arguments):
+    """What is printed, by its first column."""
+    assert run_show(*arguments) == ExitStatus.COMPLETE
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:18].strip(): line[18:].strip() for line in lines}
+
+
+def test_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(show_artefact, "_AT_ONCE", 2)
+    write_scores(
+        tmp_path / "s", [-2.0, -9.0, 0.0, -np.inf, -1.0], [1, 3, 0, 2, 4], dataset="the data", model="the model"
+    )
+    rows = shown(capsys, tmp_path / "s")
+    assert (
+        rows["artefact"] == "megakd-scores, version 1" and rows["samples"] == "5" and rows["not finite"] == "1 samples"
+    )
+    assert rows["scored samples"] == "3 (1 have nothing to score)" and rows["scored tokens"] == "8"
+    assert rows["mean NLL"] == "1.5000 nats a token, 1.7500 as the mean of samples"  # 12 / 8; (2 + 3 + 1/4) / 3
+    assert (rows["parent dataset"], rows["parent model"], rows["mask_policy"]) == ("the data", "the model", "all")
+    assert run_show(tmp_path / "s", "--documents", 1) == ExitStatus.USAGE
+    assert "which this is not" in capsys.readouterr().err
+
+
+def test_selection(tmp_path, capsys):
+    corpus = Corpus(tmp_path, [80], 9, levels=9)
+    (kept,) = select(*corpus.flags(), "--ratio", 0.25)
+    rows = shown(capsys, tmp_path / "out-d0")
+    assert rows["kept"] == f"{len(kept)} ({len(kept) / 0.8:.2f} %)" and rows["parent dataset"] == "d0"
+    assert (rows["rule ratio"], rows["rule normalise"]) == ("0.25", "token")
+    domain = Selection(tmp_path / "out-d0").manifest.parameters["rule"]["domains"]["out-d0"]
+    assert rows["domain out-d0"].startswith(f"{len(kept)} of {domain['candidates']} candidates kept (")
+    assert rows["domain out-d0"].endswith(f"scores from {domain['threshold']:.6g} on")
+
+
+def test_other_artefacts_show_what_they_record(prefix, capsys):
+    run(pack.main, [str(prefix), "--seq-length", "30"])
+    capsys.readouterr()
+    rows = shown(capsys, f"{prefix}.sentence-30")
+    assert rows["artefact"] == "megakd-packing, version 1" and rows["seq_length"] == "30" and "parent dataset" in rows

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from pipeline.select_twin import write as write_scores
 
 from megakd.__main__ import run
 from megakd.data.indexed import IndexedDataset, IndexedWriter, write_idx
+from megakd.data.selection import SelectionWriter
 from megakd.errors import ExitStatus
 from megakd.manifest import hash_file, read_manifest, write_manifest
-from megakd.pipeline import verify
+from megakd.pipeline import pack, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no manifest")
 
@@ -114,3 +116,29 @@ def test_adopt_takes_an_empty_dataset(tmp_path):
 
 def test_vocab_size_without_adopt(prefix):
     assert run_verify(prefix, "--vocab-size", 3) == ExitStatus.USAGE
+
+
+def test_scores_selections_and_packings_are_found_by_their_folder_or_name(tmp_path, prefix, capsys):
+    write_scores(tmp_path / "scores", [-1.0, -2.0], [1, 2])
+    with SelectionWriter(tmp_path / "scores") as writer:  # in one folder: both are looked at
+        writer.append(np.array([1]))
+        writer.finish(packing="concat", seq_length=7, num_samples=2, dataset="d0", rule={})
+    assert (
+        run(pack.main, [str(prefix), "--seq-length", "3", "--tokenizer-type", "NullTokenizer", "--vocab-size", "300"])
+        == 0
+    )
+    for name in ("scores", "d.sentence-3", "d.sentence-3.json"):
+        assert run_verify(tmp_path / name) == ExitStatus.COMPLETE
+    out = capsys.readouterr().out
+    assert out.count("megakd-scores,") == out.count("megakd-selection,") == 1 and out.count("megakd-packing,") == 2
+    for file in ("scores/counts.i32", "scores/ids.i64", "d.sentence-3.i64"):
+        path = tmp_path / file
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        assert run_verify(path.parent if "/" in file else tmp_path / "d.sentence-3") == ExitStatus.CORRUPT
+        assert f"{path.name}: block 0" in capsys.readouterr().err
+
+
+def test_a_json_beside_a_bare_dataset_is_not_its_manifest(prefix):
+    path_of(prefix, "manifest.json").unlink()
+    path_of(prefix, "json").write_text("{}")
+    assert run_verify(prefix, "--adopt") == ExitStatus.COMPLETE and path_of(prefix, "manifest.json").exists()
