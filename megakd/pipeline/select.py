@@ -65,6 +65,8 @@ class Outcome:
 
     manifests: list[Manifest]
     domains: dict[str, Domain]
+    shares: list[Share]
+    """What was asked for."""
     correlations: dict[str, float]
     """Of the score with each model's NLL (or its rank)."""
     survey: Survey
@@ -127,7 +129,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     thresholds = _thresholds(config, shares, pieces, find, num_candidates=whole.candidates)
     manifests = _write(config, sources, keys, pieces, thresholds, domains)
     correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
-    return Outcome(manifests, domains, correlations, whole)
+    return Outcome(manifests, domains, shares, correlations, whole)
 
 
 def _survey(keys: Keys, pieces: Sequence[Piece], by_tokens: bool) -> tuple[list[Survey], NDArray[np.uint64]]:
@@ -245,6 +247,19 @@ def _table(outcome: Outcome) -> str:
 
 
 def _warn(config: SelectConfig, outcome: Outcome) -> None:
+    for share in outcome.shares if config.allocation == "quota" else ():
+        domain = outcome.domains[share.domains[0]]
+        there, kept = domain.candidates, domain.kept
+        if config.ratio_of == "tokens":
+            there, kept = domain.candidate_tokens, domain.kept_tokens
+        # of tokens a part of a sample may always lack
+        if there < share.budget or (kept < share.budget and config.ratio_of == "samples"):
+            print(
+                f"warning: {share.domains[0]}: its quota is {share.budget} {config.ratio_of}, there are {there}, kept "
+                f"are {kept}: the selection is smaller than --ratio {config.ratio}, and the other domains are a larger "
+                "part of it than --quota says; lower the ratio or this domain's quota",
+                file=sys.stderr,
+            )
     for name, value in outcome.correlations.items():
         if len(outcome.correlations) > 1 and abs(value) > DEGENERATE:
             scale = f"--teacher-scale (now {config.teacher_scale:g})" if config.teacher_scores else "--weights"

@@ -137,6 +137,20 @@ def test_equal_ratio_and_quota(tmp_path: Path) -> None:
         run(*flags, "--ratio", 0.4)
 
 
+@pytest.mark.parametrize("of", ["samples", "tokens"])
+def test_a_quota_that_is_more_than_there_is_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], of: str
+) -> None:
+    corpus = Corpus(tmp_path, [40, 160], 7, uniform=True)  # four tokens each
+    flags = [str(flag) for flag in corpus.flags()] + ["--allocation", "quota", "--ratio", "0.4", "--ratio-of", of]
+    unit = 4 if of == "tokens" else 1
+    assert main([*flags, "--quota", "out-d0=0.5", "out-d1=0.5"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*flags, "--quota", "out-d0=0.75", "out-d1=0.25"]) == 0
+    told = f"out-d0: its quota is {60 * unit} {of}, there are {40 * unit}, kept are {40 * unit}"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_floors_and_caps_are_the_clipped_threshold(tmp_path: Path, seed: int) -> None:
     """Against the definition: the one threshold t for which the clipped amounts sum to the budget."""
