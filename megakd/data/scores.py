@@ -21,6 +21,8 @@ TOKEN_LOG_PROBS, TOKEN_ENTROPIES = "token_log_probs.f16", "token_entropies.f16"
 DTYPES = {LOG_PROBS: "<f4", COUNTS: "<i4", TOKEN_LOG_PROBS: "<f2", TOKEN_ENTROPIES: "<f2"}
 PER_TOKEN = (TOKEN_LOG_PROBS, TOKEN_ENTROPIES)
 """The columns with one value for each position of a sample; they need not be there."""
+UNSCORED = {LOG_PROBS: np.nan, COUNTS: 0, TOKEN_LOG_PROBS: np.nan, TOKEN_ENTROPIES: np.nan}
+"""What stands for a sample that was not scored, in scores of a part of the samples."""
 
 
 class Scores:
@@ -28,6 +30,8 @@ class Scores:
 
     log_probs: ``[num_samples]`` fp32, nats: the sum of log p over the scored tokens of each sample.
     counts: ``[num_samples]`` int32: how many tokens that were.
+    sampled: ``fraction``, ``seed`` and ``num_scored`` where only a part of the samples was scored; the others have
+        NaN and a count of 0. None: all were.
     token_log_probs, token_entropies: ``[num_samples, seq_length]`` fp16, nats, NaN where a position is not scored;
         None where they were not asked for. Position *j* is about the token after token *j* of the sample.
 
@@ -44,6 +48,7 @@ class Scores:
                 f"{self.folder}: scores of dataset {dataset}, expected {expect_dataset}: score this dataset anew"
             )
         self.num_samples = int(self.manifest.parameters["num_samples"])
+        self.sampled: Mapping[str, Any] | None = self.manifest.parameters.get("sampled")
         columns = {record.name: self._column(record.name) for record in self.manifest.files if record.name in DTYPES}
         if LOG_PROBS not in columns or COUNTS not in columns:
             raise CorruptError(f"{self.manifest.path}: names {sorted(columns)}, expected {LOG_PROBS} and {COUNTS}")

@@ -27,6 +27,7 @@ from megakd.manifest import Manifest, read_manifest, verify_files, write_manifes
 from megakd.pipeline.lock import RunLock
 
 FORMAT, VERSION = "megakd-scores-part", 1
+_OPTIONAL = ("sampled",)  # parameters that say so when they are missing
 _OF_A_RANGE = re.compile(r"\.?[0-9]{8}\.")
 
 
@@ -48,6 +49,7 @@ class Parts:
     columns: the files that are wanted, names of ``megakd.data.scores``.
     parameters, parents, tokenizer: what makes the scores what they are, for the manifests; scores in the folder that
         differ in any of it are refused with a MismatchError wherever they are met.
+    ids: sorted, the samples that are scored; None: all.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Parts:
         parameters: Mapping[str, Any],
         parents: Mapping[str, str],
         tokenizer: Mapping[str, Any] | None,
+        ids: NDArray[np.int64] | None = None,
     ) -> None:
         self.folder = folder
         self.num_samples = num_samples
         self.range_samples = range_samples
         self.num_ranges = -(-num_samples // range_samples)
         self.columns = columns
+        self._ids = ids
         self._seq_length = int(parameters["seq_length"])
         self._parameters, self._parents, self._tokenizer = dict(parameters), dict(parents), tokenizer
         self._work = folder / "parts"
@@ -106,15 +110,27 @@ class Parts:
         """Whether every range was seen finished."""
         return len(self._done) == self.num_ranges
 
+    @property
+    def num_scored(self) -> int:
+        """Samples that are scored in the end."""
+        return self.num_samples if self._ids is None else len(self._ids)
+
     def samples_done(self) -> int:
-        """Samples of the ranges that are finished on disk, whoever made them."""
+        """Samples scored in the ranges that are finished on disk, whoever made them."""
         names = self._names() or ()
         finished = [int(name[:8]) for name in names if _OF_A_RANGE.match(name) and name.endswith(".json")]
-        return sum(self._num_samples(index) for index in finished if index < self.num_ranges)
+        return sum(len(self.ids_of(index)) for index in finished if index < self.num_ranges)
 
     def bounds(self, index: int) -> tuple[int, int]:
         """First sample of range ``index``, and the one after its last."""
         return index * self.range_samples, min((index + 1) * self.range_samples, self.num_samples)
+
+    def ids_of(self, index: int) -> NDArray[np.int64]:
+        """The samples of range ``index`` that are scored, ascending."""
+        start, stop = self.bounds(index)
+        if self._ids is None:
+            return np.arange(start, stop)
+        return self._ids[slice(*np.searchsorted(self._ids, (start, stop)))]
 
     def claim(self) -> Claim | None:
         """The first range that is neither finished nor being worked on; None where there is none at this moment."""
@@ -262,7 +278,7 @@ class Parts:
 
         there = {**manifest.parents, "tokenizer": hashed(manifest.tokenizer), **manifest.parameters}
         here = {**self._parents, "tokenizer": hashed(self._tokenizer), **self._parameters}
-        here |= {"num_samples": self.num_samples}
+        here |= {"num_samples": self.num_samples, **{key: self._parameters.get(key) for key in _OPTIONAL}}
         if manifest.format == FORMAT:
             here |= {"range_samples": self.range_samples, "columns": list(self.columns)}
         wrong = [

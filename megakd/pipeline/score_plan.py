@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from megakd.layout import ParallelConfig
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.score_parts import Parts
+from megakd.pipeline.score_sample import draw_sample
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,17 @@ class ScoreConfig:
     )
     per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
     per_token_entropy: bool = option(False, "store the entropy at each position too (fp16)", common=True)
+    sample_fraction: float = option(
+        1.0,
+        "score only this share of the samples, drawn by --sample-seed: what 'megakd proxy' learns from",
+        common=True,
+    )
+    sample_seed: int = option(1234, "which samples; the same ones for every model that scores them", common=True)
     micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
     range_samples: int = option(
-        0, "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset"
+        0,
+        "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset, over "
+        "--sample-fraction",
     )
     tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
@@ -73,6 +83,8 @@ class ScoreConfig:
             raise UsageError(
                 f"--range-samples is {self.range_samples}, --log-interval {self.log_interval}; expected 0 or more"
             )
+        if not 0 < self.sample_fraction <= 1:
+            raise UsageError(f"--sample-fraction {self.sample_fraction}: expected more than 0, and 1 for all samples")
         if self.mask_policy == "reset":
             raise UsageError(
                 "--mask-policy reset needs an attention mask by document, which the model's layers do not take; use "
@@ -133,19 +145,27 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig) -> ScorePlan:
                 "--mask-policy skip_after_eod needs the end-of-document id, and neither the dataset's manifest nor the "
                 "checkpoint records one; use --mask-policy all"
             )
+    ids, sampled = None, {}
+    if config.sample_fraction < 1:
+        ids = draw_sample(samples.num_samples, fraction=config.sample_fraction, seed=config.sample_seed)
+        drawn = {"fraction": config.sample_fraction, "seed": config.sample_seed, "num_scored": len(ids)}
+        sampled = {"sampled": drawn}
+    scored_together = max(512, -(-samples.num_samples // 16384))
     parts = Parts(
         Path(config.output),
         num_samples=samples.num_samples,
-        range_samples=config.range_samples or max(512, -(-samples.num_samples // 16384)),
+        range_samples=config.range_samples or math.ceil(scored_together / config.sample_fraction),
         columns=_columns(config),
         parameters={
             "packing": samples.packing,
             "seq_length": config.seq_length,
             "mask_policy": config.mask_policy,
             "precision": _precision(shape),
+            **sampled,
         },
         parents={"dataset": dataset.fingerprint, "model": record.fingerprint},
         tokenizer=tokenizer,
+        ids=ids,
     )
     parts.check_all()
     return ScorePlan(record, shape, samples, eod_token, parts)

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
-from megakd.data.scores import COUNTS, DTYPES, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.data.scores import (
+    COUNTS,
+    DTYPES,
+    LOG_PROBS,
+    PER_TOKEN,
+    TOKEN_ENTROPIES,
+    TOKEN_LOG_PROBS,
+    UNSCORED,
+)
 from megakd.errors import CorruptError, ExitStatus
 from megakd.layout import Coordinates, padded_vocab_size, rank_of
 from megakd.losses.read import HeadReading, read_head
@@ -66,7 +74,7 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
     progress = None
     if copy.leads and groups.data_rank == 0:
         progress = ScoreProgress(
-            parts.num_samples,
+            parts.num_scored,
             seq_length=config.seq_length,
             samples_done=parts.samples_done,
             interval=config.log_interval,
@@ -78,7 +86,7 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
             if code == _WAIT:
                 time.sleep(_POLL_SECONDS)
             elif code >= 0:
-                columns = scorer.score(*parts.bounds(code), progress)
+                columns = scorer.score(*parts.bounds(code), progress, ids=parts.ids_of(code))
                 if plans.claim is not None:
                     parts.commit(plans.claim, columns, computed=scorer.computed)
             else:
@@ -90,7 +98,8 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
         return ExitStatus.STOPPED
     if plans.finish is not None:
         manifest = parts.finish(plans.finish)
-        print(f"{config.output}: {parts.num_samples} samples, fingerprint {manifest.fingerprint}", flush=True)
+        of = "" if parts.num_scored == parts.num_samples else f"{parts.num_scored} of "
+        print(f"{config.output}: {of}{parts.num_samples} samples, fingerprint {manifest.fingerprint}", flush=True)
     _tidy(parts, copy)
     return ExitStatus.COMPLETE
 
@@ -154,11 +163,21 @@ class Scorer:
             "torch": torch.__version__,
         }
 
-    def score(self, start: int, stop: int, progress: ScoreProgress | None = None) -> dict[str, NDArray[Any]]:
-        """The columns over the samples ``[start, stop)``; empty but on the last stage. The copy's ranks all call it."""
-        columns: dict[str, NDArray[Any]] = {}
+    def score(
+        self, start: int, stop: int, progress: ScoreProgress | None = None, *, ids: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The columns over the samples ``[start, stop)``; filled on the last stage. The copy's ranks all call it.
+
+        ids: ascending, those of the range that are scored; None: all.
+        """
+        columns = {
+            name: np.full(
+                (stop - start, self._config.seq_length)[: 1 + (name in PER_TOKEN)], UNSCORED[name], DTYPES[name]
+            )
+            for name in self._columns
+        }
         done = 0
-        for batch in self._batches(start, stop):
+        for batch in self._batches(np.arange(start, stop) if ids is None else ids):
             for microbatch, targets in zip(batch, self._teacher.targets(batch)):
                 assert isinstance(targets, DenseTargets)
                 labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
@@ -172,8 +191,6 @@ class Scorer:
                     chunk_bytes=self._config.head_chunk_mbytes << 20,
                 )
                 for name, values in self._to_columns(reading, microbatch).items():
-                    if name not in columns:
-                        columns[name] = np.empty((stop - start, *values.shape[1:]), DTYPES[name])
                     columns[name][microbatch.sample_ids_B - start] = values
                 done += len(microbatch.sample_ids_B)
                 if progress is not None:
@@ -204,18 +221,19 @@ class Scorer:
         rows[:, : values_BS.shape[1]] = np.where(mask_BS, values_BS, np.nan)
         return rows
 
-    def _batches(self, start: int, stop: int) -> Iterator[_Batch]:
-        """The range's microbatches, as many at once as the pipeline likes."""
+    def _batches(self, ids: NDArray[np.int64]) -> Iterator[_Batch]:
+        """The samples' microbatches, as many at once as the pipeline likes."""
         config = self._config
         pieces = cut_range(
-            self._samples.lengths(np.arange(start, stop)),
+            self._samples.lengths(ids),
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
             tensor_size=config.tensor_model_parallel_size,
         )
-        self._samples.prefetch(np.arange(start, stop))
+        if len(ids):
+            self._samples.prefetch(ids)
         for batch in batch_pieces(pieces, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
-            yield _Batch([self._read(start + piece.places, piece.width) for piece in batch])
+            yield _Batch([self._read(ids[piece.places], piece.width) for piece in batch])
 
     def _read(self, ids_B: NDArray[np.int64], width: int) -> Microbatch:
         whole = self._loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)

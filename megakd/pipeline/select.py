@@ -95,6 +95,8 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     Raises CorruptError for scores that are not finite, with the first sample ids; UsageError for settings that keep
     nothing or that contradict one another.
     """
+    for source in sources:
+        _refuse_sampled(source)
     pieces = read_pieces(config, sources)
     by_tokens = config.ratio_of == "tokens"
     threads = config.threads or len(os.sched_getaffinity(0))
@@ -130,6 +132,16 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     manifests = _write(config, sources, keys, pieces, thresholds, domains)
     correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
     return Outcome(manifests, domains, shares, correlations, whole)
+
+
+def _refuse_sampled(source: Source) -> None:
+    scores = source.any_scores
+    if scores.sampled is not None:
+        raise UsageError(
+            f"{scores.folder}: scores of {scores.sampled['num_scored']} of {scores.num_samples} samples "
+            f"(--sample-fraction {scores.sampled['fraction']}); the others would be dropped unseen. 'megakd proxy' "
+            "learns from these, and 'megakd score --proxy DIR' scores them all; or score without --sample-fraction"
+        )
 
 
 def _survey(keys: Keys, pieces: Sequence[Piece], by_tokens: bool) -> tuple[list[Survey], NDArray[np.uint64]]:

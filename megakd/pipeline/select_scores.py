@@ -123,7 +123,7 @@ def _check_one_model(name: str, several: Sequence[Scores]) -> None:
 
 def _check_pair(one: Scores, other: Scores) -> None:
     """Refuse scores that are not of the same tokens of the same samples."""
-    for key in ("packing", "seq_length", "mask_policy", "num_samples"):
+    for key in ("packing", "seq_length", "mask_policy", "num_samples", "sampled"):
         values = [scores.manifest.parameters.get(key) for scores in (one, other)]
         if values[0] != values[1]:
             raise MismatchError(
