@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from megakd.data.idx_format import bin_path, idx_path, read_header, write_idx_chunks
 from megakd.data.indexed_writer import checked_max, commit_pair, write_dataset_manifest
-from megakd.durable import HashingWriter, Progress
+from megakd.durable import FileRecord, HashingWriter, Progress
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest
 
@@ -27,6 +28,17 @@ class Part:
 
     bin_path: Path
     lengths_path: Path
+
+
+def write_lengths(path: Path, lengths: NDArray[np.int32]) -> FileRecord:
+    """Write the ``lengths_path`` of a part. lengths: ``[num_documents]``, tokens in each. Raises NoSpaceError."""
+    array = np.ascontiguousarray(lengths, dtype="<i4")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    with HashingWriter(path) as out:
+        out.write(header.getbuffer())
+        out.write(array.data)
+        return out.commit()
 
 
 def concatenate(
@@ -45,7 +57,8 @@ def concatenate(
 
     dtype: of the parts' tokens; needed unless a prefix tells it. progress: called with token bytes copied.
 
-    Raises MismatchError for sources of different dtypes, CorruptError for lengths that do not sum to the tokens.
+    Raises MismatchError for sources of different dtypes and for ids beyond the tokenizer, CorruptError for lengths that
+    do not sum to the tokens; a dataset that was at ``out_prefix`` is then still there.
     """
     opened = [_open_source(source, None if dtype is None else np.dtype(dtype)) for source in sources]
     dtypes = {source.dtype for source in opened} or ({np.dtype(dtype)} if dtype is not None else set())
@@ -72,6 +85,9 @@ def concatenate(
     with HashingWriter(bin_path(out_prefix)) as tokens_out, HashingWriter(idx_path(out_prefix)) as idx:
         for source in opened:
             max_token_id = max(max_token_id, _copy_tokens(source, tokens_out, progress))
+        vocab_size = (tokenizer or {}).get("vocab_size")
+        if vocab_size is not None and max_token_id >= vocab_size:
+            raise MismatchError(f"{out_prefix}: token id {max_token_id}, the tokenizer has {vocab_size} entries")
         write_idx_chunks(
             idx,
             token_dtype,

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megakd.config import option, parse
-from megakd.data.concatenate import Part, concatenate
+from megakd.data.concatenate import Part, concatenate, write_lengths
 from megakd.data.idx_format import (
     CODES,
     HEADER,
@@ -28,7 +28,6 @@ from megakd.data.idx_format import (
     check_arrays,
     check_ends,
     idx_path,
-    manifest_path,
 )
 from megakd.data.indexed import IndexedDataset
 from megakd.data.recorded import recorded_tokenizer
@@ -70,6 +69,8 @@ class ImportConfig:
             raise UsageError("--tokenizer-type is recorded with shards, and there is no --input-prefix")
         if self.seq_length < 1:
             raise UsageError(f"--seq-length {self.seq_length}: expected at least 1")
+        if self.eod is not None and self.eod < 0:
+            raise UsageError(f"--eod {self.eod}: expected a token id, 0 or more; without one, --scores-mask-policy all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +126,7 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
             raise MismatchError(f"shards of different token dtypes:\n{listing}")
         num_bytes = sum(part.bin_path.stat().st_size for part, _ in opened)
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="import", disable=None) as bar:
-            manifest = concatenate(
+            return concatenate(
                 [part for part, _ in opened],
                 output,
                 dtype=dtypes.pop(),
@@ -134,12 +135,6 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
                 tokenizer=None if tokenizer is None else tokenizer.describe(),
                 progress=bar.update,
             )
-        largest = manifest.parameters["dataset"]["max_token_id"]
-        if tokenizer is not None and largest >= tokenizer.vocab_size:
-            for path in (manifest_path(output), idx_path(output), bin_path(output)):
-                path.unlink()
-            raise MismatchError(f"{source}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
-    return manifest
 
 
 def _find_shards(source: Path) -> list[Path]:
@@ -192,5 +187,5 @@ def _open_shard(prefix: Path, folder: Path) -> tuple[Part, np.dtype[Any]]:
     check_ends(path, dtype, lengths, pointers, whole, bin_path(prefix).stat().st_size)
     check_arrays(path, dtype, lengths, pointers, whole)
     part = Part(bin_path(prefix), folder / f"{prefix.name}.lengths.npy")
-    np.save(part.lengths_path, lengths)
+    write_lengths(part.lengths_path, lengths)
     return part, dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 
 import numpy as np
@@ -148,8 +149,25 @@ def test_damaged_shards(tmp_path, shards, capsys, name):
 
 
 def test_ids_beyond_the_tokenizer(tmp_path, shards, capsys):
-    assert imported(tmp_path, "--tokenizer-type", "NullTokenizer", "--vocab-size", "40") == ExitStatus.MISMATCH
+    wrong = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "40")
+    assert imported(tmp_path, *wrong) == ExitStatus.MISMATCH
     assert "token id 50, the tokenizer has 41" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
+    assert imported(tmp_path, *NULL) == ExitStatus.COMPLETE
+    before = IndexedDataset(tmp_path / "out").fingerprint
+    assert imported(tmp_path, *wrong) == ExitStatus.MISMATCH  # what was there before stays
+    assert IndexedDataset(tmp_path / "out").fingerprint == before and not verify_files(tmp_path / "out.manifest.json")
+
+
+def test_a_full_disk(tmp_path, shards, capsys):
+    write_shard(tmp_path / "in/data_5", make_instances(5, 1000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit_bytes in (2000, 10_000):  # in the lengths of that shard, in the tokens of all
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+        try:
+            assert imported(tmp_path, *NULL) == ExitStatus.NO_SPACE
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "bytes are free" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("policy", ["skip_after_eod", "all"])
@@ -239,6 +257,7 @@ def test_scores_that_are_none(tmp_path, shards, capsys):
         (["--input-prefix", "{}/in/data", "--scores", "x"], "--scores-output go together"),
         (["--scores", "x", "--scores-output", "y", "--tokenizer-type", "ByteTokenizer"], "there is no --input-prefix"),
         (["--input-prefix", "{}/in/data", "--seq-length", "0"], "--seq-length 0"),
+        (["--scores", "x", "--scores-output", "y", "--eod", "-1"], "--eod -1"),
         (["--input-prefix", "{}/none/data"], "no folder"),
         (["--input-prefix", "{}/in/data", "--output-prefix", "{}/none/o"], "no such folder for the output"),
         (["--input-prefix", "{}/in/data", "--output-prefix", "{}/in/data_3"], "the output is one of the shards"),
