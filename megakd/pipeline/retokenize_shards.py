@@ -7,7 +7,6 @@ tokenizer's. So no two texts run into one another, and what is encoded is exactl
 from __future__ import annotations
 
 import bisect
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megakd.data.concatenate import write_lengths
 from megakd.data.engines import Choice, Engine
 from megakd.data.indexed import IndexedDataset, Part, best_dtype
 from megakd.data.recorded import open_tokenizer
@@ -155,14 +155,10 @@ class Retokenizer:
                 lengths.append(np.array([len(ids) for ids in documents], dtype="<i4"))
                 counts.add(added)
                 report(asdict(added))
-            npy = io.BytesIO()
-            np.lib.format.write_array(npy, np.concatenate(lengths), version=(1, 0))
-            files = [out.commit()]
-        extras = [(prefix.with_suffix(".lengths.npy"), npy.getvalue())]
-        extras += [(prefix.with_suffix(".bad.jsonl"), b"".join(bad))] if bad else []
-        for path, content in extras:
-            with HashingWriter(path) as out:
-                out.write(content)
+            files = [out.commit(), write_lengths(prefix.with_suffix(".lengths.npy"), np.concatenate(lengths))]
+        if bad:
+            with HashingWriter(prefix.with_suffix(".bad.jsonl")) as out:
+                out.write(b"".join(bad))
                 files.append(out.commit())
         write_manifest(
             prefix.with_suffix(".json"),

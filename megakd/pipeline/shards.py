@@ -6,7 +6,6 @@ A plain file is entered at any shard; a compressed one is read from its beginnin
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megakd.data.concatenate import write_lengths
 from megakd.data.engines import Choice, Engine
 from megakd.data.indexed import Part, best_dtype
 from megakd.data.tokenizer import TokenizerType, UnencodableError, build_tokenizer
@@ -197,11 +197,7 @@ class _ShardWriter:
         files = []
         for key, tokens in enumerate(self._bins):
             lengths = np.concatenate(self._lengths[key]) if self._lengths[key] else np.empty(0, dtype=np.int32)
-            npy = io.BytesIO()
-            np.lib.format.write_array(npy, lengths.astype("<i4"), version=(1, 0))
-            with HashingWriter(self._lengths_path(key)) as out:
-                out.write(npy.getbuffer())
-                files += [tokens.commit(), out.commit()]
+            files += [tokens.commit(), write_lengths(self._lengths_path(key), lengths)]
         if self._bad:
             with HashingWriter(self._prefix.with_suffix(".bad.jsonl")) as out:
                 for record in sorted(self._bad, key=lambda bad: bad.line):
