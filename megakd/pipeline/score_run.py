@@ -100,6 +100,8 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
         manifest = parts.finish(plans.finish)
         of = "" if parts.num_scored == parts.num_samples else f"{parts.num_scored} of "
         print(f"{config.output}: {of}{parts.num_samples} samples, fingerprint {manifest.fingerprint}", flush=True)
+    elif copy.leads and groups.data_rank == 0:
+        print(f"{config.output}: finished; another process joined the scores", file=sys.stderr, flush=True)
     _tidy(parts, copy)
     return ExitStatus.COMPLETE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 from pathlib import Path
@@ -314,6 +316,29 @@ def test_damaged_ranges_are_dropped_and_made_again(made: dict[str, Any], world: 
         world(1).run(run_score, make_score_tree(made, folder))
     assert world(1).run(run_score, make_score_tree(made, folder)) == [0]
     assert files(folder) == files(made["folder"] / "whole")
+
+
+def run_while_another_joins(tree: dict[str, Any]) -> tuple[int, str]:
+    """A run that finds the parts joined when it comes to that; status, and what it says."""
+    from megakd.pipeline.score_parts import Parts
+
+    claim_finish, told = Parts.claim_finish, io.StringIO()
+
+    def late(self: Parts) -> None:
+        lock = claim_finish(self)
+        assert lock is not None
+        self.finish(lock)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(told):
+        patch.setattr(Parts, "claim_finish", late)
+        return run_score(tree), told.getvalue()
+
+
+def test_a_job_that_another_one_finishes_says_so(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+    shutil.copytree(made["folder"] / "unfinished", tmp_path / "s")
+    ((status, told),) = world(1).run(run_while_another_joins, make_score_tree(made, tmp_path / "s"))
+    assert status == 0 and told.count(f"{tmp_path}/s: finished; another process joined the scores\n") == 1
+    assert files(tmp_path / "s") == files(made["folder"] / "whole")
 
 
 def test_files_that_are_not_ours_stay(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
