@@ -49,7 +49,11 @@ class Scoring:
     seed: int
 
     def blocks(self) -> Iterator[Block]:
-        """All candidates in order. Raises CorruptError where a score is not finite, with the first sample ids."""
+        """All candidates in order.
+
+        Raises CorruptError where a score is not finite, with the first sample ids; UsageError where the weight of the
+        teacher makes it so.
+        """
         for begin in range(0, self.source.num_samples, _AT_ONCE):
             end = min(begin + _AT_ONCE, self.source.num_samples)
             counts = np.asarray(self.source.counts[begin:end])
@@ -94,6 +98,11 @@ class Scoring:
     def _refuse(self, column: str, ids: NDArray[np.int64]) -> None:
         folders = " and ".join(str(scores.folder) for scores in self.source.scores.values())
         shown = ", ".join(map(str, ids[:_SHOWN].tolist())) + (", ..." if len(ids) > _SHOWN else "")
+        if all(np.isfinite(scores.log_probs[ids]).all() for scores in self.source.scores.values()):
+            raise UsageError(
+                f"--teacher-scale {self.teacher_scale:g}: it takes the {column} of samples beyond what float32 holds, "
+                f"ids {shown}; their log-probabilities are finite: give a smaller one"
+            )
         raise CorruptError(
             f"{folders}: the {column} of {len(ids)} or more samples is not finite: ids {shown}; score them anew, or "
             "leave them out with --exclude-ids FILE"

@@ -93,7 +93,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     """Write one selection for each source.
 
     Raises CorruptError for scores that are not finite, with the first sample ids; UsageError for settings that keep
-    nothing or that contradict one another.
+    nothing, that contradict one another, or whose weights make finite scores infinite.
     """
     for source in sources:
         _refuse_sampled(source)
@@ -102,11 +102,11 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     threads = config.threads or len(os.sched_getaffinity(0))
     # In the order of the names: the last bit of a sum of three depends on it, and must not on the order of the flags.
     rule = Rule({name: weight for name, (weight, _) in sorted(config.models().items())}, config.seed)
-    surveys, counts = _survey(Keys(sources, rule, threads=threads), pieces, by_tokens)
+    surveys, counts = _survey(config, Keys(sources, rule, threads=threads), pieces)
     ranks: Ranks | None = None
     if config.rank_difference:
         ranks = Keys(sources, rule, threads=threads).rank_tables(pieces)
-        surveys, counts = _survey(Keys(sources, rule, threads=threads, ranks=ranks), pieces, by_tokens)
+        surveys, counts = _survey(config, Keys(sources, rule, threads=threads, ranks=ranks), pieces)
     whole = Survey.sum(surveys)
     uniform = [Survey.sum(s for s, p in zip(surveys, pieces) if p.source == index) for index in range(len(sources))]
     keys = Keys(sources, rule, threads=threads, ranks=ranks, uniform=uniform)
@@ -144,19 +144,19 @@ def _refuse_sampled(source: Source) -> None:
         )
 
 
-def _survey(keys: Keys, pieces: Sequence[Piece], by_tokens: bool) -> tuple[list[Survey], NDArray[np.uint64]]:
+def _survey(config: SelectConfig, keys: Keys, pieces: Sequence[Piece]) -> tuple[list[Survey], NDArray[np.uint64]]:
     """A survey of each piece, and the counts of the first digit of all."""
     counts = np.zeros(1 << 16, np.uint64)
     surveys = []
     for piece in pieces:
-        survey = keys.survey(piece, by_tokens=by_tokens, counts=counts)
+        survey = keys.survey(piece, by_tokens=config.ratio_of == "tokens", counts=counts)
         if survey.num_bad:
-            _refuse_bad(keys, piece, survey)
+            _refuse_bad(config, keys, piece, survey)
         surveys.append(survey)
     return surveys, counts
 
 
-def _refuse_bad(keys: Keys, piece: Piece, survey: Survey) -> None:
+def _refuse_bad(config: SelectConfig, keys: Keys, piece: Piece, survey: Survey) -> None:
     source = keys.sources[piece.source]
     bad: list[int] = []
     for begin in range(survey.first_bad, piece.end, 1 << 16):
@@ -168,6 +168,11 @@ def _refuse_bad(keys: Keys, piece: Piece, survey: Survey) -> None:
     folders = " and ".join(str(scores.folder) for scores in source.scores.values())
     shown = ", ".join(map(str, bad[:5]))
     more = ", ..." if survey.num_bad > 5 else ""
+    if all(np.isfinite(scores.log_probs[bad]).all() for scores in source.scores.values()):
+        raise UsageError(
+            f"{config.weights_given}: it takes the score of {survey.num_bad} samples beyond what float32 holds, ids "
+            f"{shown}{more}; their log-probabilities are finite: give smaller weights"
+        )
     raise CorruptError(
         f"{folders}: {survey.num_bad} samples have a score that is not finite: ids {shown}{more}; score "
         "them anew, or leave them out with --exclude-ids FILE"

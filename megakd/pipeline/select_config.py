@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ class SelectConfig:
             )
         if not 0 <= self.drop_top_fraction < 1:
             raise UsageError(f"--drop-top-fraction {self.drop_top_fraction}: expected a share from 0 to below 1")
-        if self.gumbel_temperature < 0:
+        if not math.isfinite(self.teacher_scale):
+            raise UsageError(f"--teacher-scale {self.teacher_scale}: expected a finite number")
+        if not 0 <= self.gumbel_temperature < math.inf:
             raise UsageError(f"--gumbel-temperature {self.gumbel_temperature}: expected 0 for none, or more")
         if self.threads < 0:
             raise UsageError(f"--threads {self.threads}: expected 0 or more")
@@ -92,6 +95,13 @@ class SelectConfig:
                 raise UsageError(f"--materialize {path}: the output is one of the datasets that are read; name another")
             if not os.path.basename(path) or not os.path.isdir(os.path.dirname(path) or "."):
                 raise UsageError(f"--materialize '{path}': expected FOLDER/NAME, in a folder that is there")
+
+    @property
+    def weights_given(self) -> str:
+        """The flag that weighs the models, with its value."""
+        return (
+            f"--teacher-scale {self.teacher_scale:g}" if self.teacher_scores else f"--weights {' '.join(self.weights)}"
+        )
 
     def models(self) -> dict[str, tuple[float, list[str]]]:
         """Name of each model -> its weight and its folders; the first one's are in the order of the outputs.

@@ -330,6 +330,8 @@ def test_nan_is_refused_with_its_ids(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("\n".join(map(str, bad)))
     tables = corpus.report("--exclude-ids", tmp_path / "bad")
     assert sum(int(row["samples"]) for row in tables["scores"]) == len(corpus.ids) - 3
+    with pytest.raises(UsageError, match=r"--teacher-scale 1e\+39: .* beyond what float32 holds"):
+        corpus.report("--exclude-ids", tmp_path / "bad", "--teacher-scale", 1e39)
 
 
 @pytest.mark.parametrize(

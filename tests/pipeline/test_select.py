@@ -250,6 +250,19 @@ def test_scores_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     assert len(run(*flags, "--exclude-ids", tmp_path / "bad")[0]) == (70_000 - 7) // 2
 
 
+def test_weights_that_are_too_large_are_at_fault_not_the_scores(tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path, [60], 5)
+    with pytest.raises(UsageError, match=r"--teacher-scale 1e\+39: .* beyond what float32 holds, ids \d+, .*, \.\.\.;"):
+        run(*corpus.flags(), "--teacher-scale", 1e39)
+    named = ["--scores", f"t={tmp_path}/t-d0", f"r={tmp_path}/r-d0", "--output", tmp_path / "o"]
+    for extra in ([], ["--rank-difference"]):
+        with pytest.raises(UsageError, match=r"--weights t=3e38 r=1: "):  # finite itself, but not with the scores
+            run(*named, "--weights", "t=3e38", "r=1", *extra)
+    for flag, value in (("--teacher-scale", ".nan"), ("--teacher-scale", ".inf"), ("--gumbel-temperature", ".nan")):
+        with pytest.raises(UsageError, match=f"{flag} {value[1:]}: expected"):
+            configure(*corpus.flags(), flag, value)
+
+
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.001, float("nan")])
 def test_ratios_that_mean_nothing(tmp_path: Path, ratio: float) -> None:
     with pytest.raises(UsageError, match="ratio"):
