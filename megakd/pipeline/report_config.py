@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +51,6 @@ class ReportConfig:
         """Raise UsageError for values that cannot work, whatever the scores."""
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise UsageError(f"--ratio {self.ratio}: expected more than 0 and at most 1")
-        if self.teacher_scale is not None and not math.isfinite(self.teacher_scale):
-            raise UsageError(f"--teacher-scale {self.teacher_scale}: expected a finite number")
         if not 3 <= self.bins <= 1000:
             raise UsageError(f"--bins {self.bins}: expected from 3 to 1000")
         for flag, value, least, most in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,9 +60,7 @@ class SelectConfig:
             )
         if not 0 <= self.drop_top_fraction < 1:
             raise UsageError(f"--drop-top-fraction {self.drop_top_fraction}: expected a share from 0 to below 1")
-        if not math.isfinite(self.teacher_scale):
-            raise UsageError(f"--teacher-scale {self.teacher_scale}: expected a finite number")
-        if not 0 <= self.gumbel_temperature < math.inf:
+        if self.gumbel_temperature < 0:
             raise UsageError(f"--gumbel-temperature {self.gumbel_temperature}: expected 0 for none, or more")
         if self.threads < 0:
             raise UsageError(f"--threads {self.threads}: expected 0 or more")
