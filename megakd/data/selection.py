@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.indexed import IndexedDataset
 from megakd.data.samples import Samples
 from megakd.durable import HashingWriter, fsync_directory
 from megakd.errors import CorruptError, MismatchError, UsageError
@@ -55,6 +56,20 @@ class Selection:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    def check(self, dataset: IndexedDataset, *, packing: str, seq_length: int, num_samples: int | None = None) -> None:
+        """Raise MismatchError unless it was made for these samples. num_samples: None where they are not opened yet."""
+        for name, own, expected in (
+            ("dataset", dataset.fingerprint, self.dataset),
+            ("packing", packing, self.packing),
+            ("seq_length", seq_length, self.seq_length),
+            ("number of samples", num_samples, self.num_samples),
+        ):
+            if own is not None and own != expected:
+                raise MismatchError(
+                    f"{self.folder}: selected from {name} {expected}, but {dataset.prefix} has {name} {own}; use the "
+                    f"{name} that was scored, or score and select anew"
+                )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -68,17 +83,12 @@ class SelectedSamples:
     """
 
     def __init__(self, samples: Samples, selection: Selection) -> None:
-        for name, own, expected in (
-            ("dataset", samples.dataset.fingerprint, selection.dataset),
-            ("packing", samples.packing, selection.packing),
-            ("seq_length", samples.seq_length, selection.seq_length),
-            ("number of samples", samples.num_samples, selection.num_samples),
-        ):
-            if own != expected:
-                raise MismatchError(
-                    f"{selection.folder}: selected from {name} {expected}, but {samples.dataset.prefix} has {name} "
-                    f"{own}; use the {name} that was scored, or score and select anew"
-                )
+        selection.check(
+            samples.dataset,
+            packing=samples.packing,
+            seq_length=samples.seq_length,
+            num_samples=samples.num_samples,
+        )
         if not len(selection):
             raise UsageError(f"{selection.folder}: the selection keeps no sample of {samples.dataset.prefix}")
         self.dataset = samples.dataset

@@ -110,15 +110,18 @@ def _open_blend(
     config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = ()
 ) -> Blend:
     weights, prefixes = parse_data_path([str(part) for part in data_path])
-    datasets = [_open_samples(config, IndexedDataset(prefix), packing) for prefix in prefixes]
-    if selections and len(selections) != len(datasets):
+    if selections and len(selections) != len(prefixes):
         raise UsageError(
-            f"--selection has {len(selections)} entries, --data-path {len(datasets)} datasets: one for each, in their "
+            f"--selection has {len(selections)} entries, --data-path {len(prefixes)} datasets: one for each, in their "
             "order; 'all' for a dataset that is used whole"
         )
-    for index, selection in enumerate(selections):
-        if selection != "all":
-            datasets[index] = SelectedSamples(datasets[index], Selection(selection))
+    datasets: list[Samples] = []
+    for prefix, folder in zip(prefixes, selections or ["all"] * len(prefixes)):
+        dataset, selection = IndexedDataset(prefix), None if folder == "all" else Selection(folder)
+        if selection is not None:  # first: under another packing the dataset may have no samples at all
+            selection.check(dataset, packing=packing, seq_length=config.data.seq_length)
+        samples = _open_samples(config, dataset, packing)
+        datasets.append(samples if selection is None else SelectedSamples(samples, selection))
     return Blend(datasets, weights, config.training.seed)
 
 

@@ -148,3 +148,7 @@ def test_a_run_uses_its_selections(tmp_path: Path, samples: ConcatSamples) -> No
         plan([data, other], str(selection.folder))
     with pytest.raises(MismatchError, match="selected from dataset"):
         plan([other], str(selection.folder))
+    # Its documents are longer than a sample: that they are is no news to who gave the wrong packing.
+    tree = make_tree(data, data={"seq_length": SEQ, "packing": "document", "selection": [str(selection.folder)]})
+    with pytest.raises(MismatchError, match="selected from packing concat, but .* has packing document"):
+        check_run(make_config(tree), 1)
