@@ -39,12 +39,18 @@ def open_tokenizer(
     model = tokenizer_model or recorded.get("path")
     if kind == "NullTokenizer" and vocab_size is None and recorded.get("type") == kind:
         vocab_size = int(recorded["vocab_size"]) - 1  # its end of document comes on top
+    flag = f"{flag_prefix}tokenizer-model"
     try:
-        tokenizer = build_tokenizer(kind, model, vocab_size=vocab_size)
+        tokenizer = build_tokenizer(
+            kind,
+            model,
+            vocab_size=vocab_size,
+            model_flag=flag,
+            type_flag=f"{flag_prefix}tokenizer-type" if tokenizer_type else None,
+        )
     except UsageError as error:
-        raise UsageError(
-            f"{dataset.prefix}: opening its tokenizer: {error} ({flag_prefix}tokenizer-model tells where it is)"
-        ) from error
+        whose = "" if tokenizer_type else f"; the dataset records a {kind}: {flag} says where its file is now"
+        raise UsageError(f"{dataset.prefix}: opening its tokenizer: {error}{whose}") from error
     if recorded and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(
             f"{dataset.prefix}: made with the tokenizer {_name(recorded)}; "

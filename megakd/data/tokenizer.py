@@ -89,49 +89,64 @@ class Tokenizer(ABC):
 
 
 def build_tokenizer(
-    tokenizer_type: TokenizerType, tokenizer_model: str | Path | None, *, vocab_size: int | None = None
+    tokenizer_type: TokenizerType,
+    tokenizer_model: str | Path | None,
+    *,
+    vocab_size: int | None = None,
+    model_flag: str = "--tokenizer-model",
+    type_flag: str | None = "--tokenizer-type",
 ) -> Tokenizer:
     """A tokenizer by Megatron's name.
 
     tokenizer_model: the ``.model`` file, or a ``tokenizer.json`` or the folder that holds it; None where there is none.
     vocab_size: for ``NullTokenizer``, the number of ids without the end-of-document id that follows them.
+    model_flag, type_flag: for messages, the flags that gave model and type; None for a type that no flag gave.
 
     Raises UsageError.
     """
     if tokenizer_type not in _TYPES:
-        raise UsageError(f"--tokenizer-type {tokenizer_type}: expected one of {', '.join(_TYPES)}")
+        raise UsageError(f"{type_flag} {tokenizer_type}: expected one of {', '.join(_TYPES)}")
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None:
             raise UsageError("--vocab-size is missing; NullTokenizer has no model that tells it")
         return NullTokenizer(vocab_size)
     tokenizer: Tokenizer
-    file = model_file(tokenizer_type, tokenizer_model)
-    if file is None:
-        tokenizer = ByteTokenizer()
-    elif tokenizer_type == "SentencePieceTokenizer":
-        tokenizer = SentencePieceTokenizer(file)
-    else:
-        tokenizer = HuggingFaceTokenizer(file)
+    try:
+        file = model_file(tokenizer_type, tokenizer_model)
+        if file is None:
+            tokenizer = ByteTokenizer()
+        elif tokenizer_type == "SentencePieceTokenizer":
+            tokenizer = SentencePieceTokenizer(file)
+        else:
+            tokenizer = HuggingFaceTokenizer(file)
+    except UsageError as error:
+        other = None if tokenizer_model is None else _type_of(Path(tokenizer_model))
+        hint = f"; it is a {other}'s" if other not in (None, tokenizer_type) else ""
+        hint += f": {type_flag} {other}" if hint and type_flag else ""
+        raise UsageError(f"{model_flag} {error}{hint}") from error
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UsageError(f"--vocab-size {vocab_size}: the model has {tokenizer.vocab_size} entries; leave the flag out")
     return tokenizer
 
 
 def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Path | None:
-    """The one file that defines the ids; None for a type that has no model. Raises UsageError where there is none."""
+    """The one file that defines the ids; None for a type that has no model.
+
+    Raises UsageError where there is none; as in the constructors below, the message goes on behind the flag's name.
+    """
     if tokenizer_type in ("NullTokenizer", "ByteTokenizer"):
         return None
     if tokenizer_model is None:
-        raise UsageError(f"--tokenizer-model is missing; {tokenizer_type} needs a local file or folder")
+        raise UsageError(f"is missing; {tokenizer_type} needs a local file or folder")
     path = Path(tokenizer_model)
     if not path.exists():
-        raise UsageError(f"--tokenizer-model {path}: no such file; models are local, nothing is downloaded")
+        raise UsageError(f"{path}: no such file; models are local, nothing is downloaded")
     if path.is_dir() and tokenizer_type == "SentencePieceTokenizer":
-        raise UsageError(f"--tokenizer-model {path}: a folder; SentencePieceTokenizer needs the .model file")
+        raise UsageError(f"{path}: a folder; SentencePieceTokenizer needs the .model file")
     if path.is_dir():
         path /= "tokenizer.json"
         if not path.is_file():
-            raise UsageError(f"--tokenizer-model {path}: no such file; save a fast tokenizer in that folder")
+            raise UsageError(f"{path}: no such file; save a fast tokenizer in that folder")
     return path
 
 
@@ -155,7 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
-            raise UsageError(f"--tokenizer-model {path}: not a sentencepiece model: {error}") from error
+            raise UsageError(f"{path}: not a sentencepiece model: {error}") from error
         self.vocab_size = int(self._processor.get_piece_size())
         self.eod = None if self._processor.eos_id() < 0 else int(self._processor.eos_id())
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if not self._is_text(i)]
@@ -205,7 +220,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:
             if type(error) is not Exception and not isinstance(error, ValueError):
                 raise  # the package raises bare Exception for what it cannot read; anything else is a fault
-            raise UsageError(f"--tokenizer-model {path}: not a tokenizer.json: {error}") from error
+            raise UsageError(f"{path}: not a tokenizer.json: {error}") from error
         self._engine.no_truncation()
         self._engine.no_padding()
         added = self._engine.get_added_tokens_decoder()
@@ -315,6 +330,23 @@ _TYPES: tuple[TokenizerType, ...] = (
     "NullTokenizer",
     "ByteTokenizer",
 )
+
+
+def _type_of(path: Path) -> TokenizerType | None:
+    """Whose model a file or folder looks like; None where it looks like nobody's."""
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        if "tokenizer.json" in names:
+            return "HuggingFaceTokenizer"
+        return "SentencePieceTokenizer" if any(name.endswith(".model") for name in names) else None
+    if not path.is_file():
+        return None
+    with open(path, "rb") as stream:
+        head = stream.read(64)
+    if head.lstrip()[:1] == b"{":
+        return "HuggingFaceTokenizer"
+    # a protocol buffer whose first field, the pieces, is a message that starts with the piece's text
+    return "SentencePieceTokenizer" if head[:1] == head[2:3] == b"\n" else None
 
 
 def _read_eos_token(folder: Path) -> str | None:

@@ -110,6 +110,26 @@ def test_null_tokenizer_reads_ids() -> None:
             tokenizer.encode(text)
 
 
+def test_the_model_of_another_type_is_told_with_the_flag_to_change(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces/tokenizer.model").write_bytes((models / "sp.model").read_bytes())
+    (tmp_path / "text").write_text("neither")
+    for kind, path, other in (
+        ("HuggingFaceTokenizer", models / "sp.model", "SentencePieceTokenizer"),
+        ("HuggingFaceTokenizer", tmp_path / "pieces", "SentencePieceTokenizer"),
+        ("SentencePieceTokenizer", models / "bpe/tokenizer.json", "HuggingFaceTokenizer"),
+        ("SentencePieceTokenizer", models / "bpe", "HuggingFaceTokenizer"),
+    ):
+        with pytest.raises(UsageError, match=f"^--tokenizer-model {path}.*: --tokenizer-type {other}$"):
+            build_tokenizer(kind, path)
+        with pytest.raises(UsageError, match=f"^--m {path}.* it is a {other}'s$"):  # nobody gave the type by a flag
+            build_tokenizer(kind, path, model_flag="--m", type_flag=None)
+    for kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
+        with pytest.raises(UsageError, match=f"^--tokenizer-model {tmp_path}/text: not a ") as caught:
+            build_tokenizer(kind, tmp_path / "text")
+        assert "--tokenizer-type" not in str(caught.value)
+
+
 def test_identity_is_type_and_model(models: Path, tmp_path: Path) -> None:
     one = build_tokenizer("SentencePieceTokenizer", models / "sp.model")
     (tmp_path / "copy.model").write_bytes((models / "sp.model").read_bytes())

@@ -182,6 +182,8 @@ def test_refusals(tmp_path, models, capsys):
     refused(ExitStatus.USAGE, "--max-bad-fraction 2", "--max-bad-fraction", "2")
     refused(ExitStatus.USAGE, "--workers -1", "--workers", "-1")
     refused(ExitStatus.USAGE, "no such file", "--source-tokenizer-model", str(tmp_path / "gone.model"))
+    told = f"opening its tokenizer: --source-tokenizer-model {models['bpe'][1]}"
+    refused(ExitStatus.USAGE, told, "--source-tokenizer-model", models["bpe"][1])
     refused(ExitStatus.MISMATCH, source.hash, "--source-tokenizer-model", models["nfkc"][1])
     refused(ExitStatus.USAGE, "tokenizer_type", "--tokenizer-type", "NullTokenizer")
     (tmp_path / "old.manifest.json").unlink()
