@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.loader import Loader, Microbatch
+
 _WIDTH_MULTIPLE = 64  # widths that differ less cost more in separate batches than they save
 
 
@@ -41,6 +43,18 @@ def cut_range(
         longest = max(1, int(lengths[places[-1]]) - 1)
         pieces.append(Piece(places, min(-(-longest // multiple) * multiple, seq_length)))
     return pieces
+
+
+def read_piece(loader: Loader, ids_B: NDArray[np.int64], width: int) -> Microbatch:
+    """The samples ``ids_B`` of the loader's dataset, ``width`` positions of each."""
+    whole = loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
+    return Microbatch(
+        np.ascontiguousarray(whole.tokens_BS[:, :width]),
+        np.ascontiguousarray(whole.labels_BS[:, :width]),
+        np.ascontiguousarray(whole.loss_mask_BS[:, :width]),
+        ids_B,
+        whole.dataset_ids_B,
+    )
 
 
 def batch_pieces(pieces: Sequence[Piece], *, limit: int) -> Iterator[list[Piece]]:

@@ -27,7 +27,7 @@ from megakd.manifest import Manifest, read_manifest, verify_files, write_manifes
 from megakd.pipeline.lock import RunLock
 
 FORMAT, VERSION = "megakd-scores-part", 1
-_OPTIONAL = ("sampled",)  # parameters that say so when they are missing
+_OPTIONAL = ("predicts", "sampled")  # parameters that say so when they are missing
 _OF_A_RANGE = re.compile(r"\.?[0-9]{8}\.")
 
 

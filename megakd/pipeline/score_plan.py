@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megakd.config import option
 from megakd.data.indexed import IndexedDataset
@@ -18,9 +22,10 @@ from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
-from megakd.layout import ParallelConfig
+from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
+from megakd.pipeline.proxy_record import Proxy, read_proxy
 from megakd.pipeline.score_parts import Parts
 from megakd.pipeline.score_sample import draw_sample
 
@@ -29,7 +34,10 @@ from megakd.pipeline.score_sample import draw_sample
 class ScoreConfig:
     """What ``megakd score`` is asked to do."""
 
-    load: str = option(..., "the model: a checkpoint folder of 'megakd train'", common=True)
+    load: str | None = option(None, "the model: a checkpoint folder of 'megakd train'", common=True)
+    proxy: str | None = option(
+        None, "instead, a folder of 'megakd proxy': scores are its predictions of teacher minus reference", common=True
+    )
     data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
     seq_length: int = option(..., "tokens of one sample", common=True)
     packing: Packing = option(
@@ -76,6 +84,14 @@ class ScoreConfig:
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
+        if (self.load is None) == (self.proxy is None):
+            raise UsageError("which model? --load CHECKPOINT, or --proxy DIR of 'megakd proxy': one of them")
+        if self.proxy is not None and (self.iteration, self.per_token_log_probs, self.per_token_entropy) != (
+            None,
+            0,
+            0,
+        ):
+            raise UsageError("--proxy gives one number a sample: no --iteration, and nothing per token")
         for name in ("seq_length", "micro_batch_size", "head_chunk_mbytes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
@@ -117,6 +133,8 @@ class ScorePlan:
     eod_token: int | None
     """The positions with this input are not scored; None: all are."""
     parts: Parts
+    proxy: Proxy | None = None
+    """What makes numbers of the model's hidden states; None: its own head, log-probabilities."""
 
 
 def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
@@ -125,31 +143,32 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
     Raises UsageError, MismatchError (also for scores in ``--output`` that are others than these), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
+    if config.proxy is not None:
+        proxy = read_proxy(config.proxy)
+        proxy.check_samples(packing=config.packing, seq_length=config.seq_length, mask_policy=config.mask_policy)
+        return check_score_of(proxy.record, config, proxy)
+    assert config.load is not None  # validate
     return check_score_of(read_record(config.load, config.iteration, role="--load"), config)
 
 
-def check_score_of(record: CheckpointRecord, config: ScoreConfig) -> ScorePlan:
+def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
-    tokenizer = _common_tokenizer(dataset, record)
+    tokenizer = common_tokenizer(dataset, record)
     shape = _shape(config, record)
-    shape.check_layout(config.parallel(), "--load")
+    shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
     check_vocabulary([samples], record.vocab_size)
-    eod_token = None
-    if config.mask_policy == "skip_after_eod":
-        eod_token = (tokenizer or {}).get("eod")
-        if eod_token is None:
-            raise UsageError(
-                "--mask-policy skip_after_eod needs the end-of-document id, and neither the dataset's manifest nor the "
-                "checkpoint records one; use --mask-policy all"
-            )
-    ids, sampled = None, {}
+    eod_token = skipped_token(config.mask_policy, tokenizer)
+    ids: NDArray[np.int64] | None = None
+    optional: dict[str, Any] = {}
+    if proxy is not None:
+        scale = proxy.manifest.parameters["fit"]["teacher_scale"]
+        optional["predicts"] = {"difference": "teacher - reference", "teacher_scale": scale}
     if config.sample_fraction < 1:
         ids = draw_sample(samples.num_samples, fraction=config.sample_fraction, seed=config.sample_seed)
-        drawn = {"fraction": config.sample_fraction, "seed": config.sample_seed, "num_scored": len(ids)}
-        sampled = {"sampled": drawn}
+        optional["sampled"] = {"fraction": config.sample_fraction, "seed": config.sample_seed, "num_scored": len(ids)}
     scored_together = max(512, -(-samples.num_samples // 16384))
     parts = Parts(
         Path(config.output),
@@ -161,14 +180,37 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig) -> ScorePlan:
             "seq_length": config.seq_length,
             "mask_policy": config.mask_policy,
             "precision": _precision(shape),
-            **sampled,
+            **optional,
         },
-        parents={"dataset": dataset.fingerprint, "model": record.fingerprint},
+        parents={"dataset": dataset.fingerprint, "model": (proxy.manifest if proxy else record).fingerprint},
         tokenizer=tokenizer,
         ids=ids,
     )
     parts.check_all()
-    return ScorePlan(record, shape, samples, eod_token, parts)
+    return ScorePlan(record, shape, samples, eod_token, parts, proxy)
+
+
+def padded_rows(config: ScoreConfig, plan: ScorePlan) -> int:
+    """Rows of the output weight on one rank."""
+    size = config.tensor_model_parallel_size
+    divisible_by = plan.shape.make_vocab_size_divisible_by
+    return padded_vocab_size(plan.record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size) // size
+
+
+def skipped_token(mask_policy: str, tokenizer: Mapping[str, Any] | None) -> int | None:
+    """The input whose label is not scored under a mask policy; None: every label is.
+
+    Raises UsageError where the policy needs an end-of-document id that nothing records.
+    """
+    if mask_policy != "skip_after_eod":
+        return None
+    eod = (tokenizer or {}).get("eod")
+    if eod is None:
+        raise UsageError(
+            "--mask-policy skip_after_eod needs the end-of-document id, and neither the dataset's manifest nor the "
+            "checkpoint records one; use --mask-policy all"
+        )
+    return int(eod)
 
 
 def _columns(config: ScoreConfig) -> tuple[str, ...]:
@@ -176,7 +218,8 @@ def _columns(config: ScoreConfig) -> tuple[str, ...]:
     return (LOG_PROBS, COUNTS, *extra)
 
 
-def _common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:
+def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:
+    """The tokenizer of a dataset and of a model that reads it. Raises MismatchError where they have different ones."""
     own = recorded_tokenizer(dataset)
     if own is None:
         return record.tokenizer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -23,18 +23,12 @@ from numpy.typing import NDArray
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.scores import (
-    COUNTS,
     DTYPES,
-    LOG_PROBS,
     PER_TOKEN,
-    TOKEN_ENTROPIES,
-    TOKEN_LOG_PROBS,
     UNSCORED,
 )
-from megakd.errors import CorruptError, ExitStatus
-from megakd.layout import Coordinates, padded_vocab_size, rank_of
-from megakd.losses.read import HeadReading, read_head
-from megakd.losses.vocab_parallel import VocabShard
+from megakd.errors import ExitStatus
+from megakd.layout import Coordinates, rank_of
 from megakd.model.checkpoint import load_teacher
 from megakd.model.gpt import build_model
 from megakd.model.metadata import check_weights
@@ -42,16 +36,16 @@ from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
-from megakd.pipeline.score_batches import batch_pieces, cut_range
+from megakd.pipeline.score_batches import batch_pieces, cut_range, read_piece
+from megakd.pipeline.score_columns import LogProbColumns, PredictedColumns
 from megakd.pipeline.score_parts import Claim, Parts
-from megakd.pipeline.score_plan import ScoreConfig, ScorePlan
+from megakd.pipeline.score_plan import ScoreConfig, ScorePlan, padded_rows
 from megakd.pipeline.score_progress import ScoreProgress
 from megakd.targets import DenseTargets
 
 _STAGE_MICROBATCHES = 8  # in flight for each pipeline stage: fills it, and bounds the hidden states that are held
 _POLL_SECONDS = 0.2
 _SAME_REQUEST_SECONDS = 2.0
-_LOWEST_HALF = -65504.0
 # What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
 _WAIT, _COMPLETE, _STOP, _FOLLOW = -1, -2, -3, -4
 
@@ -79,7 +73,7 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
             samples_done=parts.samples_done,
             interval=config.log_interval,
         )
-    with _StopFlag() as stop:
+    with RankStopFlag() as stop:
         while True:
             plans = _decide(parts) if copy.leads else _Decision(_FOLLOW)
             code = copy.agree(plans.code, stop=stop.is_set())
@@ -135,7 +129,7 @@ class Scorer:
     """
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
-        self._config, self._columns, self._teacher, self._groups = config, plan.parts.columns, teacher, groups
+        self._config, self._columns, self._teacher = config, plan.parts.columns, teacher
         self._samples = plan.samples
         self._loader = Loader(
             Blend([plan.samples], None, seed=0),
@@ -146,16 +140,10 @@ class Scorer:
             eod_mask_loss=plan.eod_token is not None,
             vocab_size=plan.record.vocab_size,
         )
-        tensor_size = config.tensor_model_parallel_size
-        rows = padded_rows(config, plan)
-        self._shard = VocabShard(
-            start=groups.tensor_rank * rows,
-            num_rows=rows,
-            vocab_size=plan.record.vocab_size,
-            group=groups.tensor if tensor_size > 1 else None,
-        )
+        answer = PredictedColumns(plan, groups) if plan.proxy else LogProbColumns(config, plan, groups)
+        self._answer: Callable[[DenseTargets, Microbatch], dict[str, NDArray[Any]]] = answer
         self.computed = {
-            "tensor": tensor_size,
+            "tensor": config.tensor_model_parallel_size,
             "pipeline": config.pipeline_model_parallel_size,
             "sequence_parallel": config.sequence_parallel,
             "micro_batch_size": config.micro_batch_size,
@@ -182,46 +170,12 @@ class Scorer:
         for batch in self._batches(np.arange(start, stop) if ids is None else ids):
             for microbatch, targets in zip(batch, self._teacher.targets(batch)):
                 assert isinstance(targets, DenseTargets)
-                labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
-                reading = read_head(
-                    targets.hidden_TH,
-                    targets.weight_vH,
-                    shard=self._shard,
-                    ids_T=labels_T,
-                    entropy=self._config.per_token_entropy,
-                    implementation=self._config.loss_implementation,
-                    chunk_bytes=self._config.head_chunk_mbytes << 20,
-                )
-                for name, values in self._to_columns(reading, microbatch).items():
+                for name, values in self._answer(targets, microbatch).items():
                     columns[name][microbatch.sample_ids_B - start] = values
                 done += len(microbatch.sample_ids_B)
                 if progress is not None:
                     progress.tick(done)
         return columns
-
-    def _to_columns(self, reading: HeadReading, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
-        shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
-        log_prob_BS = _to_numpy(reading.log_prob_T, shape)
-        bad_B = (mask_BS & ~np.isfinite(log_prob_BS)).any(axis=1)
-        if bad_B.any():
-            raise CorruptError(
-                f"{self._config.load}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
-                "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
-            )
-        # by numpy, whose order of addition does not depend on threads
-        sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
-        columns = {LOG_PROBS: sums_B.astype(np.float32), COUNTS: mask_BS.sum(axis=1, dtype=np.int32)}
-        if TOKEN_LOG_PROBS in self._columns:
-            columns[TOKEN_LOG_PROBS] = self._whole_rows(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
-        if reading.entropy_T is not None:
-            columns[TOKEN_ENTROPIES] = self._whole_rows(_to_numpy(reading.entropy_T, shape), mask_BS)
-        return columns
-
-    def _whole_rows(self, values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """``[B, seq_length]``, NaN where no label was scored."""
-        rows = np.full((len(values_BS), self._config.seq_length), np.nan, dtype=np.float16)
-        rows[:, : values_BS.shape[1]] = np.where(mask_BS, values_BS, np.nan)
-        return rows
 
     def _batches(self, ids: NDArray[np.int64]) -> Iterator[_Batch]:
         """The samples' microbatches, as many at once as the pipeline likes."""
@@ -235,17 +189,7 @@ class Scorer:
         if len(ids):
             self._samples.prefetch(ids)
         for batch in batch_pieces(pieces, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
-            yield _Batch([self._read(ids[piece.places], piece.width) for piece in batch])
-
-    def _read(self, ids_B: NDArray[np.int64], width: int) -> Microbatch:
-        whole = self._loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
-        return Microbatch(
-            np.ascontiguousarray(whole.tokens_BS[:, :width]),
-            np.ascontiguousarray(whole.labels_BS[:, :width]),
-            np.ascontiguousarray(whole.loss_mask_BS[:, :width]),
-            ids_B,
-            whole.dataset_ids_B,
-        )
+            yield _Batch([read_piece(self._loader, ids[piece.places], piece.width) for piece in batch])
 
 
 @dataclass(frozen=True)
@@ -290,7 +234,7 @@ class _Copy:
         return bool(word)
 
 
-class _StopFlag(StopFlag):
+class RankStopFlag(StopFlag):
     """As its base; but a launcher passes on what it gets, and a scheduler may signal launcher and ranks alike: what
     comes within two seconds of the first signal is the same request."""
 
@@ -315,20 +259,6 @@ def build_scorer(config: ScoreConfig, plan: ScorePlan, groups: Groups) -> Scorer
     )
     head_weight_vH = load_teacher(plan.record, chunks, groups, groups, rows=padded_rows(config, plan))
     return Scorer(config, plan, ModelTeacher(chunks, head_weight_vH, groups, groups), groups)
-
-
-def padded_rows(config: ScoreConfig, plan: ScorePlan) -> int:
-    """Rows of the output weight on one rank."""
-    size = config.tensor_model_parallel_size
-    divisible_by = plan.shape.make_vocab_size_divisible_by
-    return padded_vocab_size(plan.record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size) // size
-
-
-def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """``[B, S]`` fp32 of values in megatron's order, sequence first."""
-    assert values_T is not None
-    array: NDArray[np.float32] = values_T.view(shape[1], shape[0]).t().float().contiguous().cpu().numpy()
-    return array
 
 
 def _tidy(parts: Parts, copy: _Copy) -> None:

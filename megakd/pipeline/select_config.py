@@ -24,6 +24,9 @@ class SelectConfig:
     teacher_scores: list[str] = option([], "the teacher's scores: a folder for each dataset", common=True)
     reference_scores: list[str] = option([], "the reference model's", common=True)
     teacher_scale: float = option(1.0, "lambda in score = NLL_reference - lambda * NLL_teacher", common=True)
+    proxy_scores: list[str] = option(
+        [], "instead, of 'megakd score --proxy': the same as --scores proxy=DIR --weights proxy=-1", common=True
+    )
     scores: list[str] = option([], "instead, any models: NAME=FOLDER, a name once for each dataset", common=True)
     weights: list[str] = option([], "with --scores: NAME=WEIGHT, score = sum of weight * NLL", common=True)
     normalise: Literal["token", "sample", "byte"] = option("token", "NLL is per token, sample or byte", common=True)
@@ -106,6 +109,10 @@ class SelectConfig:
         Raises UsageError for a choice that is none.
         """
         pair = bool(self.teacher_scores or self.reference_scores)
+        if self.proxy_scores:
+            if pair or self.scores or self.weights:
+                raise UsageError("--proxy-scores stand for the difference of two models' scores: give no others")
+            return {"proxy": (-1.0, self.proxy_scores)}
         if pair and (self.scores or self.weights):
             raise UsageError("give --teacher-scores and --reference-scores, or --scores and --weights, not both")
         if pair and not (self.teacher_scores and self.reference_scores):
