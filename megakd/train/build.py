@@ -64,6 +64,7 @@ def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objectiv
         padded_vocab_size=student_rows(plan.student, plan.vocab_size, config),
         with_teacher=plan.teacher is not None,
         train_iters=config.training.train_iters,
+        schedule=config.kd_schedule(),
     )
 
 
@@ -104,6 +105,10 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         + (f" | teacher {plan.teacher.path}" if plan.teacher else "")
         + (f" | continues after iteration {start_step}" if start_step else "")
     )
+    schedule = config.kd_schedule()
+    if schedule is not None and plan.resume is not None and not plan.weights_only:
+        for change in schedule.changes(plan.resume.objective_state.get("schedule", {})):
+            metrics.say(f"Warning: this run goes on with another schedule than {plan.resume.path}: {change}")
     if groups.rank == 0 and config.checkpoint.save and not config.evaluate.skip_train:
         atomic_write(Path(config.checkpoint.save) / "config.yaml", dump(config).encode())
     return metrics

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from megakd.config import group, option
 from megakd.data.packing import Packing
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
-from megakd.losses.terms import KDTerm, Tail
 from megakd.model.config import ModelConfig
+from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
+from megakd.train.objective_config import ObjectiveConfig
 
 
 @dataclass
@@ -86,74 +86,6 @@ class TeacherConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    kd_alpha: float = option(0.5, "loss = (1 - alpha) * LM + alpha * KD, where there is a teacher", common=True)
-    kd_divergence: str = option("forward_kl", "how student and teacher are compared: see the table below", common=True)
-    kd_temperature: float = option(1.0, "divides the logits before the softmax", common=True)
-    kd_temperature_on: Literal["teacher", "both"] = option("both", "whose logits the temperature divides")
-    kd_scale_by_temperature_squared: bool = option(
-        True, "multiply by the squared temperature where it divides both (Hinton)"
-    )
-    kd_tail: Tail = option("none", "what becomes of mass that sparse targets do not list")
-    kd_reverse_weight: float = option(0.5, "symmetric_kl: weight of reverse KL")
-    kd_jsd_beta: float = option(0.5, "generalised_jsd: weight of the teacher in the mixture")
-    kd_skew_alpha: float = option(0.1, "skew_*_kl: weight of the own side in the mixture")
-    kd_akl_mu: float = option(0.5, "adaptive_kl: teacher's mass of the head")
-    kd_ab_alpha: float = option(0.5, "alpha_beta: exponent of the teacher")
-    kd_ab_beta: float = option(0.5, "alpha_beta: exponent of the student")
-    kd_dkd_alpha: float = option(1.0, "decoupled: weight of the label's part")
-    kd_dkd_beta: float = option(8.0, "decoupled: weight of the other ids' part")
-    taid_t_start: float = option(0.4, "taid: the teacher's weight in the target at first")
-    taid_t_end: float = option(1.0, "taid: the same at the end")
-    taid_alpha: float = option(5e-4, "taid: how fast that weight follows a falling loss")
-    taid_beta: float = option(0.99, "taid: momentum of the loss's relative change")
-    kd_entropy_gate: float = option(
-        0.0, "share of each microbatch's tokens, those of lowest teacher entropy, without KD", common=True
-    )
-    rho_keep: float = option(
-        1.0, "share of each microbatch's tokens, those of largest loss above the teacher's, to train on", common=True
-    )
-    z_loss_coeff: float = option(0.0, "weight of the squared log-sum-exp of the student's logits", common=True)
-    loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
-        "auto", "code that sweeps the logits"
-    )
-    head_chunk_mbytes: int = option(256, "memory for logits of one chunk of tokens, MiB")
-
-    def validate(self) -> None:
-        if not 0 <= self.kd_alpha <= 1:
-            raise UsageError(f"--kd-alpha is {self.kd_alpha}; expected 0 <= alpha <= 1")
-        if not 0 <= self.taid_t_start <= self.taid_t_end <= 1:
-            raise UsageError(
-                f"--taid-t-start is {self.taid_t_start} and --taid-t-end {self.taid_t_end}; expected "
-                "0 <= start <= end <= 1"
-            )
-        if not 0 <= self.taid_alpha <= 1:
-            raise UsageError(f"--taid-alpha is {self.taid_alpha}; expected 0 to 1")
-        if not 0 <= self.taid_beta < 1:
-            raise UsageError(f"--taid-beta is {self.taid_beta}; expected 0 <= beta < 1")
-        if not 0 <= self.kd_entropy_gate < 1:
-            raise UsageError(f"--kd-entropy-gate is {self.kd_entropy_gate}; expected 0 <= share < 1")
-        if not 0 < self.rho_keep <= 1:
-            raise UsageError(f"--rho-keep is {self.rho_keep}; expected 0 < share <= 1")
-        if not self.z_loss_coeff >= 0:
-            raise UsageError(f"--z-loss-coeff is {self.z_loss_coeff}; expected 0 or more")
-        if self.head_chunk_mbytes < 1:
-            raise UsageError(f"--head-chunk-mbytes is {self.head_chunk_mbytes}; expected at least 1")
-        self.kd_term()
-
-    def kd_term(self) -> KDTerm:
-        """The divergence with all it is told. Raises UsageError, in the names of the flags, for what it refuses."""
-        names = [field.name for field in fields(KDTerm)]
-        told = {name: getattr(self, f"kd_{name}") for name in names if name != "taid_t"}
-        try:
-            return KDTerm(**told, taid_t=self.taid_t_start)
-        except UsageError as error:
-            name = re.compile(rf"\b({'|'.join(names)})\b")
-            message = name.sub(lambda found: f"--kd-{found[1].replace('_', '-')}", str(error))
-            raise UsageError(message) from None
-
-
-@dataclass
 class OptimConfig:
     lr: float = option(3e-4, "peak learning rate", common=True)
     min_lr: float = option(0.0, "learning rate at the end of the decay", common=True)
@@ -162,9 +94,7 @@ class OptimConfig:
     )
     lr_warmup_iters: int = option(0, "steps of linear warm-up from 0", common=True)
     lr_decay_iters: int | None = option(None, "step at which the decay ends (default: train-iters)")
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = option(
-        "minus_sqrt", "shape of WSD's final decay (minus_sqrt: 1 - sqrt)"
-    )
+    lr_wsd_decay_style: DecayShape = option("minus_sqrt", "shape of WSD's final decay (minus_sqrt: 1 - sqrt)")
     lr_wsd_decay_iters: int | None = option(None, "steps of WSD's final decay (default: a tenth of the run)")
     weight_decay: float = option(0.1, "decoupled weight decay; none on norms and biases", common=True)
     adam_beta1: float = option(0.9, "decay of the first moment")
@@ -187,15 +117,24 @@ class OptimConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
 
-    def check_length(self, train_iters: int) -> None:
-        """Refuse phases that do not fit into the run."""
+    def check_length(self, train_iters: int, *, with_phases: bool = False) -> None:
+        """Refuse phases that do not fit into the run. with_phases: of WSD, whatever the learning rate's style."""
         end, decay = self.decay_iters(train_iters), self.wsd_decay_iters(train_iters)
         if self.lr_warmup_iters >= end:
             raise UsageError(f"--lr-warmup-iters {self.lr_warmup_iters} leaves nothing of the {end} decay steps")
-        if self.lr_decay_style == "WSD" and self.lr_warmup_iters + decay > end:
+        if (self.lr_decay_style == "WSD" or with_phases) and self.lr_warmup_iters + decay > end:
             raise UsageError(
                 f"--lr-warmup-iters {self.lr_warmup_iters} + --lr-wsd-decay-iters {decay} exceed --lr-decay-iters {end}"
             )
+
+    def phases(self, train_iters: int) -> Phases:
+        """Those of the WSD style, whether it is chosen or not."""
+        return Phases(
+            end=self.decay_iters(train_iters),
+            warmup=self.lr_warmup_iters,
+            decay=self.wsd_decay_iters(train_iters),
+            decay_style=self.lr_wsd_decay_style,
+        )
 
     def decay_iters(self, train_iters: int) -> int:
         return self.lr_decay_iters or train_iters
@@ -255,7 +194,8 @@ class TrainConfig:
         if self.evaluate.skip_train and not self.data.valid_data_path:
             raise UsageError("--skip-train only evaluates: it needs --valid-data-path")
         self._check_objective()
-        self.optim.check_length(self.training.train_iters)
+        with_phases = self.teacher.load is not None and self.objective.has_phases
+        self.optim.check_length(self.training.train_iters, with_phases=with_phases)
         if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
             raise UsageError(
                 f"--seq-length {self.data.seq_length} is not a multiple of 2 x --context-parallel-size "
@@ -282,6 +222,13 @@ class TrainConfig:
                 f"--kd-tail {objective.kd_tail} is for sparse targets; a model as teacher (--teacher-load) tells its "
                 "whole distribution: drop --kd-tail"
             )
+
+    def kd_schedule(self) -> KDSchedule | None:
+        """What alpha and the temperature are at each step; None where nothing is distilled."""
+        if self.teacher.load is None or self.objective.kd_alpha == 0:
+            return None
+        train_iters = self.training.train_iters
+        return self.objective.schedule(train_iters, self.optim.phases(train_iters))
 
     @property
     def trains_taid(self) -> bool:

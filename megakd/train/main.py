@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from megakd.config import parse
 from megakd.losses.terms import legality_table
 from megakd.train.config import TrainConfig
+from megakd.train.kd_schedule import schedule_help
 from megakd.train.preflight import check_run
 
 HELP = "pre-train a student on an indexed dataset, with or without a teacher (under torchrun or alone)"
@@ -29,7 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="megakd train",
         description="Pre-train a student. Alone: python -m megakd train ...; on several ranks: torchrun "
         "--nproc-per-node N -m megakd train ... The same flags can stand in a YAML file (--config).",
-        epilog=["", "divergences (--kd-divergence):", *(f"  {line}" for line in legality_table().splitlines())],
+        epilog=[
+            "",
+            "divergences (--kd-divergence):",
+            *(f"  {line}" for line in legality_table().splitlines()),
+            "",
+            "schedules (--kd-alpha-schedule, --kd-temperature-schedule):",
+            *schedule_help(),
+        ],
     )
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

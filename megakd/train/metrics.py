@@ -45,6 +45,7 @@ class Metrics:
         self._start_step = start_step
         self._start = self._last = time.perf_counter()
         self._times: list[float] = []
+        self._token_flops: list[float] = []
         self._file: int | None = None
         self._board: Any = None
         if not self._writes or not config.checkpoint.save:
@@ -70,6 +71,7 @@ class Metrics:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._times.append(seconds)
+        self._token_flops.append(self._cost.student + (self._cost.teacher if loss.asked_teacher else 0.0))
         training = self._config.training
         record: dict[str, Any] = {
             "step": step,
@@ -82,6 +84,9 @@ class Metrics:
             "teacher_entropy": loss.teacher_entropy,
             "kd_share": loss.kd_share,
             "taid_t": loss.taid_t,
+            "alpha": loss.alpha,
+            "lm_weight": loss.lm_weight,
+            "temperature": loss.temperature,
             "z_loss": loss.z_loss,
             "grad_norm": update.grad_norm,
             "lr": update.lr,
@@ -91,6 +96,7 @@ class Metrics:
         if step % self._config.logging.log_interval == 0 or step in (self._start_step + 1, training.train_iters):
             self._report(step, record)
             self._times.clear()
+            self._token_flops.clear()
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record and print one evaluation."""
@@ -118,7 +124,7 @@ class Metrics:
         training = self._config.training
         seconds = sum(self._times) / len(self._times)
         tokens = training.global_batch_size * self._config.data.seq_length
-        flops = tokens * (self._cost.student + self._cost.teacher)
+        flops = tokens * sum(self._token_flops) / len(self._token_flops)
         throughput = flops / seconds / self._world_size / 1e12
         left = timedelta(seconds=round(seconds * (training.train_iters - step)))
         parts = [
@@ -133,7 +139,7 @@ class Metrics:
         ]
         if record["kd_loss"] is not None:
             parts += [f"kd loss: {record['kd_loss']:.6E}", f"agreement: {record['agreement']:.4f}"]
-        for key in ("kd_share", "taid_t", "z_loss"):
+        for key in ("alpha", "temperature", "kd_share", "taid_t", "z_loss"):
             if record[key] is not None:
                 parts.append(f"{key.replace('_', ' ')}: {record[key]:.4f}")
         parts += [f"grad norm: {record['grad_norm']:.3f}", f"ETA: {left}"]
@@ -144,7 +150,8 @@ class Metrics:
                 "throughput": throughput, "tokens-per-second": tokens / seconds, "total loss": record["loss"],
                 "lm loss": record["lm_loss"], "kd loss": record["kd_loss"], "teacher agreement": record["agreement"],
                 "teacher entropy": record["teacher_entropy"], "kd share": record["kd_share"],
-                "taid t": record["taid_t"], "z loss": record["z_loss"],
+                "taid t": record["taid_t"], "z loss": record["z_loss"], "kd alpha": record["alpha"],
+                "lm weight": record["lm_weight"], "kd temperature": record["temperature"],
             }  # fmt: skip
             for tag, value in named.items():
                 if value is not None:

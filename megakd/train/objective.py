@@ -16,9 +16,11 @@ from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, Voca
 from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
 from megakd.targets import Targets
-from megakd.train.config import ObjectiveConfig
 from megakd.train.gates import Gated, Gates, apply_gates
+from megakd.train.kd_schedule import KDSchedule
+from megakd.train.objective_config import ObjectiveConfig
 from megakd.train.taid import Taid
+from megakd.train.token_temperature import TokenTemperature
 
 # isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -31,7 +33,7 @@ class TokenLosses:
     loss: the weighted sum; differentiable. It is to be divided by the number of tokens in ``kept_T``.
     mask_T, kept_T, kd_T: bool, the tokens that the loss mask keeps, those of them that are trained on, and those of
         these that get KD. known_T: bool, the tokens whose values were computed.
-    head: the values of every term a token.
+    head: the values of every term a token. temperature_T: of the teacher's logits, where each token has its own.
     """
 
     loss: Tensor
@@ -40,18 +42,21 @@ class TokenLosses:
     kd_T: Tensor
     known_T: Tensor
     head: HeadOutput
+    temperature_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
     """loss = (1 - alpha) · LM + alpha · KD + z_loss_coeff · log_z², each a sum over the tokens that are trained on.
 
-    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0. The mean is taken outside,
+    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0; ``lm_weight`` stands for
+    1 - alpha where it is given. The mean is taken outside,
     once the global batch is complete, over all of its tokens that are trained on: what Rho-1 drops counts no more than
     what is masked (arXiv 2404.07965, equation 4), while a token that the entropy gate takes from KD alone still counts,
     with its LM loss at its weight of 1 - alpha.
 
-    taid: the state of that divergence, which changes the target from step to step.
+    taid: the state of that divergence, which changes the target from step to step. schedule: what alpha and the
+    temperature are at each step; ``at`` makes the objective of one. token_temperature: gives each token its own.
     """
 
     alpha: float
@@ -61,8 +66,29 @@ class Objective:
     z_loss_coeff: float = 0.0
     gates: Gates = Gates()
     taid: Taid | None = None
+    lm_weight: float | None = None
+    schedule: KDSchedule | None = None
+    token_temperature: TokenTemperature | None = None
     implementation: Implementation = "auto"
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step. Where alpha is 0 it has no KD term and asks no teacher but for Rho-1's choice."""
+        if self.schedule is None or self.term is None:
+            return self
+        alpha = self.schedule.alpha.at(step)
+        if alpha == 0:
+            return replace(self, alpha=0.0, term=None, gates=replace(self.gates, entropy_gate=0.0))
+        return replace(self, alpha=alpha, term=replace(self.term, temperature=self.schedule.temperature.at(step)))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.term is not None or self.gates.closed
+
+    @property
+    def lm_share(self) -> float:
+        """What the LM loss of a token weighs."""
+        return 1.0 - self.alpha if self.lm_weight is None else self.lm_weight
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None
@@ -77,25 +103,29 @@ class Objective:
         hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
         gated = self._gate(hidden_TH, weight_vH, labels_T, mask_T, targets)
-        kept_T, kd = gated.kept_T.float(), []
+        kept_T, kd, temperature_T = gated.kept_T.float(), [], None
         if self.term is not None and targets is not None:
             term = self.term if self.taid is None else replace(self.term, taid_t=self.taid.t)
+            if self.token_temperature is not None:
+                tempered = self.token_temperature(targets, term.temperature)
+                targets, temperature_T = tempered.targets, tempered.temperature_T
+                term = replace(term, temperature=1.0)
             kd = [KD(term, targets, gated.kd_T.float() * self.alpha)]
         head = head_loss(
             hidden_TH,
             weight_vH,
             labels_T,
             shard=self.shard,
-            lm_weight_T=kept_T * (1.0 - self.alpha) if kd else kept_T,
+            lm_weight_T=kept_T * self.lm_share if kd or self.term is None else kept_T,
             z_weight_T=kept_T * self.z_loss_coeff if self.z_loss_coeff > 0 else None,
             kd=kd,
             hidden_grad="partial" if self.sequence_parallel else "all_reduce",
             implementation=self.implementation,
             chunk_bytes=self.chunk_bytes,
         )
-        only_kd = bool(kd) and self.alpha == 1 and self.z_loss_coeff == 0
+        only_kd = bool(kd) and self.lm_share == 0 and self.z_loss_coeff == 0
         known_T = gated.kd_T if only_kd else gated.kept_T
-        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, head)
+        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, head, temperature_T)
 
     def advance(self, step: int, kd: float | None) -> None:
         """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
@@ -103,14 +133,15 @@ class Objective:
             self.taid.advance(step, kd)
 
     def held_out(self) -> Objective:
-        """The same loss for evaluation: on all tokens, and with the teacher itself as taid's target, so that values
-        compare over steps and runs."""
+        """The same loss for evaluation: on all tokens, with the teacher itself as taid's target, and with the largest
+        alpha and temperature of schedules, so that values compare over steps and runs."""
         term = replace(self.term, taid_t=1.0) if self.term is not None else None
-        return replace(self, term=term, gates=Gates(), taid=None)
+        return replace(self, term=term, gates=Gates(), taid=None, schedule=None)
 
     def state(self) -> dict[str, Any]:
         """What must be saved with the weights; plain data."""
-        return {} if self.taid is None else {"taid": self.taid.state_dict()}
+        taid = {} if self.taid is None else {"taid": self.taid.state_dict()}
+        return taid if self.schedule is None else {**taid, "schedule": self.schedule.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self.taid is not None and "taid" in state:
@@ -142,6 +173,7 @@ def make_objective(
     padded_vocab_size: int,
     with_teacher: bool,
     train_iters: int,
+    schedule: KDSchedule | None,
 ) -> Objective:
     """The objective for this rank's slice of the vocabulary."""
     rows = padded_vocab_size // groups.parallel.tensor_model_parallel_size
@@ -152,6 +184,7 @@ def make_objective(
         group=groups.tensor if groups.parallel.tensor_model_parallel_size > 1 else None,
     )
     with_kd = with_teacher and config.kd_alpha > 0
+    chunk_bytes = config.head_chunk_mbytes << 20
     taid = Taid(
         t_start=config.taid_t_start,
         t_end=config.taid_t_end,
@@ -167,6 +200,17 @@ def make_objective(
         z_loss_coeff=config.z_loss_coeff,
         gates=Gates(config.rho_keep, config.kd_entropy_gate) if with_teacher else Gates(),
         taid=taid if with_kd and config.kd_divergence == "taid" else None,
+        lm_weight=config.lm_weight if with_kd else None,
+        schedule=schedule if with_kd else None,
+        token_temperature=_token_temperature(config, shard, chunk_bytes) if with_kd else None,
         implementation=config.loss_implementation,
-        chunk_bytes=config.head_chunk_mbytes << 20,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def _token_temperature(config: ObjectiveConfig, shard: VocabShard, chunk_bytes: int) -> TokenTemperature | None:
+    if config.kd_temperature_mode == "static":
+        return None
+    return TokenTemperature(
+        config.kd_temperature_mode, uncertain=config.kd_temperature_uncertain, shard=shard, chunk_bytes=chunk_bytes
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megakd.data.loader import Microbatch, StepBatch
 from megakd.model.attention import slice_sequence
-from megakd.model.teacher import Teacher
+from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
 from megakd.targets import Targets
 from megakd.train.objective import Objective, TokenLosses
@@ -30,7 +30,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 # What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
 _COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens")
-_SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy")
+_SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy", "temperature")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class StepLoss:
     the student's logits, squared; None if it weighs nothing): over those of them that were computed. kd, agreement
     (share of tokens where student and target have one top-1) and teacher_entropy (of the target, after its
     temperature): over the tokens with KD; None without. kd_share: those among all that the loss mask keeps, where a
-    gate may leave some out. taid_t: the teacher's weight in taid's target.
+    gate may leave some out. taid_t: the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where
+    each token has its own; None where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran.
     """
 
     loss: float
@@ -53,6 +54,10 @@ class StepLoss:
     z_loss: float | None = None
     kd_share: float | None = None
     taid_t: float | None = None
+    alpha: float | None = None
+    lm_weight: float | None = None
+    temperature: float | None = None
+    asked_teacher: bool = False
 
 
 def run_step(
@@ -70,7 +75,8 @@ def run_step(
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
     """
-    targets = teacher.targets(batch)
+    objective = objective.at(step)
+    targets = (teacher if objective.needs_teacher else NoTeacher()).targets(batch)
     chunks = student.wrapped
     micro_batch_size, seq_length = batch.microbatch(0).tokens_BS.shape
     run_schedule = get_forward_backward_func()
@@ -132,6 +138,8 @@ def _sums(result: TokenLosses) -> Tensor:
         sums |= {"kd": _sum(kd.value_T, kd_T), "agreement": _sum(kd.agree_T, kd_T)}
         if kd.entropy_T is not None:
             sums |= {"entropy": _sum(kd.entropy_T, kd_T), "entropy_tokens": kd_T.sum()}
+    if result.temperature_T is not None:
+        sums["temperature"] = _sum(result.temperature_T, kd_T)
     zero = torch.zeros((), dtype=torch.float64, device=known_T.device)
     return torch.stack([sums.get(name, zero).double() for name in _SUMS])
 
@@ -156,7 +164,8 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
     def mean(name: str, count: str) -> float:
         return total[name] / max(total[count], 1.0)
 
-    with_kd = objective.term is not None
+    term, with_kd = objective.term, objective.term is not None
+    per_token = objective.token_temperature is not None
     return StepLoss(
         loss=mean("loss", "kept"),
         lm=mean("lm", "known"),
@@ -167,6 +176,10 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
         z_loss=mean("z", "known") if objective.z_loss_coeff > 0 else None,
         kd_share=mean("kd_tokens", "mask") if with_kd and objective.gates.closed else None,
         taid_t=None if objective.taid is None else objective.taid.t,
+        alpha=None if objective.schedule is None else objective.alpha,
+        lm_weight=None if objective.schedule is None else objective.lm_share,
+        temperature=None if term is None else mean("temperature", "kd_tokens") if per_token else term.temperature,
+        asked_teacher=objective.needs_teacher,
     )
 
 

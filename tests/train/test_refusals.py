@@ -20,8 +20,8 @@ from megakd.losses.terms import KDTerm, legality_table
 from megakd.model.config import ModelConfig
 from megakd.model.metadata import read_tensor_names
 from megakd.train import main as train_main
-from megakd.train.config import ObjectiveConfig
 from megakd.train.metrics import _lock
+from megakd.train.objective_config import ObjectiveConfig
 from megakd.train.preflight import check_run
 
 
