@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from megakd import __version__
 from megakd.data.engines import Choice, choose_engine, give_back_memory
 from megakd.data.indexed import best_dtype, concatenate
 from megakd.data.tokenizer import build_tokenizer
-from megakd.durable import HashingWriter, fsync_directory
+from megakd.durable import HashingWriter
 from megakd.errors import DataBudgetError, MismatchError, UsageError
 from megakd.manifest import Manifest
 from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
@@ -32,6 +31,7 @@ from megakd.pipeline.lock import RunLock
 from megakd.pipeline.preprocess_config import PreprocessConfig
 from megakd.pipeline.progress import Progress
 from megakd.pipeline.shards import Counts, Settings, Shard, finished_shards, num_shards
+from megakd.pipeline.unfinished import open_folder, remove_folder
 from megakd.pipeline.workers import WorkerPool
 
 _WORKER = "megakd.pipeline.shard_worker"
@@ -61,8 +61,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         give_back_memory()
 
         root = Path(config.work_dir or config.output_prefix + ".work")
-        folder = root / _fingerprint(config, inputs, choice, description)
-        _make_folder(root, folder)
+        folder = open_folder(root, _fingerprint(config, inputs, choice, description))
         num_workers = config.workers or len(os.sched_getaffinity(0))
         settings = _settings(config, inputs, choice, description, folder, num_workers)
         hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
@@ -89,9 +88,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
                     progress=lambda _: stop.check(),
                 )
             )
-        shutil.rmtree(folder)
-        if not any(root.iterdir()):
-            root.rmdir()
+        remove_folder(root, folder)
         print(
             f"{counts.documents} documents ({counts.empty_documents} empty), {counts.tokens} tokens, "
             f"{counts.bad_records} bad records, {counts.blank_lines} blank lines, "
@@ -119,16 +116,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "absent"
-
-
-def _make_folder(root: Path, folder: Path) -> None:
-    if folder.is_dir():
-        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
-    elif root.is_dir() and any(root.iterdir()):
-        print(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    fsync_directory(root)
-    fsync_directory(root.parent)
 
 
 def _settings(

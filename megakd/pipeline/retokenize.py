@@ -8,7 +8,6 @@ often the run was killed.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +22,14 @@ from megakd.config import option, parse
 from megakd.data.engines import Choice, EngineMode, choose_engine, give_back_memory
 from megakd.data.indexed import IndexedDataset, best_dtype, concatenate
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
-from megakd.durable import HashingWriter, fsync_directory
+from megakd.durable import HashingWriter
 from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError
 from megakd.manifest import Manifest
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
 from megakd.pipeline.progress import Progress
 from megakd.pipeline.retokenize_shards import Counts, Settings, Shard, document_ranges, read_shard
+from megakd.pipeline.unfinished import open_folder, remove_folder
 from megakd.pipeline.workers import WorkerPool
 
 HELP = "turn a dataset into another tokenizer's, document by document"
@@ -118,8 +118,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         give_back_memory()
 
         root = Path(config.work_dir or config.output_prefix + ".work")
-        folder = root / _fingerprint(config, dataset, old, new, choice, shard_tokens)
-        _make_folder(root, folder)
+        folder = open_folder(root, _fingerprint(config, dataset, old, new, choice, shard_tokens))
         settings = Settings(**{**asdict(settings), "choice": choice.as_dict(), "folder": str(folder)})
         ranges = document_ranges(dataset, shard_tokens)
         progress = _encode(config, settings, dataset, ranges, num_workers, stop)
@@ -142,9 +141,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
             tokenizer=new,
             progress=lambda _: stop.check(),
         )
-        shutil.rmtree(folder)
-        if not any(root.iterdir()):
-            root.rmdir()
+        remove_folder(root, folder)
         print(
             f"{counts.documents} documents ({counts.empty_documents} empty), {counts.source_bytes} bytes of text, "
             f"{counts.source_tokens} tokens -> {counts.tokens} tokens; the text of {counts.bad_documents} documents "
@@ -195,16 +192,6 @@ def _fingerprint(
         "flags": [config.append_eod, shard_tokens],
     }
     return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
-
-
-def _make_folder(root: Path, folder: Path) -> None:
-    if folder.is_dir():
-        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
-    elif root.is_dir() and any(root.iterdir()):
-        print(f"starting afresh: what is in {root} is of another input or flags; it may be deleted", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    fsync_directory(root)
-    fsync_directory(root.parent)
 
 
 def _encode(

@@ -23,7 +23,8 @@ from megakd.data.recorded import open_tokenizer
 from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, build_tokenizer
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, UsageError
-from megakd.manifest import read_manifest, verify_files, write_manifest
+from megakd.manifest import write_manifest
+from megakd.pipeline.unfinished import Tally, bad_records, read_committed
 
 _FORMAT, _FORMAT_VERSION = "retokenize-shard", 1
 _BATCH_TOKENS = 1 << 18
@@ -61,8 +62,8 @@ class Settings:
 
 
 @dataclass
-class Counts:
-    """What was met; adds up over shards.
+class Counts(Tally):
+    """What was met.
 
     normalised: documents whose text the new tokens do not give back byte for byte. undecodable: those whose old tokens
     are not all text, such as half a character at a sample's edge. Such documents are kept as they decode; bad_documents
@@ -78,11 +79,6 @@ class Counts:
     tokens: int = 0
     source_bytes: int = 0
     target_bytes: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Add another's counts to these."""
-        for name, count in asdict(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
@@ -107,17 +103,13 @@ def document_ranges(dataset: IndexedDataset, shard_tokens: int) -> list[tuple[in
 def read_shard(folder: str, shard: int, *, verify: bool) -> Shard | None:
     """A shard that was committed; None for one that was not, or whose files are not what was committed (``verify``)."""
     prefix = _prefix(folder, shard)
-    try:
-        manifest = read_manifest(prefix.with_suffix(".json"), format=_FORMAT, version=_FORMAT_VERSION)
-        if verify and verify_files(manifest.path):
-            return None
-    except (UsageError, CorruptError):
+    manifest = read_committed(prefix, format=_FORMAT, version=_FORMAT_VERSION, verify=verify)
+    if manifest is None:
         return None
-    bad_path = prefix.with_suffix(".bad.jsonl")
     return Shard(
         counts=Counts(**manifest.parameters["counts"]),
         part=Part(prefix.with_suffix(".bin"), prefix.with_suffix(".lengths.npy")),
-        bad_path=bad_path if any(record.name == bad_path.name for record in manifest.files) else None,
+        bad_path=bad_records(manifest),
     )
 
 

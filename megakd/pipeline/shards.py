@@ -20,9 +20,10 @@ from megakd.data.engines import Choice, Engine
 from megakd.data.indexed import Part, best_dtype
 from megakd.data.tokenizer import TokenizerType, UnencodableError, build_tokenizer
 from megakd.durable import HashingWriter
-from megakd.errors import CorruptError, UsageError
-from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
+from megakd.errors import CorruptError
+from megakd.manifest import write_manifest
 from megakd.pipeline.records import BadRecord, Kind, Lines, RecordError, count_duplicate_keys, parse_texts
+from megakd.pipeline.unfinished import Tally, bad_records, read_committed
 
 _FORMAT, _FORMAT_VERSION = "preprocess-shard", 1
 _BATCH_BYTES = 1 << 20
@@ -61,8 +62,8 @@ class Settings:
 
 
 @dataclass
-class Counts:
-    """What was met; adds up over shards."""
+class Counts(Tally):
+    """What was met."""
 
     lines: int = 0
     blank_lines: int = 0
@@ -71,11 +72,6 @@ class Counts:
     bad_records: int = 0
     duplicate_keys: int = 0
     tokens: int = 0
-
-    def add(self, other: Counts) -> None:
-        """Add another's counts to these."""
-        for name, count in asdict(other).items():
-            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
@@ -94,13 +90,16 @@ class Shard:
 def read_shard(settings: Settings, file: int, shard: int, *, verify: bool) -> Shard | None:
     """A shard that was committed, None for one that was not, or whose files are not what was committed (``verify``)."""
     prefix = _prefix(settings, file, shard)
-    try:
-        manifest = read_manifest(prefix.with_suffix(".json"), format=_FORMAT, version=_FORMAT_VERSION)
-        if verify and verify_files(manifest.path):
-            return None
-    except (UsageError, CorruptError):
+    manifest = read_committed(prefix, format=_FORMAT, version=_FORMAT_VERSION, verify=verify)
+    if manifest is None:
         return None
-    return _as_shard(settings, prefix, manifest)
+    keys = range(len(settings.json_keys))
+    return Shard(
+        counts=Counts(**manifest.parameters["counts"]),
+        last=bool(manifest.parameters["last"]),
+        parts=[Part(prefix.with_suffix(f".{key}.bin"), prefix.with_suffix(f".{key}.lengths.npy")) for key in keys],
+        bad_path=bad_records(manifest),
+    )
 
 
 def encode_shards(
@@ -275,14 +274,3 @@ def num_shards(settings: Settings, file: int) -> int | None:
 
 def _prefix(settings: Settings, file: int, shard: int) -> Path:
     return Path(settings.folder) / f"{file:06d}-{shard:08d}"
-
-
-def _as_shard(settings: Settings, prefix: Path, manifest: Manifest) -> Shard:
-    keys = range(len(settings.json_keys))
-    bad_path = prefix.with_suffix(".bad.jsonl")
-    return Shard(
-        counts=Counts(**manifest.parameters["counts"]),
-        last=bool(manifest.parameters["last"]),
-        parts=[Part(prefix.with_suffix(f".{key}.bin"), prefix.with_suffix(f".{key}.lengths.npy")) for key in keys],
-        bad_path=bad_path if any(record.name == bad_path.name for record in manifest.files) else None,
-    )

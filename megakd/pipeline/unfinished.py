@@ -1,0 +1,63 @@
+"""Unfinished work on disk: the folder that it waits in, and the shards that were committed there with their counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from megakd.durable import fsync_directory
+from megakd.errors import CorruptError, UsageError
+from megakd.manifest import Manifest, read_manifest, verify_files
+
+
+@dataclass
+class Tally:
+    """Counts that add up over shards; its subclasses name them."""
+
+    def add(self, other: Self) -> None:
+        """Add another's counts to these."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+def open_folder(root: Path, fingerprint: str) -> Path:
+    """The folder of unfinished work with this fingerprint; says on stderr whether it is continued."""
+    folder = root / fingerprint
+    if folder.is_dir():
+        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
+    elif root.is_dir() and any(root.iterdir()):
+        print(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    fsync_directory(root)
+    fsync_directory(root.parent)
+    return folder
+
+
+def remove_folder(root: Path, folder: Path) -> None:
+    """Remove finished work, and ``root`` too where there is no other's."""
+    shutil.rmtree(folder)
+    if not any(root.iterdir()):
+        root.rmdir()
+
+
+def read_committed(prefix: Path, *, format: str, version: int, verify: bool) -> Manifest | None:
+    """The manifest of a shard that was committed at ``prefix``.
+
+    None for one that was not, or, with ``verify``, whose files are not what was committed.
+    """
+    path = prefix.with_suffix(".json")
+    try:
+        manifest = read_manifest(path, format=format, version=version)
+        return None if verify and verify_files(path) else manifest
+    except (UsageError, CorruptError):
+        return None
+
+
+def bad_records(manifest: Manifest) -> Path | None:
+    """The list of a shard's bad records, JSON lines; None where there is none."""
+    name = manifest.path.with_suffix(".bad.jsonl").name
+    return manifest.path.with_name(name) if any(record.name == name for record in manifest.files) else None
