@@ -25,13 +25,19 @@ class Tally:
 
 
 def open_folder(root: Path, fingerprint: str) -> Path:
-    """The folder of unfinished work with this fingerprint; says on stderr whether it is continued."""
+    """The folder of unfinished work with this fingerprint; says on stderr whether it is continued.
+
+    Raises UsageError where ``root`` can be no folder.
+    """
     folder = root / fingerprint
     if folder.is_dir():
         print(f"continuing the unfinished run in {folder}", file=sys.stderr)
     elif root.is_dir() and any(root.iterdir()):
         print(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--work-dir {root}: a file is in its place; expected a folder, new or there") from error
     fsync_directory(root)
     fsync_directory(root.parent)
     return folder

@@ -148,6 +148,12 @@ def test_the_gates_choice_is_what_the_workers_use(tmp_path: Path) -> None:
     assert engine == {"engine": "reference", "reason": "asked for", "routed": []}
 
 
+def test_the_folder_of_unfinished_work_is_no_file(tmp_path: Path) -> None:
+    text = write_lines(tmp_path / "a.jsonl")
+    with pytest.raises(UsageError, match=f"--work-dir {text}: a file is in its place"):
+        preprocess(text, out=tmp_path / "out", flags=("--work-dir", str(text)))
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [

@@ -181,6 +181,8 @@ def test_refusals(tmp_path, models, capsys):
     refused(ExitStatus.USAGE, "expected FOLDER/NAME", "--output-prefix", f"{tmp_path}/")
     refused(ExitStatus.USAGE, "--max-bad-fraction 2", "--max-bad-fraction", "2")
     refused(ExitStatus.USAGE, "--workers -1", "--workers", "-1")
+    for place in (tmp_path / "old.bin", tmp_path / "old.bin" / "below"):
+        refused(ExitStatus.USAGE, f"--work-dir {place}: a file is in its place", "--work-dir", str(place))
     refused(ExitStatus.USAGE, "no such file", "--source-tokenizer-model", str(tmp_path / "gone.model"))
     told = f"opening its tokenizer: --source-tokenizer-model {models['bpe'][1]}"
     refused(ExitStatus.USAGE, told, "--source-tokenizer-model", models["bpe"][1])
