@@ -7,20 +7,14 @@ A stage whose result is there is skipped, so that a second call continues where 
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import corpus
 import report
+from stages import Word, begin, megakd_on_two_ranks, trained
+from text import prepare_text
 
-from megakd.model.record import latest_iteration
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path("examples/demo")
 # fp32, where another layout differs by the order of additions alone; in bf16 rounding noise grows within 20 steps.
 LAYOUTS = {
@@ -30,7 +24,6 @@ LAYOUTS = {
 LAYOUT_STEPS = 20
 LAYOUT_TOLERANCE = 1e-4  # nats, of losses near 8: about 1e-5 relative
 HELD_OUT_BATCHES = 44  # of 16 samples of 256 tokens: nearly the whole split, each sample once
-ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass(frozen=True)
@@ -55,15 +48,13 @@ class Demo:
 
 
 def main() -> None:
-    os.chdir(ROOT)
-    os.environ.update(ENVIRONMENT)
-    print("export " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()))
+    begin()
     demo = Demo(
         seed=int(os.environ.get("DEMO_SEED", "1234")),
         steps=int(os.environ.get("DEMO_STEPS", "400")),
         out=Path(os.environ.get("DEMO_OUT", "demo-out")),
     )
-    prepare_text(demo)
+    prepare_text(demo.text)
     plain, distilled, teacher = demo.runs / "plain", demo.runs / "distilled", demo.runs / "teacher"
     with_teacher = ["--teacher-load", str(teacher)]
     schedule = ["--lr-warmup-iters", str(demo.steps // 20), "--lr-decay-iters", str(demo.steps)]
@@ -91,50 +82,16 @@ def main() -> None:
     print("\n" + report.write(demo.runs, seed=demo.seed))
 
 
-def prepare_text(demo: Demo) -> None:
-    """Corpus, tokenizer, and one indexed dataset for each split."""
-    demo.text.mkdir(parents=True, exist_ok=True)
-    splits = {name: demo.text / f"{name}.jsonl" for name in ("train", "held-out")}
-    model = demo.text / "bpe.model"
-    write = partial(corpus.write_corpus, splits["train"], splits["held-out"])
-    stage(splits["held-out"].exists(), "corpus", lambda: print(write()))
-    stage(model.exists(), "tokenizer", lambda: corpus.train_tokenizer(splits["train"], model))
-    for name, file in splits.items():
-        flags: list[str | Path] = ["--input", file, "--output-prefix", demo.text / name, "--append-eod"]
-        tokenizer: list[str | Path] = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
-        command = partial(run, [sys.executable, "-m", "megakd", "preprocess", *flags, *tokenizer])
-        stage((demo.text / f"{name}_text_document.manifest.json").exists(), f"tokens of {name}", command)
-
-
 def train(demo: Demo, save: Path, config: str, steps: int, *flags: str) -> None:
     """One training run, unless its last checkpoint is there."""
-    done = save.is_dir() and (latest_iteration(save) or 0) >= steps
-    launch(demo, save, config, done, "--train-iters", str(steps), *flags)
+    launch(demo, save, config, trained(save, steps), "--train-iters", str(steps), *flags)
 
 
 def launch(demo: Demo, save: Path, config: str, done: bool, *flags: str) -> None:
-    """``megakd train`` under torchrun on two ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    data: list[str | Path] = ["--data-path", demo.text / "train_text_document", "--save", save]
-    command = [*launcher, "-m", "megakd", "train", "--config", HERE / config, *data, "--seed", str(demo.seed), *flags]
-    stage(done, save.name, partial(run, command))
-
-
-def stage(done: bool, name: str, make: Callable[[], None]) -> None:
-    """Say what comes, and make it unless it is there."""
-    print(f"\n== {name}" + (": done" if done else ""))
-    if not done:
-        make()
-
-
-def run(command: Sequence[str | Path]) -> None:
-    """Print a command so that a reader can run it alone, then run it; end with its status if it fails."""
-    words = [str(word) for word in command]
-    executable = os.path.relpath(words[0]) if words[0].startswith(str(ROOT)) else words[0]
-    print("$ " + shlex.join([executable, *words[1:]]), flush=True)
-    status = subprocess.run(words).returncode
-    if status:
-        sys.exit(f"error: that command ended with status {status}; what is finished is kept: run the demo again")
+    """``megakd train`` on two ranks."""
+    data: list[Word] = ["--data-path", demo.text / "train_text_document", "--save", save]
+    own: list[Word] = ["--config", HERE / config, *data, "--seed", demo.seed]
+    megakd_on_two_ranks(save.name, done, "train", *own, *flags)
 
 
 if __name__ == "__main__":
