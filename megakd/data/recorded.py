@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megakd.data.indexed import IndexedDataset
-from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 
 
@@ -53,14 +53,10 @@ def open_tokenizer(
         raise UsageError(f"{dataset.prefix}: opening its tokenizer: {error}{whose}") from error
     if recorded and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(
-            f"{dataset.prefix}: made with the tokenizer {_name(recorded)}; "
-            f"the one given is {_name(tokenizer.describe())}"
+            f"{dataset.prefix}: made with the tokenizer {name_tokenizer(recorded)}; "
+            f"the one given is {name_tokenizer(tokenizer)}"
         )
     largest = dataset.max_token_id
     if largest is not None and largest >= tokenizer.vocab_size:
         raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
     return tokenizer
-
-
-def _name(tokenizer: Mapping[str, Any]) -> str:
-    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"

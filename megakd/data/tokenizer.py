@@ -156,6 +156,12 @@ def same_tokenizer(one: Mapping[str, Any] | Tokenizer, other: Mapping[str, Any] 
     return all(first[key] == second[key] for key in ("type", "hash", "vocab_size", "eod"))
 
 
+def name_tokenizer(tokenizer: Mapping[str, Any] | Tokenizer) -> str:
+    """Which it is, for messages."""
+    record = tokenizer.describe() if isinstance(tokenizer, Tokenizer) else tokenizer
+    return f"{record.get('type')} {record.get('hash')} (vocabulary {record.get('vocab_size')})"
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece ``.model``. A control token written out in a text is text, as sentencepiece has it."""
 

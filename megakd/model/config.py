@@ -183,6 +183,19 @@ class ModelShape:
     recompute_method: str | None
     recompute_num_layers: int | None
 
+    def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:
+        """The shape of these weights where they are only asked, in this precision: no dropout, no FP4."""
+        return dataclasses.replace(
+            self,
+            transformer_impl=transformer_impl,
+            bf16=bf16,
+            fp8_format=fp8_format,
+            fp8_recipe=fp8_recipe,
+            fp4_format=None,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        )
+
     def check_layout(self, parallel: ParallelConfig, role: str) -> None:
         """Refuse a layout that this shape does not divide into.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from megakd.data.packing import Packing, open_samples
 from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
-from megakd.data.tokenizer import same_tokenizer
+from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.model.config import ModelShape
@@ -155,7 +154,12 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
     tokenizer = common_tokenizer(dataset, record)
-    shape = _shape(config, record)
+    shape = record.shape.frozen(
+        transformer_impl=config.transformer_impl,
+        bf16=record.shape.bf16 if config.bf16 is None else config.bf16,
+        fp8_format=config.fp8_format,
+        fp8_recipe=config.fp8_recipe,
+    )
     shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
@@ -225,9 +229,9 @@ def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[
         return record.tokenizer
     if record.tokenizer is not None and not same_tokenizer(own, record.tokenizer):
         raise MismatchError(
-            f"{dataset.prefix} was made with tokenizer {_name(own)}, the model of {record.path} was trained with "
-            f"{_name(record.tokenizer)}; its probabilities would be of other tokens. 'megakd retokenize' makes the "
-            "dataset in the model's tokens"
+            f"{dataset.prefix} was made with tokenizer {name_tokenizer(own)}, the model of {record.path} was trained "
+            f"with {name_tokenizer(record.tokenizer)}; its probabilities would be of other tokens. 'megakd retokenize' "
+            "makes the dataset in the model's tokens"
         )
     if own["vocab_size"] != record.vocab_size:
         raise MismatchError(
@@ -235,23 +239,6 @@ def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[
             f"{record.vocab_size}"
         )
     return dict(own)
-
-
-def _name(tokenizer: Any) -> str:
-    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"
-
-
-def _shape(config: ScoreConfig, record: CheckpointRecord) -> ModelShape:
-    return dataclasses.replace(
-        record.shape,
-        transformer_impl=config.transformer_impl,
-        bf16=record.shape.bf16 if config.bf16 is None else config.bf16,
-        fp8_format=config.fp8_format,
-        fp8_recipe=config.fp8_recipe,
-        fp4_format=None,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
 
 
 def _precision(shape: ModelShape) -> str:

@@ -5,7 +5,6 @@ Without megatron, and without torch unless a checkpoint's list of tensors is to 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from megakd.data.packing import Packing, open_samples
 from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.selection import SelectedSamples, Selection
-from megakd.data.tokenizer import same_tokenizer
+from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
 from megakd.model.config import ModelShape
@@ -138,14 +137,10 @@ def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:
     for prefix, tokenizer in known[1:]:
         if not same_tokenizer(known[0][1], tokenizer):
             raise MismatchError(
-                f"datasets were made with different tokenizers: {known[0][0]} with {_name(known[0][1])}, "
-                f"{prefix} with {_name(tokenizer)}"
+                f"datasets were made with different tokenizers: {known[0][0]} with {name_tokenizer(known[0][1])}, "
+                f"{prefix} with {name_tokenizer(tokenizer)}"
             )
     return known[0][1] if known else None
-
-
-def _name(tokenizer: dict[str, Any]) -> str:
-    return f"{tokenizer.get('type')} {tokenizer.get('hash')} (vocabulary {tokenizer.get('vocab_size')})"
 
 
 def _check_interleaving(config: TrainConfig, data_size: int) -> None:
@@ -167,22 +162,18 @@ def _check_teacher(
     record = read_record(own.load, own.iteration, role="teacher")
     if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
         raise MismatchError(
-            f"teacher and data have different tokenizers: the teacher was trained with {_name(record.tokenizer)}, the "
-            f"data was made with {_name(tokenizer)}; its probabilities would be of other tokens"
+            "teacher and data have different tokenizers: the teacher was trained with "
+            f"{name_tokenizer(record.tokenizer)}, the data was made with {name_tokenizer(tokenizer)}; its probabilities would be of other tokens"
         )
     if record.vocab_size != vocab_size:
         raise MismatchError(f"teacher: vocabulary {record.vocab_size}, the student's is {vocab_size}")
     layout = config.teacher_parallel()
     layout.data_parallel_size(world_size)
-    shape = dataclasses.replace(
-        record.shape,
+    shape = record.shape.frozen(
         transformer_impl=own.transformer_impl,
         bf16=config.student.bf16 if own.bf16 is None else own.bf16,
         fp8_format=own.fp8_format,
         fp8_recipe=own.fp8_recipe,
-        fp4_format=None,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
     )
     if shape.num_experts and any(
         getattr(layout, name) != getattr(config.parallel, name)
