@@ -10,7 +10,12 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from megakd.durable import explain_no_space
 from megakd.errors import UsageError
+
+
+class HeldError(UsageError):
+    """Another run holds the lock, or has just given it up."""
 
 
 class RunLock:
@@ -18,7 +23,8 @@ class RunLock:
 
     The kernel drops the lock when its process dies, however it dies, and the next run takes over the file it left.
 
-    Raises UsageError where another run holds it, with that run's host, process and start.
+    Raises HeldError where another run holds it, with that run's host, process and start; UsageError where the file
+    system has no locks, without which two runs would spoil each other's files; NoSpaceError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,22 +36,35 @@ class RunLock:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = stream.read().decode(errors="replace").strip() or "it has just started"
+            told = stream.read().decode(errors="replace").strip() or "it has just started"
+            stream.close()
+            raise HeldError(
+                f"{self._path}: another run is writing this output: {told}; wait for it or end it"
+            ) from None
+        except OSError as error:
             stream.close()
             raise UsageError(
-                f"{self._path}: another run is writing this output: {holder}; wait for it or end it"
-            ) from None
+                f"{self._path}: this file system has no locks (flock: {error.strerror}), which keep two runs apart; "
+                "write to another one, or mount it with locks"
+            ) from error
         if not self._path.exists() or not os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
             stream.close()
-            raise UsageError(
+            raise HeldError(
                 f"{self._path}: another run on this output has just ended; run again to replace what it made"
             )
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        stream.truncate(0)
-        stream.write(
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}).encode() + b"\n"
-        )
         self._stream = stream
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        try:
+            with explain_no_space(self._path):
+                stream.truncate(0)
+                stream.write(json.dumps(holder).encode() + b"\n")
+        except OSError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

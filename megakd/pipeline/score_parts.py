@@ -24,7 +24,7 @@ from megakd.data.scores import DTYPES, PER_TOKEN, finish_scores
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
-from megakd.pipeline.lock import RunLock
+from megakd.pipeline.lock import HeldError, RunLock
 
 FORMAT, VERSION = "megakd-scores-part", 1
 _OPTIONAL = ("predicts", "sampled")  # parameters that say so when they are missing
@@ -143,7 +143,7 @@ class Parts:
             lock = RunLock(self._path(index, ".lock"))
             try:
                 lock.__enter__()
-            except UsageError:  # another's
+            except HeldError:
                 continue
             except FileNotFoundError:  # parts are gone: another process has just joined them
                 return None
@@ -189,7 +189,7 @@ class Parts:
         lock = RunLock(self.folder / "score.lock")
         try:
             return lock.__enter__()
-        except UsageError:
+        except HeldError:
             return None
 
     def finish(self, lock: RunLock) -> Manifest:

@@ -42,7 +42,12 @@ class ScoreConfig:
     packing: Packing = option(
         "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
     )
-    output: str = option(..., "folder for the scores; unfinished work stays in its folder parts", common=True)
+    output: str = option(
+        ...,
+        "folder for the scores; unfinished work stays in its folder parts. Jobs on several machines need a file system "
+        "on which flock works across them (NFS does, unless mounted with nolock or local_lock)",
+        common=True,
+    )
     iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
     mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
         "all",
