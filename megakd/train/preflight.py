@@ -163,7 +163,8 @@ def _check_teacher(
     if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
         raise MismatchError(
             "teacher and data have different tokenizers: the teacher was trained with "
-            f"{name_tokenizer(record.tokenizer)}, the data was made with {name_tokenizer(tokenizer)}; its probabilities would be of other tokens"
+            f"{name_tokenizer(record.tokenizer)}, the data was made with {name_tokenizer(tokenizer)}; its "
+            "probabilities would be of other tokens"
         )
     if record.vocab_size != vocab_size:
         raise MismatchError(f"teacher: vocabulary {record.vocab_size}, the student's is {vocab_size}")
