@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megakd.errors import UsageError
-
-Floats = NDArray[np.float64]
+from megakd.pipeline.robust_fit import Floats, Model, descend
 
 MIN_POINTS = 5  # three constants, and something left over to tell the noise by
 _STARTS = np.geomspace(0.03, 1.5, 24)  # exponents to start from; what has been published lies within 0.05 and 0.6
 _EXPONENTS = (1e-3, 10.0)
-_MAX_STEPS = 300
-_MOST_DAMPING = 1e6  # steps that vanish beside the constants
 _LOG_LARGEST = math.log(sys.float_info.max)
 _CHUNK_FLOATS = 1 << 20
 
@@ -135,11 +132,11 @@ def fit_scaling(
     middle = float(np.log(flops_n).mean())
     x_n, log_loss_n = np.log(flops_n) - middle, np.log(loss_n)
     starts_P3 = _starts(x_n, loss_n)
-    tried_P3, cost_P = _descend(
-        x_n, np.broadcast_to(log_loss_n, (len(starts_P3), len(x_n))), starts_P3, huber_delta, 1e-10
-    )
+    model, (lowest_3, highest_3) = _log_law(x_n), _limits(log_loss_n)
+    fit = partial(descend, model, lowest_K=lowest_3, highest_K=highest_3, delta=huber_delta)
+    tried_P3, cost_P = fit(np.broadcast_to(log_loss_n, (len(starts_P3), len(x_n))), starts_P3, tolerance=1e-10)
     best_3 = tried_P3[np.argmin(cost_P)]
-    fitted_n = _log_law(x_n, best_3[None])[0]
+    fitted_n = model(best_3[None])[0][0]
     residuals_n = log_loss_n - fitted_n
     widened_n = residuals_n * math.sqrt(len(x_n) / (len(x_n) - 3))
     random, replicates = np.random.default_rng(seed), []
@@ -147,7 +144,7 @@ def fit_scaling(
     for done in range(0, num_replicates, chunk):
         drawn_Pn = random.choice(widened_n, size=(min(chunk, num_replicates - done), len(x_n)))
         starts_P3 = np.broadcast_to(best_3, (len(drawn_Pn), 3))
-        redrawn_P3, _ = _descend(x_n, fitted_n + drawn_Pn, starts_P3, huber_delta, 1e-5)
+        redrawn_P3, _ = fit(fitted_n + drawn_Pn, starts_P3, tolerance=1e-5)
         replicates += [_law(row_3, middle) for row_3 in redrawn_P3]
     return ScalingFit(_law(best_3, middle), flops_n, loss_n, residuals_n, level, tuple(replicates))
 
@@ -189,58 +186,20 @@ def _law(theta_3: Floats, middle: float) -> ScalingLaw:
     return ScalingLaw(math.exp(log_floor), math.exp(log_term + exponent * middle), exponent)
 
 
-def _log_law(x_n: Floats, theta_P3: Floats) -> Floats:
-    """``[P, n]``: log of the law; theta: logs of the floor, of the falling term at x = 0, of the exponent."""
-    falling_Pn = np.exp(theta_P3[:, 1:2] - np.exp(theta_P3[:, 2:3]) * x_n)
-    law_Pn: Floats = np.log(np.exp(theta_P3[:, :1]) + falling_Pn)
-    return law_Pn
+def _log_law(x_n: Floats) -> Model:
+    """log of the law at x, log compute around its middle; theta: logs of the floor, of the falling term at x = 0, of
+    the exponent."""
+
+    def model(theta_P3: Floats) -> tuple[Floats, Floats]:
+        exponent_P1 = np.exp(theta_P3[:, 2:])
+        falling_Pn = np.exp(theta_P3[:, 1:2] - exponent_P1 * x_n)
+        law_Pn = np.exp(theta_P3[:, :1]) + falling_Pn
+        share_Pn = falling_Pn / law_Pn
+        return np.log(law_Pn), np.stack([1 - share_Pn, share_Pn, -share_Pn * x_n * exponent_P1], axis=1)
+
+    return model
 
 
-def _huber(residuals_Pn: Floats, delta: float) -> Floats:
-    size_Pn = np.abs(residuals_Pn)
-    cost_P: Floats = np.where(size_Pn <= delta, 0.5 * size_Pn**2, delta * (size_Pn - 0.5 * delta)).sum(axis=1)
-    return cost_P
-
-
-def _descend(
-    x_n: Floats, log_loss_Pn: Floats, theta_P3: Floats, delta: float, tolerance: float
-) -> tuple[Floats, Floats]:
-    """Levenberg-Marquardt, P fits at once, each with its own damping: ``(theta_P3, cost_P)``.
-
-    tolerance: a fit is done when a step that helps moves no constant's logarithm by more.
-    """
-    theta_P3 = np.array(theta_P3)
-    damping_P = np.full(len(theta_P3), 1e-2)
-    cost_P = _huber(log_loss_Pn - _log_law(x_n, theta_P3), delta)
-    lowest = np.array([log_loss_Pn.min() - 20, -np.inf, math.log(_EXPONENTS[0])])
-    highest = np.array([log_loss_Pn.max(), np.inf, math.log(_EXPONENTS[1])])
-    left = np.arange(len(theta_P3))  # the fits that are not done
-    for _ in range(_MAX_STEPS):
-        step_P3 = _step(x_n, log_loss_Pn[left], theta_P3[left], damping_P[left], delta)
-        trial_P3 = np.clip(theta_P3[left] + step_P3, lowest, highest)
-        trial_cost_P = _huber(log_loss_Pn[left] - _log_law(x_n, trial_P3), delta)
-        better_P = trial_cost_P < cost_P[left]
-        theta_P3[left[better_P]], cost_P[left[better_P]] = trial_P3[better_P], trial_cost_P[better_P]
-        damping_P[left] = np.clip(damping_P[left] * np.where(better_P, 0.2, 5.0), 1e-10, _MOST_DAMPING)
-        still_P = np.where(better_P, np.abs(step_P3).max(axis=1) > tolerance, damping_P[left] < _MOST_DAMPING)
-        left = left[still_P]
-        if not len(left):
-            break
-    return theta_P3, cost_P
-
-
-def _step(x_n: Floats, log_loss_Pn: Floats, theta_P3: Floats, damping_P: Floats, delta: float) -> Floats:
-    """``[P, 3]``: the damped Gauss-Newton step, each point with the weight that Huber's loss gives it."""
-    exponent_P1 = np.exp(theta_P3[:, 2:])
-    falling_Pn = np.exp(theta_P3[:, 1:2] - exponent_P1 * x_n)
-    law_Pn = np.exp(theta_P3[:, :1]) + falling_Pn
-    residuals_Pn = log_loss_Pn - np.log(law_Pn)
-    share_Pn = falling_Pn / law_Pn
-    slopes_P3n = np.stack([1 - share_Pn, share_Pn, -share_Pn * x_n * exponent_P1], axis=1)
-    weighted_P3n = slopes_P3n * (delta / np.maximum(np.abs(residuals_Pn), delta))[:, None, :]
-    curvature_P33 = weighted_P3n @ slopes_P3n.transpose(0, 2, 1)
-    diagonal_P3 = np.einsum("pii->pi", curvature_P33)
-    damped_P33 = curvature_P33 + np.eye(3) * (damping_P[:, None] * diagonal_P3 + 1e-14)[:, None, :]
-    descent_P31 = weighted_P3n @ residuals_Pn[:, :, None]
-    step_P3: Floats = np.clip(np.linalg.solve(damped_P33, descent_P31)[:, :, 0], -2, 2)
-    return step_P3
+def _limits(log_loss_n: Floats) -> tuple[Floats, Floats]:
+    lowest_3 = np.array([log_loss_n.min() - 20, -np.inf, math.log(_EXPONENTS[0])])
+    return lowest_3, np.array([log_loss_n.max(), np.inf, math.log(_EXPONENTS[1])])
