@@ -15,6 +15,7 @@ VERBS = {
     "show": "megakd.pipeline.show",
     "pack": "megakd.pipeline.pack",
     "score": "megakd.pipeline.score",
+    "proxy": "megakd.pipeline.proxy",
     "select": "megakd.pipeline.select",
     "report": "megakd.pipeline.report",
     "retokenize": "megakd.pipeline.retokenize",

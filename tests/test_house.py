@@ -33,6 +33,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
     ("megakd/train/main.py", "megakd.train.loop"),
     ("megakd/pipeline/score.py", "megakd.pipeline.score_run"),
+    ("megakd/pipeline/proxy.py", "megakd.pipeline.proxy_fit"),
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/triton_kernels.py", "megakd.losses.triton_statistics"),
     ("megakd/losses/triton_kernels.py", "megakd.losses.triton_gradients"),
@@ -48,7 +49,8 @@ TORCH_FREE = (
     "megakd.train.main",
     "megakd.train.preflight",
 )
-RUNS_A_MODEL = ("megakd.pipeline.score_run",)  # what the others load once nothing is left to refuse
+# What the others load once nothing is left to refuse.
+RUNS_A_MODEL = ("megakd.pipeline.score_run", "megakd.pipeline.score_columns", "megakd.pipeline.proxy_fit")
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 
 

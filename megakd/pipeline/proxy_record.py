@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.errors import CorruptError, MismatchError
-from megakd.manifest import Manifest, read_manifest
+from megakd.manifest import HashingWriter, Manifest, read_manifest, write_manifest
 from megakd.model.record import CheckpointRecord, read_record
 
 FORMAT, VERSION = "megakd-proxy", 1
@@ -57,3 +61,37 @@ def read_proxy(folder: str | os.PathLike[str]) -> Proxy:
     if len(head) != record.shape.hidden_size + 1:
         raise CorruptError(f"{path / HEAD}: {len(head)} numbers, expected {record.shape.hidden_size + 1}")
     return Proxy(path, manifest, record, head)
+
+
+def write_proxy(
+    folder: str | os.PathLike[str],
+    head: NDArray[np.float64],
+    held_out: Mapping[str, NDArray[Any]],
+    *,
+    record: CheckpointRecord,
+    parameters: Mapping[str, Any],
+    parents: Mapping[str, str],
+) -> Manifest:
+    """Write what makes a proxy of the checkpoint ``record`` in the folder; the manifest comes last.
+
+    head: ``[hidden_size + 1]``, stored as fp32. held_out: columns of equal length, for the CSV.
+    """
+    path = Path(folder)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(held_out)
+    writer.writerows(zip(*(column.tolist() for column in held_out.values())))
+    files = []
+    for name, content in ((HEAD, head.astype("<f4").tobytes()), (HELD_OUT, text.getvalue().encode())):
+        with HashingWriter(path / name) as stream:
+            stream.write(content)
+            files.append(stream.commit())
+    return write_manifest(
+        path / MANIFEST,
+        format=FORMAT,
+        version=VERSION,
+        parameters={**parameters, "iteration": record.iteration, "seq_length": record.seq_length},
+        parents={**parents, "model": record.fingerprint},
+        tokenizer=record.tokenizer,
+        files=files,
+    )

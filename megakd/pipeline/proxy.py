@@ -1,0 +1,35 @@
+"""``megakd proxy``: a small model that predicts what a teacher and a reference would say. `proxy_fit` does the work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from megakd.config import parse
+from megakd.pipeline.proxy_plan import ProxyConfig, check_proxy
+from megakd.pipeline.score import KNOWN_WARNINGS
+
+HELP = "fit a small model to the score differences of a sample (under torchrun or alone)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; returns its exit status."""
+    config = parse(
+        ProxyConfig,
+        argv,
+        prog="megakd proxy",
+        description="Score a corpus at the price of a small model. Score a sample of it with the teacher and the "
+        "reference (megakd score --sample-fraction 0.05, the same for both); this fits a small model to the difference "
+        "of the two, and 'megakd score --proxy OUTPUT' then predicts it for all samples, as scores that 'megakd select "
+        "--proxy-scores' takes. What it prints says whether to trust it: on a held-out part of the sample, how its "
+        "predictions and what one has without them agree with the truth. Any number of ranks, each with the whole "
+        "model and other samples: there is no tensor or pipeline parallelism here, because a proxy that does not fit "
+        "on one device saves nothing (scoring with it has both). The same command continues a fit that was stopped or "
+        "killed. Alone: python -m megakd proxy ...; on several ranks: torchrun --nproc-per-node N -m megakd proxy ...",
+    )
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    plan = check_proxy(config)
+    from megakd.pipeline.proxy_fit import fit  # late: torch and megatron load for seconds, a wrong flag should not
+
+    return int(fit(config, plan))

@@ -1,0 +1,94 @@
+"""How well a proxy predicts differences it was not fitted on, beside what one has without it: figures, table, plot."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+
+def describe(true: Values, predictions: Mapping[str, Values], *, ratio: float) -> dict[str, dict[str, float | None]]:
+    """For each prediction ``[n]`` of ``true`` ``[n]``, and for a constant, what `judge` finds; and ``constant``.
+
+    A constant keeps at random: it agrees where both keep or both drop by chance, r² + (1 - r)².
+    """
+    figures = {name: judge(true, predicted, ratio=ratio) for name, predicted in predictions.items()}
+    share = math.floor(ratio * len(true)) / len(true)
+    chance = {"pearson": None, "spearman": None, "r_squared": 0.0, "keep_agreement": share**2 + (1 - share) ** 2}
+    return {**figures, "constant": chance}
+
+
+def judge(true: Values, predicted: Values, *, ratio: float) -> dict[str, float | None]:
+    """``pearson``, ``spearman``; ``r_squared``: 1 - squared error / variance; ``keep_agreement``: the share of samples
+    that are kept by both or by neither, where each keeps the ``ratio`` with the largest values.
+
+    Correlations with what is the same for all are None.
+    """
+    return {
+        "pearson": correlation(true, predicted),
+        "spearman": correlation(_ranks(true), _ranks(predicted)),
+        "r_squared": float(1 - ((predicted - true) ** 2).mean() / true.var()) if true.var() > 0 else None,
+        "keep_agreement": float((_kept(true, ratio) == _kept(predicted, ratio)).mean()),
+    }
+
+
+def correlation(one: Values, other: Values) -> float | None:
+    """Pearson's."""
+    spreads = one - one.mean(), other - other.mean()
+    size = math.sqrt((spreads[0] ** 2).sum() * (spreads[1] ** 2).sum())
+    return float((spreads[0] * spreads[1]).sum() / size) if size > 0 else None
+
+
+def fit_line(x: Values, y: Values) -> tuple[float, float]:
+    """``(a, b)`` of the least squares of ``y - a - b x``."""
+    spread = x - x.mean()
+    slope = float((spread * y).sum() / (spread**2).sum()) if spread.any() else 0.0
+    return float(y.mean()) - slope * float(x.mean()), slope
+
+
+def table(figures: Mapping[str, Mapping[str, float | None]], *, ratio: float) -> str:
+    """A line for each prediction."""
+    lines = [f"{'':<24}{'Pearson':>9}{'Spearman':>10}{'R²':>9}{f'agrees at {ratio:g}':>16}"]
+    for name, row in figures.items():
+        cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("pearson", "spearman", "r_squared")]
+        lines.append(f"{name:<24}{cells[0]:>9}{cells[1]:>10}{cells[2]:>9}{row['keep_agreement']:>16.4f}")
+    return "\n".join(lines)
+
+
+def draw(true: Values, predicted: Values) -> bytes:
+    """A PNG: predicted against true differences, a point a sample."""
+    import matplotlib  # late: it loads for a second, and --help and refusals draw nothing
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    axes.plot(true, predicted, ls="", marker=".", ms=3, alpha=0.5)
+    ends = [min(true.min(), predicted.min()), max(true.max(), predicted.max())]
+    axes.plot(ends, ends, "r:", lw=0.8, label="equal")
+    axes.set(xlabel="true difference, nats a token", ylabel="predicted")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _ranks(values: Values) -> Values:
+    """Ranks from 0, the mean of their ranks for equal ones."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    means: Values = (ends - 1 + ends - counts) / 2.0
+    return means[inverse]
+
+
+def _kept(values: Values, ratio: float) -> NDArray[np.bool_]:
+    kept = np.zeros(len(values), np.bool_)
+    kept[np.argsort(-values, kind="stable")[: math.floor(ratio * len(values))]] = True
+    return kept
