@@ -62,9 +62,9 @@ def make_config(argv: list[str]) -> ProxyConfig:
     return config
 
 
-def plant(prefix: Path) -> str:
+def plant(prefix: Path, *, seed: int = 1) -> str:
     """Tokens in which each sample has a share of its own of the ids below 50."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     shares = rng.random(SAMPLES)
     low = rng.random((SAMPLES, SEQ)) < shares[:, None]
     tokens = np.where(low, rng.integers(0, 50, low.shape), rng.integers(50, VOCAB - 1, low.shape)).reshape(-1)
@@ -109,9 +109,9 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """A corpus with a planted difference, scores of a sample, a model, and the proxy fitted by one rank."""
     folder = tmp_path_factory.mktemp("proxy")
     made: dict[str, Any] = {"folder": folder, "data": plant(folder / "data")}
-    made["other"] = plant(folder / "other data")
+    made["other"] = plant(folder / "other data", seed=2)
     tree = make_tree(made["data"], training={"train_iters": 1}, checkpoint={"save": str(folder / "model")})
-    tree["student"] |= {"num_layers": 1, "untie_embeddings_and_output_weights": True}
+    tree["student"] |= {"num_layers": 2, "untie_embeddings_and_output_weights": True}
     assert world(1).run(run_training, tree) == [0]
     made["ids"] = draw_sample(SAMPLES, fraction=FRACTION, seed=1234)
     made["pair"] = write_pair(folder / "scores", made["data"], truth(made["data"]), ids=made["ids"])
@@ -186,8 +186,6 @@ def test_its_scores_select_what_it_predicts(
 def test_predictions_do_not_depend_on_ranks(
     layout: list[str], made: dict[str, Any], world: Worlds, tmp_path: Path
 ) -> None:
-    if "--pipeline-model-parallel-size" in layout:
-        pytest.skip("the model has one layer")
     folder = made["folder"] / "whole"
     assert world(1).run(call, "score", score_flags(made, folder, tmp_path / "one")) == [0]
     assert set(world(2).run(call, "score", score_flags(made, folder, tmp_path / "two", *layout))) == {0}
@@ -259,7 +257,7 @@ def test_what_does_not_belong_together_is_refused(made: dict[str, Any], world: W
     with pytest.raises(CorruptError, match=f"1 samples.*{made['ids'][3]}"):
         check_proxy(make_config([*flags, "--output", str(tmp_path / "p"), *infinite]))
     same = write_pair(tmp_path / "same", made["data"], np.zeros(SAMPLES), ids=made["ids"])
-    with pytest.raises(UsageError, match="nothing to learn|belong|same scores"):
+    with pytest.raises(UsageError, match="nothing to learn"):
         check_proxy(make_config([*flags, "--output", str(tmp_path / "p"), *same]))
     assert not (tmp_path / "p").exists()
 
