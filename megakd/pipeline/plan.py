@@ -1,4 +1,4 @@
-"""``megakd plan``: what refining a corpus costs and whether it pays, and how a training curve goes on."""
+"""``megakd plan``: what refining a corpus costs and whether it pays, whether a teacher does, how a curve goes on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import orjson
 from megakd.config import parse, to_dict
 from megakd.durable import atomic_write
 from megakd.errors import ExitStatus, UsageError
+from megakd.pipeline.distillation_law import law_as_dict
 from megakd.pipeline.plan_config import CostConfig, FitConfig, PlanConfig
 from megakd.pipeline.plan_costs import (
     Refinement,
@@ -22,12 +23,14 @@ from megakd.pipeline.plan_costs import (
     storage,
     vanilla_kd_steps,
 )
+from megakd.pipeline.plan_distill import DistillPlan, distillation_as_dict, plan_distillation
+from megakd.pipeline.plan_distill_text import describe_distillation
 from megakd.pipeline.plan_plot import draw_fits
 from megakd.pipeline.plan_points import Curve, read_curves
 from megakd.pipeline.plan_text import FIT_NOTE, describe_costs, describe_fit
 from megakd.pipeline.scaling import Estimate, ScalingFit, fit_scaling
 
-HELP = "count what refining and training cost, fit scaling laws to training curves"
+HELP = "count what refining and training cost, fit scaling laws to training curves, weigh a teacher against more data"
 FORMAT, VERSION = "megakd-plan", 1
 
 
@@ -51,12 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.output is not None:
             until = max(flops for several in targets for flops in several)
             picture = draw_fits([curve.name for curve in curves], fits, until_flops=until)
+    distillation: DistillPlan | None = None
+    if config.distillation.distill or config.distillation.distill_fit:
+        vocab_size, seq_length = config.cost.vocab_size, config.cost.seq_length
+        distillation = plan_distillation(config.distillation, vocab_size=vocab_size, seq_length=seq_length)
+        lines += describe_distillation(distillation)
+        result["distillation"] = distillation_as_dict(distillation)
     print("\n".join(lines).rstrip())
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "plan.md", ("\n".join(lines).rstrip() + "\n").encode())
         atomic_write(folder / "plan.json", orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        if distillation is not None and distillation.fit is not None:
+            law = orjson.dumps(law_as_dict(distillation.law), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            atomic_write(folder / "distillation_law.json", law)
         if picture is not None:
             atomic_write(folder / "scaling.png", picture)
     return ExitStatus.COMPLETE

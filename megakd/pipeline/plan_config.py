@@ -10,6 +10,7 @@ from typing import Literal
 from megakd.config import group, option
 from megakd.errors import UsageError
 from megakd.pipeline.plan_costs import ModelSize, Refinement, model_size
+from megakd.pipeline.plan_distill import DistillConfig
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,17 @@ class PlanConfig:
 
     cost: CostConfig = group(CostConfig, "costs")
     scaling: FitConfig = group(FitConfig, "scaling law")
-    output: str | None = option(None, "folder for plan.md, plan.json and scaling.png", common=True)
+    distillation: DistillConfig = group(DistillConfig, "distillation scaling law: is a teacher worth it")
+    output: str | None = option(
+        None, "folder for plan.md, plan.json, scaling.png and distillation_law.json", common=True
+    )
 
     def validate(self) -> None:
         """Something to do, and somewhere to put it."""
-        if not (self.cost.student or self.scaling.fit):
-            raise UsageError("nothing to plan: give --student SIZE... --teacher SIZE --reference SIZE, or --fit PATH")
+        if not (self.cost.student or self.scaling.fit or self.distillation.distill or self.distillation.distill_fit):
+            raise UsageError(
+                "nothing to plan: give --student SIZE... --teacher SIZE --reference SIZE, --fit PATH, or "
+                "--distill SIZE... --distill-teacher SIZE..."
+            )
         if self.output is not None and Path(self.output).exists() and not Path(self.output).is_dir():
             raise UsageError(f"--output {self.output} is a file; expected a folder")

@@ -32,11 +32,13 @@ _MOST_EPOCHS, _SMALLEST_RATIO, _PLENTY_RATIO = 4.0, 0.25, 0.5
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters: N. attention: FLOPs of attention scores, as a share of 2N; None where the shape is not known."""
+    """parameters: N. attention: FLOPs of attention scores, as a share of 2N; None where the shape is not known.
+    projection: of N, the vocabulary's; 0 where the shape is not known."""
 
     name: str
     parameters: float
     attention: float | None
+    projection: float = 0.0
 
 
 def model_size(spec: str, *, flag: str, vocab_size: int, seq_length: int) -> ModelSize:
@@ -64,9 +66,10 @@ def model_size(spec: str, *, flag: str, vocab_size: int, seq_length: int) -> Mod
     return ModelSize(spec, *_count(preset.resolve(flag), vocab_size, seq_length))
 
 
-def _count(shape: ModelShape, vocab_size: int, seq_length: int) -> tuple[float, float]:
+def _count(shape: ModelShape, vocab_size: int, seq_length: int) -> tuple[float, float, float]:
     parameters = shape_parameters(shape, vocab_size)
-    return parameters, shape.flops_forward(seq_length=seq_length, vocab_size=vocab_size) / (2 * parameters) - 1
+    attention = shape.flops_forward(seq_length=seq_length, vocab_size=vocab_size) / (2 * parameters) - 1
+    return parameters, attention, float(shape.hidden_size * vocab_size)
 
 
 def shape_parameters(shape: ModelShape, vocab_size: int) -> float:

@@ -60,7 +60,7 @@ def describe_fit(curve: Curve, fit: ScalingFit, flops: Sequence[float], first: t
         f"L(C) = {law.floor:.4f} + {law.coefficient:.3g} / C^{law.exponent:.4f}, from {len(fit.loss_n)} points, "
         f"C {fit.flops_n[0]:.3g} to {fit.flops_n[-1]:.3g}, mean distance {noise:.2%}.",
         "",
-        *_table(["", "value", f"{percent} from", "to"], rows),
+        *table(["", "value", f"{percent} from", "to"], rows),
     ]
     name, other = first
     if fit is not other:
@@ -89,7 +89,7 @@ def _models(plan: Refinement) -> list[str]:
         "A token costs 2N FLOPs forward, 6N in training. N: the parameters that multiply a token, with one projection",
         "to the vocabulary, without an untied input embedding (a lookup) and attention scores; a number is taken as N.",
         "",
-        *_table(["", "", "N", "attention scores would add"], rows),
+        *table(["", "", "N", "attention scores would add"], rows),
         "",
     ]
 
@@ -114,7 +114,7 @@ def _work(config: CostConfig, plan: Refinement) -> list[str]:
             row += [f"{hours:,.1f}"]
             row += [f"{hours / 24 / config.num_gpus:.2f}"] if config.num_gpus is not None else []
         rows.append(row)
-    return ["## Work", "", *_table(headings, rows), ""]
+    return ["## Work", "", *table(headings, rows), ""]
 
 
 def _steps(plan: Refinement) -> list[str]:
@@ -126,7 +126,7 @@ def _steps(plan: Refinement) -> list[str]:
     return [
         "## Steps at equal FLOPs of training",
         "",
-        *_table(["student", "alone, or on refined data", "vanilla KD", "MiniLLM"], rows),
+        *table(["student", "alone, or on refined data", "vanilla KD", "MiniLLM"], rows),
         "",
         "Scoring is not in this comparison (nor in the paper's); it is below.",
         "",
@@ -138,7 +138,7 @@ def _amortisation(plan: Refinement) -> list[str]:
     return [
         "## The work before, as a share of one student's training, when so many students use it",
         "",
-        *_table(["student", *map(str, STUDENT_COUNTS)], rows),
+        *table(["student", *map(str, STUDENT_COUNTS)], rows),
         "",
         f"From {plan.break_even_runs:.1f} students on it costs less than a teacher beside each of them for "
         f"{plan.train_tokens:.3g} tokens.",
@@ -158,7 +158,7 @@ def _data(plan: Refinement) -> list[str]:
     return [
         f"## Data: {plan.scored_tokens:.4g} tokens to choose from, {plan.train_tokens:.4g} to train on",
         "",
-        *_table(["ratio", "tokens kept", "epochs", "", ""], rows),
+        *table(["ratio", "tokens kept", "epochs", "", ""], rows),
         "",
         advice.text,
         "Measured was training on 0.5 and on 1 times the tokens there are; between and beyond is a rule of thumb.",
@@ -175,7 +175,7 @@ def _storage(config: CostConfig, plan: Refinement) -> list[str]:
         ["the selection", _bytes(on_disk.selection)],
         ["a refined copy (--materialize; training from the selection needs none)", _bytes(on_disk.refined)],
     ]
-    return ["## Storage", "", *_table(["", ""], rows), ""]
+    return ["## Storage", "", *table(["", ""], rows), ""]
 
 
 def _bytes(count: int) -> str:
@@ -195,12 +195,15 @@ def _spread(estimate: Estimate, form: str) -> list[str]:
     return [format(value, form) for value in (estimate.value, estimate.low, estimate.high)]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table with its columns aligned; numbers to the right."""
     widths = [max(3, *(len(row[column]) for row in [headings, *rows])) for column in range(len(headings))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(headings, widths)) + " |"]
     lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     for row in rows:
-        cells = [cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = [
+            cell.rjust(width) if cell.lstrip("-")[:1].isdigit() else cell.ljust(width)
+            for cell, width in zip(row, widths)
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -14,7 +14,6 @@ Floats = NDArray[np.float64]
 Model = Callable[[Floats], tuple[Floats, Floats]]
 """``theta_PK -> (log_law_Pn, slopes_PKn)``: log of the law, and its derivatives by the constants."""
 
-_MAX_STEPS = 300
 _MOST_DAMPING = 1e6  # steps that vanish beside the constants
 
 
@@ -27,6 +26,7 @@ def descend(
     highest_K: Floats,
     delta: float,
     tolerance: float,
+    max_steps: int = 300,
 ) -> tuple[Floats, Floats]:
     """Minimise the sum of Huber(log value - log law) from every start, each with its own damping: ``(theta, cost_P)``.
 
@@ -37,7 +37,7 @@ def descend(
     damping_P = np.full(len(theta_PK), 1e-2)
     cost_P = _huber(log_value_Pn - model(theta_PK)[0], delta)
     left = np.arange(len(theta_PK))  # the fits that are not done
-    for _ in range(_MAX_STEPS):
+    for _ in range(max_steps):
         step_PK = _step(model, log_value_Pn[left], theta_PK[left], damping_P[left], delta)
         trial_PK = np.clip(theta_PK[left] + step_PK, lowest_K, highest_K)
         trial_cost_P = _huber(log_value_Pn[left] - model(trial_PK)[0], delta)
