@@ -123,3 +123,54 @@ def gather_bytes(
     source: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64], out: NDArray[np.uint8]
 ) -> None:
     """Copies ranges of bytes one behind the other. Raises ValueError for a range beyond the source."""
+
+ROW_CODE_LENGTHS: int
+"""Bytes of a shard's table of code lengths."""
+ROW_READ_AHEAD: int
+"""Bytes behind a record that its decoder may look at."""
+
+class RowEncoder:
+    """Not a sweep: rows of a logits store to bytes (csrc/row_encoder.h). ``ranks``: of each id."""
+
+    def __init__(
+        self,
+        ranks: NDArray[np.int32],
+        *,
+        value: Literal["8", "16", "32", "count"],
+        has_tail: bool,
+        draws: int,
+        rows_for_codes: int,
+    ) -> None: ...
+    def add(
+        self,
+        ids: NDArray[np.int64] | None,
+        values: NDArray[np.float32] | NDArray[np.int32] | None,
+        entropies: NDArray[np.float32] | None,
+    ) -> None:
+        """One sample: ids and what they carry ``[rows, width]``; all None for one without targets. Raises ValueError
+        for rows that cannot be stored; then nothing was taken."""
+
+    def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint8]]:
+        """Payload, with the bytes to read ahead; ``[samples + 1]`` offsets in it; code lengths."""
+
+class RowDecoder:
+    """Not a sweep: bytes of a logits store to rows (csrc/row_decoder.h). Raises ValueError for lengths of no code."""
+
+    def __init__(
+        self,
+        ids_of_ranks: NDArray[np.int32],
+        *,
+        value: Literal["8", "16", "32", "count"],
+        has_tail: bool,
+        draws: int,
+        lengths: NDArray[np.uint8],
+    ) -> None: ...
+    def decode(
+        self,
+        record: NDArray[np.uint8],
+        ids: NDArray[np.int64],
+        log_probs: NDArray[np.float32],
+        entropies: NDArray[np.float32],
+    ) -> int:
+        """Fills the rows of a record, which has the bytes to read ahead behind it; rows behind the last are left as
+        they are. Returns -1, or the row that is not what the encoder writes."""
