@@ -121,6 +121,18 @@ def test_changes_are_told() -> None:
     assert lm == "lm_weight: 1 - alpha there, 1.0 here"
 
 
+def test_evaluation_has_one_alpha_and_temperature() -> None:
+    from megakd.losses.head import KDTerm, VocabShard
+    from megakd.train.objective import Objective
+
+    schedule = KDSchedule(make("linear_down"), make("cosine", 4.0, 1.0))
+    objective = Objective(0.9, KDTerm(temperature=4.0), VocabShard(0, 8, 8, None), False, schedule=schedule)
+    now, held_out = objective.at(25), objective.held_out().at(25)
+    assert now.term is not None and held_out.term is not None
+    assert (now.alpha, now.term.temperature) == (pytest.approx(0.5), pytest.approx(2.5))
+    assert (held_out.alpha, held_out.term.temperature) == (0.9, 4.0)
+
+
 def test_help_has_a_line_for_every_shape() -> None:
     lines = schedule_help()
     assert [line.split()[0] for line in lines if line[2] != " "] == list(SHAPES)
@@ -254,10 +266,9 @@ def run_tree(setting: dict[str, Any], save: Path, **training: Any) -> dict[str, 
     )
 
 
-def test_a_cut_run_continues_to_the_bit(
-    setting: dict[str, Any], world: Worlds, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Cut while alpha decays. Another schedule on the way is told, and taken from there on."""
+@pytest.mark.slow
+def test_a_cut_run_continues_to_the_bit(setting: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+    """Cut while alpha decays. Another schedule is taken from there on."""
     whole, cut, changed = tmp_path / "whole", tmp_path / "cut", tmp_path / "changed"
     assert set(world(2).run(run_training, run_tree(setting, whole))) == {0}
     found = record(whole)
@@ -279,6 +290,7 @@ def test_a_cut_run_continues_to_the_bit(
     assert manifest["parameters"]["objective_state"]["schedule"]["alpha"]["shape"] == "wsd"
 
 
+@pytest.mark.slow
 def test_an_extended_run_goes_on_with_the_longer_schedule(
     setting: dict[str, Any], world: Worlds, tmp_path: Path
 ) -> None:
