@@ -16,11 +16,10 @@ from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, Scores
-from megakd.data.selection import MANIFEST as SELECTION
-from megakd.data.selection import Selection
 from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.pipeline.select_config import SelectConfig
+from megakd.pipeline.select_excluded import read_excluded
 
 _SAMPLES_AT_ONCE = 1 << 12
 _SHOWN = 5
@@ -91,7 +90,7 @@ def open_sources(config: SelectConfig) -> list[Source]:
             scores[name] = found[dataset]
             _check_pair(anchor, scores[name])
         samples = _open_samples(config, index, anchor) if config.data_path else None
-        excluded, excluded_by = _read_excluded(config, datasets, anchor)
+        excluded, excluded_by = read_excluded(config, datasets, anchor)
         sources.append(
             Source(
                 output=Path(output),
@@ -192,53 +191,3 @@ def sample_bytes(samples: Samples, token_bytes: NDArray[np.int32], *, skip_after
         before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
         sizes[ids] = before[ends - base] - before[np.minimum(starts + 1, ends) - base]  # empty documents have no first
     return sizes
-
-
-def _read_excluded(
-    config: SelectConfig, datasets: set[str], scores: Scores
-) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """The sorted ids to leave out of one of the datasets, and the fingerprints of the selections that name them."""
-    parts: list[NDArray[np.int64]] = []
-    parents: dict[str, str] = {}
-    for entry in config.exclude_ids:
-        path = Path(entry)
-        if (path / SELECTION).is_file():
-            selection = Selection(path)
-            if selection.dataset not in datasets:
-                raise MismatchError(
-                    f"--exclude-ids {path}: a selection from dataset {selection.dataset}, the scores are of "
-                    f"{', '.join(sorted(datasets))}"
-                )
-            if selection.dataset != scores.manifest.parents["dataset"]:
-                continue  # it speaks of another one of the datasets
-            for key, own in (("packing", selection.packing), ("seq_length", selection.seq_length)):
-                if own != scores.manifest.parameters[key]:
-                    raise MismatchError(
-                        f"--exclude-ids {path}: selected with {key} {own}, the scores have "
-                        f"{scores.manifest.parameters[key]}: its ids name other samples"
-                    )
-            parents[f"excluded {len(parents)}"] = selection.fingerprint
-            parts.append(selection.ids)
-        elif len(config.output) > 1:
-            raise UsageError(f"--exclude-ids {path}: ids of which dataset? With several, exclude by selections")
-        else:
-            parts.append(_read_ids(path, scores.num_samples))
-    if len(parts) == 1:
-        return parts[0], parents  # a selection stays on disk
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *parts])), parents
-
-
-def _read_ids(path: Path, num_samples: int) -> NDArray[np.int64]:
-    if not path.is_file():
-        raise UsageError(f"--exclude-ids {path}: no such file, and no selection")
-    try:
-        ids = np.load(path) if path.suffix == ".npy" else np.array(path.read_bytes().split(), dtype=np.int64)
-    except (ValueError, OverflowError, EOFError) as error:
-        raise UsageError(f"--exclude-ids {path}: {error}: expected one sample id in a line, or .npy") from error
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise UsageError(f"--exclude-ids {path}: shape {ids.shape}, dtype {ids.dtype}: expected one axis of integers")
-    ids = np.unique(ids.astype(np.int64))
-    outside = ids[(ids < 0) | (ids >= num_samples)]
-    if len(outside):
-        raise UsageError(f"--exclude-ids {path}: sample id {outside[0]} of {num_samples} samples")
-    return ids

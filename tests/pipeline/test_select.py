@@ -15,7 +15,7 @@ from pipeline.select_twin import ordered, scores_of, write
 
 from megakd.data.selection import Selection
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.pipeline import select_threshold
+from megakd.pipeline import select_excluded, select_threshold
 from megakd.pipeline.select import main
 
 
@@ -229,9 +229,28 @@ def test_excluded_samples(tmp_path: Path) -> None:
     for name in ("ids.txt", "ids.npy"):
         with pytest.raises(UsageError, match=f"{name}: .* expected one sample id in a line"):
             run(*corpus.flags(), "--exclude-ids", tmp_path / name)
+    np.save(tmp_path / "ids.npy", np.zeros((2, 2), np.int64))
+    with pytest.raises(UsageError, match=r"ids.npy: shape \(2, 2\), .* expected one axis of integers"):
+        run(*corpus.flags(), "--exclude-ids", tmp_path / "ids.npy")
+    np.save(tmp_path / "ids.npy", np.zeros(0, np.int64))
+    assert run(*corpus.flags(), "--exclude-ids", tmp_path / "ids.npy") == corpus.twin()
     np.save(tmp_path / "ids.npy", np.arange(60))
     with pytest.raises(UsageError, match="no sample to select from: all are excluded"):
         run(*corpus.flags(), "--exclude-ids", tmp_path / "ids.npy")
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
+def test_ids_are_sorted_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(select_excluded, "_AT_ONCE", at_once)
+    corpus = Corpus(tmp_path, [60], 9, levels=9)
+    rng = np.random.default_rng(at_once)
+    one, other = rng.integers(0, 60, 40), rng.integers(0, 60, 3)  # doubled ones among them
+    (tmp_path / "one").write_text("".join(f"{i}{' ' if i % 3 else chr(10)}" for i in one))
+    np.save(tmp_path / "other.npy", other.astype(np.uint16))
+    flags = ["--exclude-ids", tmp_path / "one", tmp_path / "other.npy"]
+    assert run(*corpus.flags(), *flags) == corpus.twin(excluded={*one.tolist(), *other.tolist()})
+    pieces = [one, one[:0], other]
+    assert select_excluded.sort_unique(pieces).tolist() == sorted({*one.tolist(), *other.tolist()})
 
 
 def test_scores_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
