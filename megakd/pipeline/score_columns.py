@@ -38,7 +38,7 @@ class LogProbColumns:
         )
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
-        """By file name, a row for each sample."""
+        """By file name, a row for each stretch, as `RangeColumns.add` takes them."""
         labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
         reading = read_head(
             targets.hidden_TH,
@@ -59,18 +59,12 @@ class LogProbColumns:
             )
         # by numpy, whose order of addition does not depend on threads
         sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
-        columns = {LOG_PROBS: sums_B.astype(np.float32), COUNTS: mask_BS.sum(axis=1, dtype=np.int32)}
+        columns = {LOG_PROBS: sums_B, COUNTS: mask_BS.sum(axis=1)}
         if TOKEN_LOG_PROBS in self._columns:
-            columns[TOKEN_LOG_PROBS] = self._whole_rows(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
+            columns[TOKEN_LOG_PROBS] = _to_half(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
         if reading.entropy_T is not None:
-            columns[TOKEN_ENTROPIES] = self._whole_rows(_to_numpy(reading.entropy_T, shape), mask_BS)
+            columns[TOKEN_ENTROPIES] = _to_half(_to_numpy(reading.entropy_T, shape), mask_BS)
         return columns
-
-    def _whole_rows(self, values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
-        """``[B, seq_length]``, NaN where no label was scored."""
-        rows = np.full((len(values_BS), self._config.seq_length), np.nan, dtype=np.float16)
-        rows[:, : values_BS.shape[1]] = np.where(mask_BS, values_BS, np.nan)
-        return rows
 
 
 class PredictedColumns:
@@ -88,18 +82,18 @@ class PredictedColumns:
             self._head.bias.copy_(torch.from_numpy(plan.proxy.head[-1:].copy()))
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
-        """By file name, a row for each sample."""
+        """By file name, a row for each sample, as `RangeColumns.add` takes them."""
         batch, width = microbatch.tokens_BS.shape
         mask_BS = torch.from_numpy(microbatch.loss_mask_BS).to(self._device)
         per_token_B = self._head(targets.hidden_TH.view(width, batch, -1), mask_BS).cpu().numpy().astype(np.float64)
-        counts_B = microbatch.loss_mask_BS.sum(axis=1, dtype=np.int32)
+        counts_B = microbatch.loss_mask_BS.sum(axis=1)
         bad_B = (counts_B > 0) & ~np.isfinite(per_token_B)
         if bad_B.any():
             raise CorruptError(
                 f"{self._folder}: what is predicted for samples {microbatch.sample_ids_B[bad_B][:8].tolist()} is not "
                 "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
-        return {LOG_PROBS: (per_token_B * counts_B).astype(np.float32), COUNTS: counts_B}
+        return {LOG_PROBS: np.where(counts_B > 0, per_token_B * counts_B, 0.0), COUNTS: counts_B}
 
 
 def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -107,3 +101,8 @@ def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[
     assert values_T is not None
     array: NDArray[np.float32] = values_T.view(shape[1], shape[0]).t().float().contiguous().cpu().numpy()
     return array
+
+
+def _to_half(values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
+    """fp16, NaN where no label was scored."""
+    return np.where(mask_BS, values_BS, np.nan).astype(np.float16)

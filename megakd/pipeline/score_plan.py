@@ -52,7 +52,7 @@ class ScoreConfig:
     mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
         "all",
         "all: every position is scored; skip_after_eod: not the token after an end of document (MiniPLM's code); "
-        "reset: each document by itself (refused: the layers take no attention mask)",
+        "reset: each document by itself, as with an attention mask and positions by document",
         common=True,
     )
     per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
@@ -105,11 +105,6 @@ class ScoreConfig:
             )
         if not 0 < self.sample_fraction <= 1:
             raise UsageError(f"--sample-fraction {self.sample_fraction}: expected more than 0, and 1 for all samples")
-        if self.mask_policy == "reset":
-            raise UsageError(
-                "--mask-policy reset needs an attention mask by document, which the model's layers do not take; use "
-                "all, or skip_after_eod, which leaves out each document's first token"
-            )
         self.parallel().validate()
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
             raise UsageError(
@@ -135,7 +130,7 @@ class ScorePlan:
     shape: ModelShape
     samples: Samples
     eod_token: int | None
-    """The positions with this input are not scored; None: all are."""
+    """What ends a document, if the mask policy asks; at that input nothing is scored. None: everything is."""
     parts: Parts
     proxy: Proxy | None = None
     """What makes numbers of the model's hidden states; None: its own head, log-probabilities."""
@@ -211,12 +206,12 @@ def skipped_token(mask_policy: str, tokenizer: Mapping[str, Any] | None) -> int 
 
     Raises UsageError where the policy needs an end-of-document id that nothing records.
     """
-    if mask_policy != "skip_after_eod":
+    if mask_policy == "all":
         return None
     eod = (tokenizer or {}).get("eod")
     if eod is None:
         raise UsageError(
-            "--mask-policy skip_after_eod needs the end-of-document id, and neither the dataset's manifest nor the "
+            f"--mask-policy {mask_policy} needs the end-of-document id, and neither the dataset's manifest nor the "
             "checkpoint records one; use --mask-policy all"
         )
     return int(eod)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -22,11 +22,6 @@ from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
-from megakd.data.scores import (
-    DTYPES,
-    PER_TOKEN,
-    UNSCORED,
-)
 from megakd.errors import ExitStatus
 from megakd.layout import Coordinates, rank_of
 from megakd.model.checkpoint import load_teacher
@@ -36,14 +31,16 @@ from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
-from megakd.pipeline.score_batches import batch_pieces, cut_range, read_piece
+from megakd.pipeline.score_batches import Stretches, batch_pieces, cut_range, read_piece
 from megakd.pipeline.score_columns import LogProbColumns, PredictedColumns
 from megakd.pipeline.score_parts import Claim, Parts
 from megakd.pipeline.score_plan import ScoreConfig, ScorePlan, padded_rows
 from megakd.pipeline.score_progress import ScoreProgress
+from megakd.pipeline.score_range import RangeColumns
 from megakd.targets import DenseTargets
 
 _STAGE_MICROBATCHES = 8  # in flight for each pipeline stage: fills it, and bounds the hidden states that are held
+_ROWS_AT_ONCE = 64
 _POLL_SECONDS = 0.2
 _SAME_REQUEST_SECONDS = 2.0
 # What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
@@ -130,7 +127,8 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._config, self._columns, self._teacher = config, plan.parts.columns, teacher
-        self._samples = plan.samples
+        self._samples, self._eod_token = plan.samples, plan.eod_token
+        self._by_document = config.mask_policy == "reset" and plan.proxy is None  # a proxy judges samples as a whole
         self._loader = Loader(
             Blend([plan.samples], None, seed=0),
             seq_length=config.seq_length,
@@ -160,43 +158,57 @@ class Scorer:
 
         ids: ascending, those of the range that are scored; None: all.
         """
-        columns = {
-            name: np.full(
-                (stop - start, self._config.seq_length)[: 1 + (name in PER_TOKEN)], UNSCORED[name], DTYPES[name]
-            )
-            for name in self._columns
-        }
+        ids = np.arange(start, stop) if ids is None else ids
+        columns = RangeColumns(self._columns, start, stop, ids, self._config.seq_length)
+        stretches = self._stretches(ids)
         done = 0
-        for batch in self._batches(np.arange(start, stop) if ids is None else ids):
-            for microbatch, targets in zip(batch, self._teacher.targets(batch)):
+        for batch in self._batches(ids, stretches):
+            for part, microbatch, targets in zip(batch.stretches, batch, self._teacher.targets(batch)):
                 assert isinstance(targets, DenseTargets)
-                for name, values in self._answer(targets, microbatch).items():
-                    columns[name][microbatch.sample_ids_B - start] = values
-                done += len(microbatch.sample_ids_B)
+                columns.add(part, self._answer(targets, microbatch))
+                done += len(part.places)
                 if progress is not None:
-                    progress.tick(done)
-        return columns
+                    progress.tick(len(ids) * done // len(stretches.places))
+        return columns.finish()
 
-    def _batches(self, ids: NDArray[np.int64]) -> Iterator[_Batch]:
-        """The samples' microbatches, as many at once as the pipeline likes."""
+    def _stretches(self, ids: NDArray[np.int64]) -> Stretches:
+        """What of the samples the model sees by itself."""
+        if len(ids):
+            self._samples.prefetch(ids)
+        lengths = self._samples.lengths(ids)
+        if not self._by_document:
+            return Stretches.of_samples(lengths)
+        assert self._eod_token is not None
+        parts = []
+        for first in range(0, len(ids), _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            part = Stretches.of_documents(self._samples.read(ids[some]), lengths[some], self._eod_token)
+            parts.append(replace(part, places=part.places + first))
+        return Stretches.join(parts)
+
+    def _batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[_Batch]:
+        """The microbatches, as many at once as the pipeline likes."""
         config = self._config
         pieces = cut_range(
-            self._samples.lengths(ids),
+            stretches.lengths,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
             tensor_size=config.tensor_model_parallel_size,
         )
-        if len(ids):
-            self._samples.prefetch(ids)
         for batch in batch_pieces(pieces, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
-            yield _Batch([read_piece(self._loader, ids[piece.places], piece.width) for piece in batch])
+            parts = [stretches[piece.places] for piece in batch]
+            microbatches = [
+                read_piece(self._loader, ids[part.places], piece.width, part) for part, piece in zip(parts, batch)
+            ]
+            yield _Batch(microbatches, parts)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Microbatches of this copy, in the form in which a teacher takes those of a step."""
+    """Microbatches of this copy, in the form in which a teacher takes those of a step, and where each comes from."""
 
     microbatches: list[Microbatch]
+    stretches: list[Stretches]
 
     @property
     def num_microbatches(self) -> int:

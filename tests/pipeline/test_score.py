@@ -21,7 +21,6 @@ from megakd.data.indexed_writer import IndexedWriter
 from megakd.data.samples import ConcatSamples
 from megakd.data.scores import DTYPES, Scores, write_scores
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.score_batches import batch_pieces, cut_range
 from megakd.pipeline.score_plan import ScoreConfig, check_score
 
 SEQ = 16
@@ -92,6 +91,22 @@ def twin(load: str, data: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([log_probs for log_probs, _ in rows]), np.stack([entropies for _, entropies in rows])
 
 
+def twin_of_reset(load: str, data: str) -> np.ndarray:
+    """``[num_samples, seq_length]``, NaN behind an end of document: every document of a sample with a mask of its own
+    and positions that begin anew, one label after the other."""
+    model, tokens = build_twin(load), IndexedDataset(data).tokens
+    found = []
+    for start in range(0, len(tokens) - SEQ, SEQ):
+        row, values, first = tokens[start : start + SEQ + 1], np.full(SEQ, np.nan), 0
+        for place in range(SEQ):
+            if row[place] == TOKENIZER["eod"]:
+                first = place + 1
+            else:
+                values[place] = read_row(model, row[first : place + 2])[0][-1]
+        found.append(values)
+    return np.stack(found)
+
+
 def twin_of_documents(load: str, data: str) -> np.ndarray:
     """The sum of log-probabilities of every document."""
     model, dataset = build_twin(load), IndexedDataset(data)
@@ -117,6 +132,13 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     assert world(1).run(run_score, make_score_tree(made, folder / "whole")) == [0]
     assert world(1).run(run_some, make_score_tree(made, folder / "unfinished"), 4) == [4]
     return made
+
+
+def write_tokens(prefix: Path, tokens: np.ndarray, lengths: Any) -> str:
+    writer = IndexedWriter(prefix, np.uint16)
+    writer.add_documents(tokens.astype(np.uint16), np.asarray(lengths, np.int32))
+    writer.finish(parameters={}, parents={}, tokenizer=TOKENIZER)
+    return str(prefix)
 
 
 def make_score_tree(made: dict[str, Any], output: Path, **more: Any) -> dict[str, Any]:
@@ -163,6 +185,32 @@ def test_what_follows_an_end_of_document_is_left_out(made: dict[str, Any], world
     assert (np.isnan(scores.token_log_probs) == ~scored).all()
 
 
+def test_documents_by_themselves(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB - 1, 1000)
+    tokens[np.cumsum(rng.integers(1, 12, 150))] = TOKENIZER["eod"]  # documents of 1 to 11 tokens, some over an edge
+    data = write_tokens(tmp_path / "data", tokens, [len(tokens)])
+    (expected,) = world(1).run(twin_of_reset, made["model"], data)
+    ((with_context, _),) = world(1).run(twin, made["model"], data)
+    more = {"mask_policy": "reset", "per_token_log_probs": True, "per_token_entropy": True, "data_path": data}
+    assert world(1).run(run_score, make_score_tree(made, tmp_path / "one", **more)) == [0]
+    scores = Scores(tmp_path / "one")
+    scored = ~np.isnan(expected)
+    assert (scores.counts == scored.sum(1)).all()
+    assert np.abs(scores.log_probs / np.nansum(expected, axis=1) - 1).max() < 1e-5
+    changed = np.abs(np.nansum(expected, axis=1) / np.where(scored, with_context, 0).sum(1) - 1)
+    assert changed.max() > 1e-3, "what stands before a document does not matter here: the test cannot fail"
+    np.testing.assert_allclose(scores.token_log_probs, expected, rtol=1e-3)
+    assert (np.isnan(np.asarray(scores.token_entropies)) == ~scored).all()
+    assert set(world(2).run(run_score, make_score_tree(made, tmp_path / "two", **more))) == {0}
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    more |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    assert set(world(4).run(run_score, make_score_tree(made, tmp_path / "split", **more))) == {0}
+    split = Scores(tmp_path / "split")
+    assert (split.counts == scores.counts).all()
+    assert np.abs(split.log_probs / np.nansum(expected, axis=1) - 1).max() < 1e-5
+
+
 @pytest.mark.parametrize(("size", "threads"), [(2, 1), (4, 1), (1, 2)])
 def test_the_number_of_ranks_changes_no_bit(
     size: int, threads: int, made: dict[str, Any], world: Worlds, tmp_path: Path
@@ -202,23 +250,14 @@ def test_a_range_smaller_than_a_microbatch(made: dict[str, Any], world: Worlds, 
     assert np.abs(Scores(tmp_path / "s").log_probs / made["model log_probs"].sum(1) - 1).max() < 1e-5
 
 
-def write_documents(prefix: Path) -> np.ndarray:
-    """A dataset of documents of 2 to 201 tokens, and one of a single token; their lengths."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_samples_of_different_lengths(size: int, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     lengths = rng.integers(2, 202, 50).astype(np.int32)
     lengths[7] = 1
-    writer = IndexedWriter(prefix, np.uint16)
-    writer.add_documents(rng.integers(0, VOCAB, lengths.sum()).astype(np.uint16), lengths)
-    writer.finish(parameters={}, parents={}, tokenizer=TOKENIZER)
-    return lengths
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_samples_of_different_lengths(size: int, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
-    lengths = write_documents(tmp_path / "documents")
-    layout = {"pipeline_model_parallel_size": size}
+    write_tokens(tmp_path / "documents", rng.integers(0, VOCAB, lengths.sum()), lengths)
     more = {"data_path": str(tmp_path / "documents"), "packing": "document", "seq_length": 200}
-    more |= {"per_token_log_probs": True, **layout}
+    more |= {"per_token_log_probs": True, "pipeline_model_parallel_size": size}
     assert set(world(size).run(run_score, make_score_tree(made, tmp_path / "s", **more))) == {0}
     scores = Scores(tmp_path / "s")
     assert (scores.counts == lengths - 1).all() and scores.manifest.parameters["packing"] == "document"
@@ -229,26 +268,6 @@ def test_samples_of_different_lengths(size: int, made: dict[str, Any], world: Wo
     assert scores.token_log_probs is not None
     assert (np.isfinite(scores.token_log_probs).sum(1) == lengths - 1).all()
     assert np.abs(np.nansum(scores.token_log_probs.astype(float), 1) - expected).max() < 1
-
-
-def test_microbatches_hold_every_sample_once_and_little_else() -> None:
-    rng = np.random.default_rng(0)
-    for count, size, tensor_size in ((1, 4, 1), (100, 7, 3), (64, 8, 2), (5, 8, 1)):
-        lengths = rng.integers(1, 1026, count)
-        pieces = cut_range(lengths, micro_batch_size=size, seq_length=1024, tensor_size=tensor_size)
-        assert sorted(np.concatenate([piece.places for piece in pieces])) == list(range(count))
-        assert [len(piece.places) for piece in pieces[:-1]] == [size] * (count // size - (count % size == 0))
-        for piece in pieces:
-            longest = lengths[piece.places].max() - 1
-            assert longest <= piece.width <= min(1024, longest + 64 * tensor_size)
-            assert piece.width == 1024 or piece.width % (64 * tensor_size) % 2 == 0
-        batches = list(batch_pieces(pieces, limit=3))
-        assert [piece for batch in batches for piece in batch] == pieces
-        assert all(len({(len(p.places), p.width) for p in batch}) == 1 and len(batch) <= 3 for batch in batches)
-    same = cut_range(np.full(10, 17), micro_batch_size=4, seq_length=16)
-    assert [(piece.places.tolist(), piece.width) for piece in same] == [
-        ([0, 1, 2, 3], 16), ([4, 5, 6, 7], 16), ([8, 9], 16),
-    ]  # fmt: skip
 
 
 def test_bf16_is_another_precision(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
@@ -263,7 +282,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "dataset": {"data_path": "other"},
     "model": {"load": "second"},
     "seq_length": {"seq_length": 8},
-    "mask_policy": {"mask_policy": "skip_after_eod"},
+    "mask_policy": {"mask_policy": "reset"},
     "precision": {"bf16": True},
     "range_samples": {"range_samples": 14},
     "columns": {"per_token_entropy": True},
@@ -361,7 +380,6 @@ def test_the_output_is_a_folder(made: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tree", "error", "message"),
     [
-        ({"mask_policy": "reset"}, UsageError, "--mask-policy reset needs an attention mask"),
         ({"load": "/nowhere"}, UsageError, "--load: folder /nowhere does not exist"),
         ({"data_path": "/nowhere/data"}, UsageError, "/nowhere/data"),
         ({"data_path": "foreign"}, MismatchError, "1{32}.*0{32}"),
