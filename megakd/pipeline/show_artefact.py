@@ -46,7 +46,8 @@ def _scores(manifest: Manifest) -> Rows:
         total -= float(sums[good].sum())
         mean_sum -= float((sums[good] / counts[good]).sum())
     yield "samples", found.num_samples
-    yield "scored samples", f"{scored} ({found.num_samples - scored - bad} have nothing to score)"
+    why = "have nothing to score" if found.sampled is None else "were not sampled, or have nothing to score"
+    yield "scored samples", f"{scored} ({found.num_samples - scored - bad} {why})"
     if bad:
         yield "not finite", f"{bad} samples"
     yield "scored tokens", tokens

@@ -102,6 +102,11 @@ def test_scores(tmp_path, capsys, monkeypatch):
     assert rows["scored samples"] == "3 (1 have nothing to score)" and rows["scored tokens"] == "8"
     assert rows["mean NLL"] == "1.5000 nats a token, 1.7500 as the mean of samples"  # 12 / 8; (2 + 3 + 1/4) / 3
     assert (rows["parent dataset"], rows["parent model"], rows["mask_policy"]) == ("the data", "the model", "all")
+    sampled = {"fraction": 0.5, "seed": 1, "num_scored": 1}
+    write_scores(tmp_path / "part", [-2.0, np.nan], [1, 0], sampled=sampled)
+    rows = shown(capsys, tmp_path / "part")
+    assert rows["scored samples"] == "1 (1 were not sampled, or have nothing to score)"
+    assert rows["sampled"] == "fraction 0.5, num_scored 1, seed 1"
     assert run_show(tmp_path / "s", "--documents", 1) == ExitStatus.USAGE
     assert "which this is not" in capsys.readouterr().err
 
