@@ -167,7 +167,7 @@ def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> N
         return 1
     assert samples is not None  # byte needs --data-path
     tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
-    skipped = tokenizer.eod if scores.manifest.parameters.get("mask_policy") == "skip_after_eod" else None
+    skipped = tokenizer.eod if scores.manifest.parameters.get("mask_policy", "all") != "all" else None
     return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped)
 
 
