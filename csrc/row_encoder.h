@@ -84,6 +84,8 @@ class RowEncoder {
     uint8_t length;
   };
 
+  static constexpr double kMassSlack = 1e-3;  // of low-precision arithmetic
+
   std::string add_row(int64_t width, const int64_t* ids, const float* log_probs, const int32_t* draws, float entropy) {
     const auto id = [&](int64_t slot) { return std::to_string(ids[slot]); };
     order_.clear();
@@ -100,7 +102,8 @@ class RowEncoder {
         drawn += draws[slot];
         levels_[slot] = uint32_t(draws[slot] - 1);
       } else {
-        if (!(log_probs[slot] < 1e-3f)) return "id " + id(slot) + " has log-probability " + std::to_string(log_probs[slot]);
+        if (!(log_probs[slot] < float(kMassSlack)))
+          return "id " + id(slot) + " has log-probability " + std::to_string(log_probs[slot]);
         const double root = std::min(std::exp(double(log_probs[slot]) / kLevelPower), 1.0);
         const double square = root * root, fourth = square * square;
         mass += fourth * fourth;
@@ -111,6 +114,8 @@ class RowEncoder {
     }
     if (draws && !order_.empty() && drawn != format_.draws)
       return std::to_string(drawn) + " draws, expected " + std::to_string(format_.draws);
+    if (!draws && (mass > 1 + kMassSlack || (!format_.has_tail && !order_.empty() && mass < 1 - kMassSlack)))
+      return "the ids carry " + std::to_string(mass) + " together, expected " + (format_.has_tail ? "at most 1" : "1");
     if (!(entropy >= 0) || entropy * kEntropySteps > 65535.5) return "entropy " + std::to_string(entropy);
     sort_by_rank(order_, spare_, log2_floor(format_.vocab_size) + 1);
     uint64_t next_rank = 0;

@@ -1,0 +1,239 @@
+"""Rows of a logits store to bytes and back: ids in the order of their ranks, what they carry in few bits.
+
+Axes: ``T`` token positions of a sample, ``K`` slots for ids, ``V`` the vocabulary. The bytes: ``docs/formats.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd import _csrc
+from megakd.errors import CorruptError, UsageError
+from megakd.targets import SparseKind
+
+ValueBits = Literal[8, 16, 32]
+
+TOP_LEVEL = 128
+ENTROPY_STEP = 1 / 2048
+"""Nats. An entropy is off by at most half of it."""
+TAIL_STEP = 22 / 32767
+"""Nats: of the smaller one of the mass that is listed and the mass that is not. Off by at most half of it, where that
+mass is above 1.4e-10."""
+ROWS_FOR_CODES = 65536
+"""A shard's codes are made for so many of its first rows, which are held in memory until then."""
+MAX_ENTROPY = 65535 * ENTROPY_STEP
+
+READ_AHEAD = _csrc.ROW_READ_AHEAD
+CODE_LENGTHS = _csrc.ROW_CODE_LENGTHS
+_HEAD = np.dtype([("rows", "<u4"), ("most_ids", "<u4"), ("first_bytes", "<u4")])
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What rows hold.
+
+    kind: as in ``targets.SparseTargets``.
+    value_bits: of a log-probability. 8: the nearest of 129 levels, which are equal steps of p^(1/8), entropy-coded to
+        about 5 bits. 16: the level, and one of 256 places inside it. 32: the float itself. No matter for ``samples``.
+    draws: how many samples were drawn for a row; for ``samples`` only, whose counts are exact.
+    """
+
+    kind: SparseKind
+    value_bits: ValueBits = 8
+    draws: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("top_p_k", "samples", "renormalised_samples"):
+            raise UsageError(f"kind {self.kind!r}: expected top_p_k, samples or renormalised_samples")
+        if self.value_bits not in (8, 16, 32):
+            raise UsageError(f"value_bits {self.value_bits}: expected 8, 16 or 32")
+        if self.kind == "samples" and not 1 <= self.draws < 2**20:
+            raise UsageError(f"draws {self.draws}: expected 1 to {2**20 - 1} for samples")
+
+    @property
+    def value(self) -> Literal["8", "16", "32", "count"]:
+        """The name of what an id carries, for the native codec."""
+        if self.kind == "samples":
+            return "count"
+        return "8" if self.value_bits == 8 else "16" if self.value_bits == 16 else "32"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a teacher says about the token positions of a sample.
+
+    ids_TK: int64, no id twice in a row; in any order, in rising rank as they come back.
+    log_probs_TK: fp32, nats, the mass each id carries (``targets.SparseTargets`` says which mass that is for which
+        kind); -inf in an empty slot, whose id is of no matter, 0 as it comes back.
+    entropy_T: fp32, nats, of the whole distribution.
+    """
+
+    ids_TK: NDArray[np.int64]
+    log_probs_TK: NDArray[np.float32]
+    entropy_T: NDArray[np.float32]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.entropy_T)
+
+    @staticmethod
+    def from_counts(
+        ids_TK: NDArray[np.int64], counts_TK: NDArray[np.int32], entropy_T: NDArray[np.float32], *, draws: int
+    ) -> Rows:
+        """Rows of the kind ``samples`` from how often each id was drawn; 0 is an empty slot."""
+        with np.errstate(divide="ignore"):
+            shares = np.log(np.asarray(counts_TK, np.float64) / draws).astype(np.float32)
+        return Rows(ids_TK, shares, entropy_T)
+
+    def counts(self, draws: int) -> NDArray[np.int32]:
+        """``[T, K]``: how often each id was drawn, of the kind ``samples``; 0 in an empty slot.
+
+        Raises UsageError where the mass is not that of a whole number of draws.
+        """
+        times: NDArray[np.float64] = np.exp(self.log_probs_TK.astype(np.float64)) * draws
+        counts: NDArray[np.int32] = np.rint(times).astype(np.int32)
+        if not np.allclose(times, counts, rtol=0, atol=0.01):
+            raise UsageError(f"samples: the mass of an id is no multiple of 1/{draws}")
+        return counts
+
+
+def identity_ranks(vocab_size: int) -> NDArray[np.int32]:
+    """``[V]``: the ranks of ids that already stand in the order of their frequency, or of which nothing is known."""
+    return np.arange(vocab_size, dtype=np.int32)
+
+
+def frequency_ranks(counts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """``[V]`` int32: the rank of each id by how often it occurs, the most frequent first, ties by id."""
+    order: NDArray[np.int32] = np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable").astype(np.int32)
+    return invert(order)
+
+
+def invert(permutation: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The id of each rank from the rank of each id, and back. Raises UsageError for what is no permutation."""
+    size = len(permutation)
+    inverse: NDArray[np.int32] = np.full(size, -1, dtype=np.int32)
+    if permutation.ndim == 1 and (size == 0 or (permutation.min() >= 0 and permutation.max() < size)):
+        inverse[permutation] = np.arange(size, dtype=np.int32)
+    if size == 0 or (inverse < 0).any():
+        raise UsageError(f"ranks: expected each of 0 to {size - 1} once")
+    return inverse
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The records of some samples, and their codes.
+
+    payload: ``[bytes + READ_AHEAD]`` uint8, one record after the other; a sample without targets has none.
+    offsets: ``[samples + 1]`` uint64: where each record starts.
+    code_lengths: ``[CODE_LENGTHS]`` uint8.
+    """
+
+    payload: NDArray[np.uint8]
+    offsets: NDArray[np.uint64]
+    code_lengths: NDArray[np.uint8]
+
+
+class RowEncoder:
+    """Takes samples one after the other; the same rows give the same bytes.
+
+    ranks: ``[V]`` int32, the rank of each id; rows are small where the ids they list have low ranks.
+    """
+
+    def __init__(
+        self, row_format: RowFormat, ranks: NDArray[np.int32], *, rows_for_codes: int = ROWS_FOR_CODES
+    ) -> None:
+        self.row_format = row_format
+        invert(ranks)  # refuses what is no permutation
+        self._native = _csrc.RowEncoder(
+            np.ascontiguousarray(ranks, np.int32),
+            value=row_format.value,
+            has_tail=row_format.kind == "top_p_k",
+            draws=row_format.draws,
+            rows_for_codes=rows_for_codes,
+        )
+
+    def add(self, rows: Rows | None) -> None:
+        """The next sample; None for one without targets.
+
+        Raises UsageError for an id twice in a row or beyond the vocabulary, a log-probability that is NaN or above 0,
+        an entropy outside ``[0, MAX_ENTROPY]``, counts that do not make the draws, a mass above 1 (or, of
+        ``renormalised_samples``, other than 1); then nothing was taken.
+        """
+        if rows is None:
+            self._native.add(None, None, None)
+            return
+        values: NDArray[Any]
+        if self.row_format.kind == "samples":
+            values = rows.counts(self.row_format.draws)
+        else:
+            values = np.ascontiguousarray(rows.log_probs_TK, np.float32)
+        ids, entropies = np.ascontiguousarray(rows.ids_TK, np.int64), np.ascontiguousarray(rows.entropy_T, np.float32)
+        try:
+            self._native.add(ids, values, entropies)
+        except ValueError as error:
+            raise UsageError(f"rows that cannot be stored: {error}") from error
+
+    def finish(self) -> EncodedRows:
+        """All of it; nothing can be added any more."""
+        return EncodedRows(*self._native.finish())
+
+
+class RowDecoder:
+    """Reads records that were written with one table of codes; from any number of threads.
+
+    ids_of_ranks: ``[V]`` int32, the inverse of the encoder's ranks.
+
+    Raises CorruptError for code lengths of no code.
+    """
+
+    def __init__(self, row_format: RowFormat, ids_of_ranks: NDArray[np.int32], code_lengths: NDArray[np.uint8]) -> None:
+        self._vocab_size = len(ids_of_ranks)
+        try:
+            self._native = _csrc.RowDecoder(
+                ids_of_ranks,
+                value=row_format.value,
+                has_tail=row_format.kind == "top_p_k",
+                draws=row_format.draws,
+                lengths=np.ascontiguousarray(code_lengths, np.uint8),
+            )
+        except ValueError as error:
+            raise CorruptError(str(error)) from error
+
+    def size(self, record: NDArray[np.uint8]) -> tuple[int, int]:
+        """How many rows the record has, and the most ids of one, by its head: `decode` finds out if that is so.
+
+        Raises CorruptError for what cannot be.
+        """
+        if len(record) < _HEAD.itemsize + READ_AHEAD:
+            raise CorruptError(f"a record of {len(record) - READ_AHEAD} bytes")
+        head = np.frombuffer(record[: _HEAD.itemsize], _HEAD)[0]
+        num_rows, most_ids = int(head["rows"]), int(head["most_ids"])
+        # each row takes two bytes for its entropy
+        if num_rows * 2 > len(record) or most_ids > self._vocab_size:
+            raise CorruptError(f"a record of {len(record) - READ_AHEAD} bytes claims {num_rows} rows of {most_ids} ids")
+        return num_rows, most_ids
+
+    def decode(self, record: NDArray[np.uint8]) -> Rows:
+        """The rows of one record, which has ``READ_AHEAD`` more bytes of any content behind it.
+
+        Raises CorruptError for bytes that the encoder does not write, wherever that shows.
+        """
+        num_rows, most_ids = self.size(record)
+        rows = empty_rows((num_rows,), most_ids)
+        self.decode_into(record, rows)
+        return rows
+
+    def decode_into(self, record: NDArray[np.uint8], out: Rows) -> None:
+        """The same into arrays with room for more rows and ids; slots get 0 and -inf, rows behind the last nothing."""
+        wrong = self._native.decode(record, out.ids_TK, out.log_probs_TK, out.entropy_T)
+        if wrong >= 0:
+            raise CorruptError(f"row {wrong} is not what was written")
+
+
+def empty_rows(shape: tuple[int, ...], width: int) -> Rows:
+    """Arrays for rows, of which nothing is filled."""
+    return Rows(np.empty((*shape, width), np.int64), np.empty((*shape, width), np.float32), np.empty(shape, np.float32))

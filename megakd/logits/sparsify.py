@@ -1,0 +1,116 @@
+"""From what an output head says to the rows of a logits store: cut by mass, counted, or renormalised draws.
+
+Axes: ``T`` token positions, ``K`` best ids or slots, ``N`` draws.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megakd.errors import UsageError
+from megakd.logits.codec import Rows
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: float = 1.0) -> Rows:
+    """The K best ids, cut to the shortest prefix whose mass under the whole softmax reaches ``top_p``.
+
+    ids_TK, log_probs_TK: int64 and fp32, best first, as ``losses.read`` gives them: top-k comes first, then top-p
+    (arXiv 2410.16215, appendix; the same set as the k best of the nucleus). Where K ids do not reach ``top_p``, all are
+    kept; 1.0 keeps all that have any mass.
+
+    Raises UsageError for a ``top_p`` outside (0, 1].
+    """
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p {top_p}: expected more than 0, at most 1")
+    ids, log_probs = _array(ids_TK), _array(log_probs_TK).astype(np.float32)
+    mass = np.exp(log_probs.astype(np.float64))
+    before = np.cumsum(mass, axis=1) - mass
+    if top_p < 1:
+        log_probs = np.where(before < top_p, log_probs, np.float32(-np.inf))
+    widest = int((log_probs > -np.inf).sum(1).max(initial=0))
+    return Rows(ids[:, :widest], log_probs[:, :widest], _array(entropy_T).astype(np.float32))
+
+
+def sampled_counts(drawn_ids_TN: Tensor, entropy_T: Tensor) -> Rows:
+    """How often each id was drawn, as shares of N (arXiv 2503.16870): rows of the kind ``samples``."""
+    drawn = _array(drawn_ids_TN)
+    ids, counts, _ = _runs(drawn)
+    return Rows.from_counts(ids, counts, _array(entropy_T).astype(np.float32), draws=drawn.shape[1])
+
+
+def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: Tensor) -> Rows:
+    """The ids that were drawn, each once, with their probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786).
+
+    log_probs_TN: of the drawn ids under the whole softmax.
+    """
+    ids, counts, slots = _runs(_array(drawn_ids_TN))
+    drawn = _array(log_probs_TN).astype(np.float64)
+    log_probs = np.full(counts.shape, -np.inf)
+    np.put_along_axis(log_probs, slots, np.take_along_axis(drawn, _order(_array(drawn_ids_TN)), 1), 1)
+    largest = log_probs.max(1, keepdims=True)
+    log_probs -= largest + np.log(np.exp(log_probs - largest).sum(1, keepdims=True))
+    return Rows(ids, log_probs.astype(np.float32), _array(entropy_T).astype(np.float32))
+
+
+def refuse_proposal(temperature: float) -> None:
+    """Raise UsageError for a proposal other than the teacher's own distribution.
+
+    Draws from softmax(z / τ) with τ other than 1 are unbiased only with the weights p/q beside the counts; a row of
+    counts has no room for them, and left out they would make it a tempered teacher without a word.
+    """
+    if temperature != 1.0:
+        raise UsageError(
+            f"proposal temperature {temperature}: expected 1. Counts are stored without importance weights; temper the "
+            "teacher in the loss instead (--kd-temperature, with kind top_p_k)"
+        )
+
+
+def uniform_numbers(
+    token_positions: NDArray[np.int64], num_draws: int, *, seed: int, dataset: str
+) -> NDArray[np.float64]:
+    """``[T, N]`` float64 in [0, 1): the numbers that decide what is drawn at each token position.
+
+    A function of (seed, fingerprint of the dataset, token position, number of the draw) and nothing else: for each
+    position the stream of a splitmix64 generator (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators") whose state is the hash of the rest.
+    """
+    key = np.uint64(xxhash.xxh3_64_intdigest(f"draws {seed} {dataset}".encode()))
+    states = _mix(_mix(np.asarray(token_positions, np.int64).astype(np.uint64) ^ key) + key)
+    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
+    return (_mix(states[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _order(drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.argsort(drawn, axis=1, kind="stable")
+
+
+def _runs(drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Ids and counts ``[T, K]`` of each row's distinct ids, rising, and the slot of each draw in sorted order."""
+    ordered = np.take_along_axis(drawn, _order(drawn), 1)
+    starts = np.ones(ordered.shape, np.bool_)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slots = np.cumsum(starts, axis=1) - 1
+    widest = int(slots.max(initial=-1)) + 1
+    ids = np.zeros((len(drawn), widest), np.int64)
+    counts = np.zeros((len(drawn), widest), np.int32)
+    np.put_along_axis(ids, slots, ordered, 1)
+    np.add.at(counts, (np.arange(len(drawn))[:, None], slots), 1)
+    return ids, counts, slots
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array

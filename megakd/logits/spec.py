@@ -1,0 +1,184 @@
+"""What makes a logits store what it is, and how one comes to be: shards, by any processes, then one manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megakd.durable import HashingWriter
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.logits import shard as shards
+from megakd.logits.codec import ROWS_FOR_CODES, RowFormat, ValueBits
+from megakd.logits.shard import ShardWriter
+from megakd.manifest import Manifest, read_manifest, write_manifest
+from megakd.targets import SparseKind
+
+FORMAT, VERSION = "megakd-logits", 1
+MANIFEST, RANKS, SHARDS = "store.json", "ranks.i32", "shards"
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What makes a store what it is: with the same, the same bytes come out, however the work was divided.
+
+    kind, value_bits, draws: see ``codec.RowFormat``.
+    top_k, top_p: how a row was cut (``sparsify``); 0 and 1.0 where it was not.
+    seed: of the draws.
+    vocab_size: ids of the teacher's distribution, padding left out.
+    packing, seq_length, num_samples: of the dataset. shard_samples: how many samples a shard's range has.
+    parents: fingerprints of ``dataset`` and ``model``. tokenizer: the manifest's.
+    details: what else the rows depend on: precision, training step of the teacher.
+    """
+
+    kind: SparseKind
+    vocab_size: int
+    packing: str
+    seq_length: int
+    num_samples: int
+    shard_samples: int
+    parents: Mapping[str, str]
+    tokenizer: Mapping[str, Any] | None = None
+    value_bits: ValueBits = 8
+    draws: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if min(self.vocab_size, self.seq_length, self.num_samples, self.shard_samples) < 1:
+            raise UsageError(f"{self}: vocab_size, seq_length, num_samples and shard_samples: expected at least 1")
+        if not {"dataset", "model"} <= set(self.parents):
+            raise UsageError(f"parents {sorted(self.parents)}: expected dataset and model")
+        _ = self.row_format  # refuses what it cannot hold
+
+    @property
+    def row_format(self) -> RowFormat:
+        return RowFormat(self.kind, self.value_bits, self.draws)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.shard_samples)
+
+    def samples_of(self, shard: int) -> tuple[int, int]:
+        """First sample of a shard, and the one after its last."""
+        return shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.num_samples)
+
+    def parameters(self, ranks: NDArray[np.int32]) -> dict[str, Any]:
+        """For the manifests, with the hash of the ranks."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("parents", "tokenizer", "details")}
+        hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ranks, "<i4").data)
+        return {**plain, "details": dict(self.details), "ranks": hashed}
+
+    @staticmethod
+    def of(manifest: Manifest) -> StoreSpec:
+        """From the manifest of a store or of a shard."""
+        names = set(StoreSpec.__dataclass_fields__) - {"parents", "tokenizer"}
+        if missing := names - set(manifest.parameters):
+            raise CorruptError(f"{manifest.path}: parameters without {', '.join(sorted(missing))}")
+        given = {name: manifest.parameters[name] for name in names}
+        return StoreSpec(**given, parents=manifest.parents, tokenizer=manifest.tokenizer)
+
+
+def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:
+    """The manifest of a shard."""
+    return Path(folder) / SHARDS / f"{shard:08d}.json"
+
+
+def write_shard(
+    folder: str | os.PathLike[str],
+    spec: StoreSpec,
+    ranks: NDArray[np.int32],
+    shard: int,
+    *,
+    rows_for_codes: int = ROWS_FOR_CODES,
+) -> ShardWriter:
+    """The writer of one shard: `add` the samples that have targets, in rising order, then `commit`.
+
+    ranks: ``[V]`` int32, the same for all shards of a store.
+    """
+    if len(ranks) != spec.vocab_size:
+        raise UsageError(f"{len(ranks)} ranks for a vocabulary of {spec.vocab_size}")
+    path = shard_path(folder, shard)
+    return ShardWriter(
+        path.parent,
+        path.stem,
+        samples=spec.samples_of(shard),
+        row_format=spec.row_format,
+        ranks=ranks,
+        parameters=spec.parameters(ranks),
+        parents=spec.parents,
+        tokenizer=spec.tokenizer,
+        rows_for_codes=rows_for_codes,
+    )
+
+
+def read_shard(
+    folder: str | os.PathLike[str], spec: StoreSpec, ranks: NDArray[np.int32], shard: int
+) -> Manifest | None:
+    """The manifest of a shard that is whole; None where there is none, or a file of it is missing or cut.
+
+    Raises MismatchError for a shard of another store, with what differs.
+    """
+    path = shard_path(folder, shard)
+    if not path.exists():
+        return None
+    try:
+        manifest = read_manifest(path, format=shards.FORMAT, version=shards.VERSION)
+    except CorruptError:
+        return None
+    _check_identity(manifest, spec.parameters(ranks) | {"samples": list(spec.samples_of(shard))}, spec)
+    return manifest
+
+
+def finish_store(
+    folder: str | os.PathLike[str], spec: StoreSpec, ranks: NDArray[np.int32], *, present: Iterable[int] | None = None
+) -> Manifest:
+    """Write the manifest that makes the shards a store; from one process. Their records are not read again.
+
+    present: the shards that must be there, all by default; the ranges of the others have no targets.
+
+    Raises UsageError where one is missing or not whole, MismatchError for one of another store.
+    """
+    folder = Path(folder)
+    listed: list[Any] = [None] * spec.num_shards
+    rows = samples = 0
+    for number in range(spec.num_shards) if present is None else present:
+        manifest = read_shard(folder, spec, ranks, number)
+        if manifest is None:
+            raise UsageError(f"{shard_path(folder, number)}: this shard is missing or not whole: capture it first")
+        listed[number] = [manifest.fingerprint, *(record.size_bytes for record in manifest.files)]
+        rows += int(manifest.parameters["rows"])
+        samples += int(manifest.parameters["samples_with_targets"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    with HashingWriter(folder / RANKS) as writer:
+        writer.write(np.ascontiguousarray(ranks, "<i4").data)
+        files = [writer.commit()]
+    return write_manifest(
+        folder / MANIFEST,
+        format=FORMAT,
+        version=VERSION,
+        parameters={**spec.parameters(ranks), "rows": rows, "samples_with_targets": samples, "shards": listed},
+        parents=spec.parents,
+        tokenizer=spec.tokenizer,
+        files=files,
+    )
+
+
+def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec) -> None:
+    def hashed(tokenizer: Mapping[str, Any] | None) -> Any:
+        return None if tokenizer is None else tokenizer.get("hash")
+
+    there = {**manifest.parents, "tokenizer": hashed(manifest.tokenizer), **manifest.parameters}
+    here = {**spec.parents, "tokenizer": hashed(spec.tokenizer), **parameters}
+    wrong = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
+    if wrong:
+        raise MismatchError(f"{manifest.path} is a shard of another store: {'; '.join(wrong)}. Give another --output")

@@ -1,0 +1,212 @@
+"""A logits store, open for reading: what a teacher said about the samples of one dataset under one packing.
+
+``store.json`` is the manifest, written when all shards are there; ``ranks.i32`` the rank of each id; ``shards/`` the
+shards, each a fixed range of samples. See docs/formats.md.
+
+Axes: ``B`` samples, ``S`` sequence, ``K`` slots for ids.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.durable import Progress
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.logits import shard as shards
+from megakd.logits.codec import Rows, empty_rows, invert
+from megakd.logits.shard import Shard
+from megakd.logits.spec import FORMAT, MANIFEST, RANKS, SHARDS, VERSION, StoreSpec, shard_path
+from megakd.manifest import read_manifest, verify_files
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Rows of several samples. ids_BSK, log_probs_BSK, entropy_BS: as in ``codec.Rows``.
+
+    has_targets_BS: bool; where it is not, all slots are empty and the entropy is 0.
+    """
+
+    ids_BSK: NDArray[np.int64]
+    log_probs_BSK: NDArray[np.float32]
+    entropy_BS: NDArray[np.float32]
+    has_targets_BS: NDArray[np.bool_]
+
+
+class LogitsStore:
+    """A store that is open for reading, from any number of threads.
+
+    dataset, tokenizer (its hash), packing, seq_length: what the reader has; None is not compared.
+    max_open: how many shards are held open.
+
+    Opening looks at the names and the sizes of all files; a shard is opened when it is first read.
+
+    Raises UsageError where there is none, MismatchError for a store of something else, CorruptError for a shard that is
+    missing, cut or another one.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dataset: str | None = None,
+        tokenizer: str | None = None,
+        packing: str | None = None,
+        seq_length: int | None = None,
+        max_open: int = 64,
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+        self.spec = StoreSpec.of(self.manifest)
+        recorded = self.spec.tokenizer or {}
+        for what, there, here in (
+            ("dataset", self.spec.parents["dataset"], dataset),
+            ("tokenizer", recorded.get("hash"), tokenizer),
+            ("packing", self.spec.packing, packing),
+            ("seq_length", self.spec.seq_length, seq_length),
+        ):
+            if here is not None and there != here:
+                raise MismatchError(
+                    f"{self.folder}: a store of {what} {there}, expected {here}: capture this one's targets, or train "
+                    "on what the store was captured from"
+                )
+        self._shards: list[list[Any] | None] = self.manifest.parameters["shards"]
+        self._check_shards()
+        ranks = np.fromfile(self.folder / RANKS, "<i4")
+        if self.spec.parameters(ranks)["ranks"] != self.manifest.parameters["ranks"]:
+            raise CorruptError(f"{self.folder / RANKS}: it is not what was written")
+        self._ids_of_ranks = invert(ranks)
+        self._max_open = max_open
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def has_targets(self, sample_id: int) -> bool:
+        """Whether there are any for a sample."""
+        shard = self._shard(sample_id)
+        return shard is not None and shard.has_targets(sample_id)
+
+    def read(self, sample_id: int, input_ids: NDArray[Any]) -> Rows | None:
+        """The rows of a sample, one for each of its input ids; None where it has no targets.
+
+        input_ids: at least the sample's, which is what the teacher saw.
+
+        Raises MismatchError where the teacher saw something else, CorruptError where the record is not what was
+        written.
+        """
+        shard = self._shard(sample_id)
+        return None if shard is None else shard.read(sample_id, input_ids)
+
+    def read_batch(
+        self, sample_ids: NDArray[np.int64], input_ids_BS: NDArray[Any], *, width: int | None = None
+    ) -> BatchRows:
+        """The rows of several samples in arrays that are as wide as the widest of their rows, or as said.
+
+        input_ids_BS: as the model gets them, with anything behind a sample that is shorter.
+
+        Raises as `read` does, and UsageError where a row is wider than said.
+        """
+        found = []
+        for sample_id in sample_ids.tolist():
+            shard = self._shard(sample_id)
+            record = None if shard is None else shard.record(sample_id)
+            found.append((sample_id, shard, record))
+        sizes = [(0, 0) if shard is None or record is None else shard.size(record) for _, shard, record in found]
+        most_ids = max((most for _, most in sizes), default=0)
+        if width is not None and most_ids > width:
+            raise UsageError(f"{self.folder}: rows of up to {most_ids} ids, asked for {width}")
+        batch, seq_length = input_ids_BS.shape
+        rows = empty_rows((batch, seq_length), most_ids if width is None else width)
+        has_targets = np.zeros((batch, seq_length), np.bool_)
+        for at, ((sample_id, shard, record), (num_rows, _)) in enumerate(zip(found, sizes)):
+            if shard is not None and record is not None:
+                own = Rows(rows.ids_TK[at], rows.log_probs_TK[at], rows.entropy_T[at])
+                shard.decode(sample_id, record, input_ids_BS[at], own)
+            has_targets[at, :num_rows] = True
+            rows.ids_TK[at, num_rows:] = 0
+            rows.log_probs_TK[at, num_rows:] = -np.inf
+            rows.entropy_T[at, num_rows:] = 0
+        return BatchRows(rows.ids_TK, rows.log_probs_TK, rows.entropy_T, has_targets)
+
+    def _shard(self, sample_id: int) -> Shard | None:
+        """The open shard of a sample; None where its range has no targets."""
+        if not 0 <= sample_id < self.spec.num_samples:
+            raise IndexError(f"sample {sample_id} of {self.spec.num_samples}")
+        number = sample_id // self.spec.shard_samples
+        entry = self._shards[number]
+        if entry is None:
+            return None
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        opened = self._open_shard(number, entry)
+        with self._lock:
+            self._open[number] = opened
+            while len(self._open) > self._max_open:  # closed once nobody reads it
+                self._open.popitem(last=False)
+        return opened
+
+    def _open_shard(self, number: int, entry: list[Any]) -> Shard:
+        path = shard_path(self.folder, number)
+        shard = Shard(path, self.spec.row_format, self._ids_of_ranks)
+        if shard.manifest.fingerprint != entry[0]:
+            raise CorruptError(
+                f"{path}: shard {shard.manifest.fingerprint}, {MANIFEST} names {entry[0]}: it was replaced; restore it "
+                "or finish the store anew"
+            )
+        return shard
+
+    def _check_shards(self) -> None:
+        if len(self._shards) != self.spec.num_shards:
+            raise CorruptError(
+                f"{self.manifest.path}: names {len(self._shards)} shards, expected {self.spec.num_shards}"
+            )
+        sizes: dict[str, int] = {}
+        if (self.folder / SHARDS).is_dir():
+            with os.scandir(self.folder / SHARDS) as entries:
+                sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        for number, entry in enumerate(self._shards):
+            if entry is None:
+                continue
+            path = shard_path(self.folder, number)
+            for suffix, expected in ((".json", None), (".rows", entry[1]), (".index", entry[2])):
+                size_bytes = sizes.get(path.stem + suffix)
+                if size_bytes is None:
+                    raise CorruptError(f"{path.with_suffix(suffix)}: missing; {MANIFEST} names this shard")
+                if expected is not None and size_bytes != expected:
+                    raise CorruptError(
+                        f"{path.with_suffix(suffix)}: {size_bytes} bytes on disk, {expected} in {MANIFEST}; the file "
+                        "was cut, replaced or half copied: restore it or capture this shard anew"
+                    )
+
+
+def verify_store(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+    """Hash every file of a store; one line for each fault."""
+    path = Path(folder) / MANIFEST
+    faults = verify_files(path, progress=progress)
+    manifest = read_manifest(path, format=FORMAT, version=VERSION)
+    for number, entry in enumerate(manifest.parameters["shards"]):
+        if entry is None:
+            continue
+        shard = shard_path(folder, number)
+        try:
+            found = read_manifest(shard, format=shards.FORMAT, version=shards.VERSION).fingerprint
+            own = verify_files(shard, progress=progress)
+        except (UsageError, MismatchError, CorruptError) as error:
+            faults.append(str(error))
+            continue
+        if found != entry[0]:
+            faults.append(f"{shard.name}: shard {found}, {MANIFEST} names {entry[0]}")
+        faults += own
+    return faults
