@@ -8,6 +8,7 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megakd.config import parse
 from megakd.data.indexed import IndexedDataset
 from megakd.data.scores import write_scores
 from megakd.data.selection import SelectionWriter
 from megakd.pipeline import preprocess
+from megakd.train.config import TrainConfig
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -189,3 +192,21 @@ def test_figures(figures: ModuleType, tmp_path: Path) -> None:
     assert "| refined half | 4.0000 |  | 1,280 |" in text
     assert "Refined less random: -0.2500 nats a token." in text
     assert (tmp_path / "miniplm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_configurations() -> None:
+    def read(*names: str, flags: Sequence[str] = ()) -> TrainConfig:
+        files = [f"--config={EXAMPLES / 'miniplm' / name}.yaml" for name in names]
+        return parse(TrainConfig, [*files, *flags], prog="megakd train", description="")
+
+    data = ["--data-path", "text"]
+    teacher, reference = read("teacher", flags=data), read("reference", flags=data)
+    small, student = read("reference", "reference-small", flags=data), read("student", flags=data)
+    sizes = [each.student.hidden_size for each in (teacher, student, reference, small)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert small.optim == reference.optim and student.training == teacher.training
+    paper, paper_reference = read("paper/student"), read("paper/student", "paper/reference")
+    assert paper.data.selection == ["selections/half"] and not paper_reference.data.selection
+    assert paper.optim == paper_reference.optim and paper.training.global_batch_size == 512
+    assert paper_reference.training.train_iters == 5e9 // (512 * 1024) + 1  # 5B tokens
+    assert (paper.student.preset, paper_reference.student.preset) == ("miniplm-200m", "miniplm-104m")
