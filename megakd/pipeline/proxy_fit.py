@@ -141,7 +141,7 @@ class _Fit:
             errors_B = (value_B - torch.tensor(targets_B, dtype=torch.float32, device=self._groups.device)) ** 2
             loss = errors_B.sum() / len(picked)
             loss.backward()  # type: ignore[no-untyped-call]
-            error += float(loss)
+            error += float(loss.detach())
         self.step += 1
         norm = self._tuner.step(self._learning_rate())
         if not math.isfinite(norm):

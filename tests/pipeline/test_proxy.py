@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,14 @@ from megakd.data.samples import ConcatSamples
 from megakd.data.scores import COUNTS, LOG_PROBS, UNSCORED, Scores, write_scores
 from megakd.data.selection import Selection
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
+from megakd.model.record import latest_iteration
 from megakd.pipeline.proxy_plan import ProxyConfig, check_proxy
 from megakd.pipeline.proxy_record import read_proxy
 from megakd.pipeline.score_plan import ScoreConfig, check_score
 from megakd.pipeline.score_sample import draw_sample
 from megakd.pipeline.select import main as select
 
+TOOL = str(Path(__file__).parents[2] / "tools" / "fit_proxy.py")
 SEQ = 16
 SAMPLES = 600
 FRACTION = 0.5
@@ -217,6 +224,29 @@ def test_what_was_stopped_continues_to_the_same_bits(
     before, after = (read_proxy(folder).manifest.parameters for folder in (made["folder"] / "whole", tmp_path / "p"))
     assert before == after
     assert world(1).run(call, "proxy", flags) == [0]  # finished already
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_ended_continues(
+    number: signal.Signals, made: dict[str, Any], world: Worlds, tmp_path: Path
+) -> None:
+    """The command itself: what it leaves when it is killed, or asked to stop, is gone on with to the same figures."""
+    flags = flags_of(made, tmp_path / "p", "--save-interval", "1")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
+    process = subprocess.Popen([sys.executable, TOOL, *flags], env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while latest_iteration(tmp_path / "p") is None and process.poll() is None:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (ExitStatus.STOPPED if number == signal.SIGTERM else -number), errors
+    assert not (tmp_path / "p" / "proxy.json").exists()
+    assert world(1).run(call, "proxy", flags) == [0]
+    ended, undisturbed = (read_proxy(folder).manifest for folder in (tmp_path / "p", made["folder"] / "whole"))
+    assert ended.parameters == undisturbed.parameters
+    assert list((tmp_path / "p").glob("*.partial")) == []
 
 
 def test_a_checkpoint_half_written_is_no_mess(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
