@@ -48,14 +48,14 @@ struct Family {
 
 constexpr int kTop = 128;  // the largest level: probability 1
 constexpr Family kSizes{0, 1, num_classes(8), 8};                          // how many ids a row has
-constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};               // by how far the ranks have come
+constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};               // by how far the ranks had come one gap before
 constexpr Family kLeast{kGaps.end(), 1, kTop + 1, 8};                      // the least level of a row
 constexpr Family kLevels{kLeast.end(), 2 + kTop / 8, kTop + 1, 8};         // what is above it, by it
 constexpr Family kCounts{kLevels.end(), 9, num_classes(3), 3};             // by the number of ids
 constexpr uint32_t kCodeLengths = kCounts.end();
 
-inline uint32_t gap_context(uint64_t next_rank) {
-  return uint32_t(std::clamp(log2_floor(next_rank + 1) - 3, 0, int(kGaps.contexts) - 1));
+inline uint32_t gap_context(uint64_t before) {
+  return uint32_t(std::clamp(log2_floor(before + 1) - 3, 0, int(kGaps.contexts) - 1));
 }
 inline uint32_t level_context(uint32_t size, uint32_t least) { return size == 1 ? 0 : 1 + least / 8; }
 inline uint32_t count_context(uint32_t size) {
@@ -175,11 +175,13 @@ class BitReader {
   uint64_t num_held_ = 0;
 };
 
+constexpr uint32_t kBadCode = 128;  // in the entries of bits that are no code
+
 // The decoding tables of one family: what the next kMaxCodeBits bits say, for each context.
 class Lookup {
  public:
   // Throws std::invalid_argument for lengths of no code.
-  Lookup(const Family& family, const uint8_t* lengths) : entries_(family.contexts * kLookups, kBad) {
+  Lookup(const Family& family, const uint8_t* lengths) : entries_(family.contexts * kLookups, kBadCode) {
     for (uint32_t symbol = 0; symbol < family.symbols; symbol++)
       bases_.push_back(class_range(symbol, family.direct).first);
     for (uint32_t context = 0; context < family.contexts; context++) {
@@ -195,7 +197,7 @@ class Lookup {
 
   const uint32_t* table(uint32_t context) const { return entries_.data() + context * kLookups; }
 
-  // The next number; `bad` collects bit 7 where there is no such code.
+  // The next number; `bad` collects kBadCode where there is no such code.
   uint32_t next(const uint32_t* table, BitReader& in, uint32_t& bad) const {
     const uint64_t held = in.peek();
     const uint32_t entry = table[held & (kLookups - 1)], length = entry & 63, bits = (entry >> 8) & 63;
@@ -205,10 +207,7 @@ class Lookup {
   }
 
  private:
-  static constexpr uint32_t kBad = 128;
   std::vector<uint32_t> entries_, bases_;
 };
-
-constexpr uint32_t kBadCode = 128;
 
 }  // namespace megakd

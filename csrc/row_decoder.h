@@ -85,8 +85,9 @@ class RowDecoder {
   }
 
   template <Value kValue>
-  bool decode_row(uint32_t size, uint32_t tail, BitReader& first, BitReader& second, int64_t* ids,
+  bool decode_row(uint32_t size, uint32_t tail, BitReader& first_stream, BitReader& second_stream, int64_t* ids,
                   float* log_probs) const {
+    BitReader first = first_stream, second = second_stream;  // what is stored cannot alias these
     if (size == 0) return !first.beyond_end() && !second.beyond_end();
     uint32_t bad = 0, least = 0, most = 0;
     const uint32_t* table = counts_.table(count_context(size));
@@ -94,13 +95,15 @@ class RowDecoder {
       least = least_.next(least_.table(0), second, bad);
       table = levels_.table(level_context(size, least));
     }
-    uint64_t next_rank = 0, drawn = 0;
+    uint64_t before = 0, next_rank = 0, drawn = 0;
     double mass = 0;
     const float* const log_prob_of = log_probs_;
     const float* const prob_of = level_probs().data();
     for (uint32_t i = 0; i < size; i++) {
       first.refill(), second.refill();
-      next_rank += gaps_.next(gap_tables_[log2_floor(next_rank + 1) & 31], first, bad);
+      const uint32_t* const gap_table = gap_tables_[log2_floor(before + 1) & 31];
+      before = next_rank;
+      next_rank += gaps_.next(gap_table, first, bad);
       ids[i] = int64_t(next_rank++);
       if constexpr (kValue == Value::kLevel) {
         const uint32_t level = least + levels_.next(table, second, bad);
@@ -124,6 +127,7 @@ class RowDecoder {
     if (bad & kBadCode || most > kTop || next_rank > uint64_t(format_.vocab_size)) return false;
     if (first.beyond_end() || second.beyond_end()) return false;
     if (kValue == Value::kCount && drawn != format_.draws) return false;
+    first_stream = first, second_stream = second;
     const int32_t* const ids_of_ranks = ids_;
     for (uint32_t i = 0; i < size; i++) ids[i] = ids_of_ranks[ids[i]];
     if constexpr (kValue == Value::kLevel || kValue == Value::kFineLevel) {

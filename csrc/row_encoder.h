@@ -147,9 +147,10 @@ class RowEncoder {
   void walk(const Head& head, size_t at, const First& first, const Second& second) const {
     first(kSizes, 0u, head.size);
     if (format_.has_levels() && head.size) second(kLeast, 0u, uint32_t(head.least), 0u);
-    uint64_t next_rank = 0;
+    uint64_t before = 0, next_rank = 0;  // a context that is known one gap ahead: decoding need not wait for it
     for (size_t i = at; i < at + head.size; i++) {
-      first(kGaps, gap_context(next_rank), gaps_[i]);
+      first(kGaps, gap_context(before), gaps_[i]);
+      before = next_rank;
       next_rank += gaps_[i] + 1;
       if (format_.value == Value::kCount) second(kCounts, count_context(head.size), values_[i], 0u);
       else if (format_.has_levels())
