@@ -130,7 +130,7 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
         plan = check_score_of(record, config)
         scorer = Scorer(config, plan, ModelTeacher([model], head_vH, groups, groups), groups)
         while (claim := plan.parts.claim()) is not None:
-            plan.parts.commit(claim, scorer.score(*plan.parts.bounds(claim.index)), computed=scorer.computed)
+            plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), computed=scorer.computed)
         for path in (folder / "scores" / "parts").iterdir():
             path.unlink()
 

@@ -50,7 +50,9 @@ TORCH_FREE = (
     "megakd.train.preflight",
 )
 # What the others load once nothing is left to refuse.
-RUNS_A_MODEL = ("megakd.pipeline.score_run", "megakd.pipeline.score_columns", "megakd.pipeline.proxy_fit")
+RUNS_A_MODEL = tuple(
+    f"megakd.pipeline.{name}" for name in ("range_model", "range_run", "score_run", "score_columns", "proxy_fit")
+)
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 
 

@@ -38,8 +38,8 @@ from megakd.pipeline.lock import RunLock
 from megakd.pipeline.proxy_figures import Values, describe, draw, fit_line, table
 from megakd.pipeline.proxy_plan import ProxyConfig, ProxyPlan, steps_an_epoch
 from megakd.pipeline.proxy_record import read_proxy, write_proxy
-from megakd.pipeline.score_batches import cut_range, read_piece
-from megakd.pipeline.score_run import RankStopFlag
+from megakd.pipeline.range_batches import cut_range, read_piece
+from megakd.pipeline.range_run import RankStopFlag
 
 PLOT = "predicted.png"
 

@@ -18,7 +18,8 @@ from megakd.losses.read import read_head
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.value_head import ValueHead
 from megakd.parallel import Groups
-from megakd.pipeline.score_plan import ScoreConfig, ScorePlan, padded_rows
+from megakd.pipeline.range_config import padded_rows
+from megakd.pipeline.score_plan import ScoreConfig, ScorePlan
 from megakd.targets import DenseTargets
 
 _LOWEST_HALF = -65504.0
@@ -29,7 +30,7 @@ class LogProbColumns:
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, groups: Groups) -> None:
         self._config, self._columns, self._model, self._groups = config, plan.parts.columns, plan.record.path, groups
-        rows = padded_rows(config, plan)
+        rows = padded_rows(config, plan.record, plan.shape)
         self._shard = VocabShard(
             start=groups.tensor_rank * rows,
             num_rows=rows,

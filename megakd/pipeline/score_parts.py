@@ -1,18 +1,14 @@
-"""Scores in the making: ranges of samples, claimed by a lock and committed on their own, and joined by the last.
+"""Scores in the making: ranges of samples, committed on their own, and joined by the last.
 
-Range *r* is the samples ``[r * range_samples, (r + 1) * range_samples)``. ``parts/R.json`` is the manifest of a
-finished one, ``parts/R.part`` its columns one after the other, ``parts/R.lock`` is held by whoever works on it: the
-kernel drops that lock with its process, so ranks and jobs come and go as they like.
+`range_work` has how they are shared out. ``parts/R.part`` is the columns of range *R*, one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +20,15 @@ from megakd.data.scores import DTYPES, PER_TOKEN, finish_scores
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
-from megakd.pipeline.lock import HeldError, RunLock
+from megakd.pipeline.lock import RunLock
+from megakd.pipeline.range_work import Claim, RangeWork
 
 FORMAT, VERSION = "megakd-scores-part", 1
 _OPTIONAL = ("predicts", "sampled")  # parameters that say so when they are missing
 _OF_A_RANGE = re.compile(r"\.?[0-9]{8}\.")
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A range that is this process's until `release`."""
-
-    index: int
-    lock: RunLock
-
-    def release(self) -> None:
-        """Let others have the range; what was committed stays."""
-        self.lock.__exit__()
-
-
-class Parts:
+class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
     """The scores in ``folder``, finished or in the making.
 
     columns: the files that are wanted, names of ``megakd.data.scores``.
@@ -64,24 +49,17 @@ class Parts:
         tokenizer: Mapping[str, Any] | None,
         ids: NDArray[np.int64] | None = None,
     ) -> None:
-        self.folder = folder
-        self.num_samples = num_samples
-        self.range_samples = range_samples
-        self.num_ranges = -(-num_samples // range_samples)
+        super().__init__(folder, folder / "parts", num_samples=num_samples, range_samples=range_samples, ids=ids)
         self.columns = columns
-        self._ids = ids
         self._seq_length = int(parameters["seq_length"])
         self._parameters, self._parents, self._tokenizer = dict(parameters), dict(parents), tokenizer
-        self._work = folder / "parts"
-        self._done: set[int] = set()
-        self._first = 0  # every range before this one is done
 
     def check_all(self) -> None:
         """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"--output {self.folder}: a file is there; expected a folder, new or there")
         if not self.finished():
-            for path in sorted(self._work.glob("[0-9]*.json")):
+            for path in sorted(self._ranges.glob("[0-9]*.json")):
                 self._read(path)
 
     def finished(self) -> bool:
@@ -105,63 +83,12 @@ class Parts:
         names = self._names()
         return names is not None and (not names or any(map(_OF_A_RANGE.match, names)))
 
-    @property
-    def complete(self) -> bool:
-        """Whether every range was seen finished."""
-        return len(self._done) == self.num_ranges
-
-    @property
-    def num_scored(self) -> int:
-        """Samples that are scored in the end."""
-        return self.num_samples if self._ids is None else len(self._ids)
-
-    def samples_done(self) -> int:
-        """Samples scored in the ranges that are finished on disk, whoever made them."""
-        names = self._names() or ()
-        finished = [int(name[:8]) for name in names if _OF_A_RANGE.match(name) and name.endswith(".json")]
-        return sum(len(self.ids_of(index)) for index in finished if index < self.num_ranges)
-
-    def bounds(self, index: int) -> tuple[int, int]:
-        """First sample of range ``index``, and the one after its last."""
-        return index * self.range_samples, min((index + 1) * self.range_samples, self.num_samples)
-
-    def ids_of(self, index: int) -> NDArray[np.int64]:
-        """The samples of range ``index`` that are scored, ascending."""
-        start, stop = self.bounds(index)
-        if self._ids is None:
-            return np.arange(start, stop)
-        return self._ids[slice(*np.searchsorted(self._ids, (start, stop)))]
-
-    def claim(self) -> Claim | None:
-        """The first range that is neither finished nor being worked on; None where there is none at this moment."""
-        self._work.mkdir(parents=True, exist_ok=True)
-        while self._first in self._done:
-            self._first += 1
-        for index in range(self._first, self.num_ranges):
-            if self._is_done(index):
-                continue
-            lock = RunLock(self._path(index, ".lock"))
-            try:
-                lock.__enter__()
-            except HeldError:
-                continue
-            except FileNotFoundError:  # parts are gone: another process has just joined them
-                return None
-            # It may have been finished, even joined with the others and removed, since we looked.
-            if not self._is_done(index) and not self.finished():
-                return Claim(index, lock)
-            lock.__exit__()
-        return None
-
-    def commit(self, claim: Claim, columns: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
-        """Make a range durable, and release it.
-
-        columns: the wanted ones over the samples of the range. computed: what else its last bits depend on.
-        """
+    def commit(self, claim: Claim, made: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
+        """Make a range durable, and release it. made: the wanted columns over its samples."""
         start, stop = self.bounds(claim.index)
         with HashingWriter(self._path(claim.index, ".part")) as writer:
             for name in self.columns:
-                array = np.ascontiguousarray(columns[name], dtype=DTYPES[name])
+                array = np.ascontiguousarray(made[name], dtype=DTYPES[name])
                 assert array.size == (stop - start) * self._positions(name), (name, array.shape)
                 writer.write(array.data)
             files = [writer.commit()]
@@ -183,14 +110,6 @@ class Parts:
         )
         self._done.add(claim.index)
         claim.release()
-
-    def claim_finish(self) -> RunLock | None:
-        """The right to join the parts, for `finish`; None while another process has it."""
-        lock = RunLock(self.folder / "score.lock")
-        try:
-            return lock.__enter__()
-        except HeldError:
-            return None
 
     def finish(self, lock: RunLock) -> Manifest:
         """Join the parts, if that has not been done, and remove them.
@@ -216,7 +135,7 @@ class Parts:
             self._path(index, ".json").unlink(missing_ok=True)
         if damaged:
             raise CorruptError(
-                f"{self._work}: {len(damaged)} of {self.num_ranges} ranges are not what was written, the first is "
+                f"{self._ranges}: {len(damaged)} of {self.num_ranges} ranges are not what was written, the first is "
                 f"{self._path(damaged[0], '.part').name}; they were dropped, run again to score them anew"
             )
         distinct = {str(sorted(m.parameters["computed"].items())): m.parameters["computed"] for m in manifests if m}
@@ -242,24 +161,12 @@ class Parts:
     def _remove_parts(self) -> None:
         for _ in range(20):  # a process that is only now finding out may put a lock file there meanwhile
             for name in filter(_OF_A_RANGE.match, self._names() or ()):  # what else is there is not ours
-                (self._work / name).unlink(missing_ok=True)
+                (self._ranges / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
-                self._work.rmdir()
+                self._ranges.rmdir()
             if not self.has_leftovers:
                 return
             time.sleep(0.1)
-
-    def _names(self) -> list[str] | None:
-        """What is in the folder of parts; None where there is none, which is so as soon as another has joined them."""
-        try:
-            return os.listdir(self._work)
-        except FileNotFoundError:
-            return None
-
-    def _is_done(self, index: int) -> bool:
-        if index not in self._done and self._read(self._path(index, ".json")) is not None:
-            self._done.add(index)
-        return index in self._done
 
     def _read(self, path: Path) -> Manifest | None:
         """The manifest of a finished range; None where there is none, or its file is missing or cut."""
@@ -296,6 +203,3 @@ class Parts:
     def _num_samples(self, index: int) -> int:
         start, stop = self.bounds(index)
         return stop - start
-
-    def _path(self, index: int, suffix: str) -> Path:
-        return self._work / f"{index:08d}{suffix}"

@@ -15,32 +15,27 @@ from numpy.typing import NDArray
 from megakd.config import option
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import check_vocabulary
-from megakd.data.packing import Packing, open_samples
+from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
-from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.proxy_record import Proxy, read_proxy
+from megakd.pipeline.range_config import RangeRunConfig, precision
 from megakd.pipeline.score_parts import Parts
 from megakd.pipeline.score_sample import draw_sample
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(RangeRunConfig):
     """What ``megakd score`` is asked to do."""
 
     load: str | None = option(None, "the model: a checkpoint folder of 'megakd train'", common=True)
     proxy: str | None = option(
         None, "instead, a folder of 'megakd proxy': scores are its predictions of teacher minus reference", common=True
-    )
-    data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
-    seq_length: int = option(..., "tokens of one sample", common=True)
-    packing: Packing = option(
-        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
     )
     output: str = option(
         ...,
@@ -63,28 +58,11 @@ class ScoreConfig:
         common=True,
     )
     sample_seed: int = option(1234, "which samples; the same ones for every model that scores them", common=True)
-    micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
     range_samples: int = option(
         0,
         "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset, over "
         "--sample-fraction",
     )
-    tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
-    pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
-    sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
-    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
-    tokenizer_model: str | None = option(
-        None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
-    )
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
-    bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)
-    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the model in FP8 (Transformer Engine)")
-    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling")
-    loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
-        "auto", "code that sweeps the logits"
-    )
-    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
-    log_interval: float = option(10.0, "seconds between progress lines", common=True)
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
@@ -96,30 +74,11 @@ class ScoreConfig:
             0,
         ):
             raise UsageError("--proxy gives one number a sample: no --iteration, and nothing per token")
-        for name in ("seq_length", "micro_batch_size", "head_chunk_mbytes"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        if self.range_samples < 0 or self.log_interval < 0:
-            raise UsageError(
-                f"--range-samples is {self.range_samples}, --log-interval {self.log_interval}; expected 0 or more"
-            )
+        if self.range_samples < 0:
+            raise UsageError(f"--range-samples is {self.range_samples}; expected 0 or more")
         if not 0 < self.sample_fraction <= 1:
             raise UsageError(f"--sample-fraction {self.sample_fraction}: expected more than 0, and 1 for all samples")
-        self.parallel().validate()
-        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
-            raise UsageError(
-                f"--seq-length {self.seq_length} is not a multiple of --tensor-model-parallel-size "
-                f"{self.tensor_model_parallel_size}, which --sequence-parallel needs"
-            )
-
-    def parallel(self) -> ParallelConfig:
-        """The model's layout."""
-        return ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            sequence_parallel=self.sequence_parallel,
-            distributed_timeout_minutes=self.distributed_timeout_minutes,
-        )
+        super().validate()
 
 
 @dataclass(frozen=True)
@@ -154,12 +113,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
     tokenizer = common_tokenizer(dataset, record)
-    shape = record.shape.frozen(
-        transformer_impl=config.transformer_impl,
-        bf16=record.shape.bf16 if config.bf16 is None else config.bf16,
-        fp8_format=config.fp8_format,
-        fp8_recipe=config.fp8_recipe,
-    )
+    shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
@@ -183,7 +137,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
             "packing": samples.packing,
             "seq_length": config.seq_length,
             "mask_policy": config.mask_policy,
-            "precision": _precision(shape),
+            "precision": precision(shape),
             **optional,
         },
         parents={"dataset": dataset.fingerprint, "model": (proxy.manifest if proxy else record).fingerprint},
@@ -192,13 +146,6 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     )
     parts.check_all()
     return ScorePlan(record, shape, samples, eod_token, parts, proxy)
-
-
-def padded_rows(config: ScoreConfig, plan: ScorePlan) -> int:
-    """Rows of the output weight on one rank."""
-    size = config.tensor_model_parallel_size
-    divisible_by = plan.shape.make_vocab_size_divisible_by
-    return padded_vocab_size(plan.record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size) // size
 
 
 def skipped_token(mask_policy: str, tokenizer: Mapping[str, Any] | None) -> int | None:
@@ -239,8 +186,3 @@ def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[
             f"{record.vocab_size}"
         )
     return dict(own)
-
-
-def _precision(shape: ModelShape) -> str:
-    wide = "bf16" if shape.bf16 else "fp32"
-    return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide

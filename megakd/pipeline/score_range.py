@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.scores import COUNTS, DTYPES, LOG_PROBS, PER_TOKEN, UNSCORED
-from megakd.pipeline.score_batches import Stretches
+from megakd.pipeline.range_batches import Stretches
 
 
 class RangeColumns:

@@ -56,7 +56,7 @@ def run_some(tree: dict[str, Any], count: int) -> int:
     for _ in range(count):
         claim = plan.parts.claim()
         assert claim is not None
-        plan.parts.commit(claim, scorer.score(*plan.parts.bounds(claim.index)), computed=scorer.computed)
+        plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), computed=scorer.computed)
     return len(list((Path(tree["output"]) / "parts").glob("*.json")))
 
 

@@ -18,7 +18,7 @@ from worlds import Worlds
 
 from megakd.data.scores import Scores
 from megakd.errors import ExitStatus
-from megakd.pipeline.score_progress import ScoreProgress, progress_line
+from megakd.pipeline.range_progress import RangeProgress, progress_line
 
 TOOL = str(Path(__file__).parents[2] / "tools" / "score_data.py")
 
@@ -199,7 +199,7 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert progress_line(25, 100, 20, 16, 4.0) == "scored 25 of 100 samples (25.0 %, 80 tokens/s, 0:00:15 left)"
     assert progress_line(5, 100, 0, 16, 4.0) == "scored 5 of 100 samples (5.0 %)"
     done = iter([5, 20])
-    progress = ScoreProgress(100, seq_length=16, samples_done=lambda: next(done), interval=0.0)
+    progress = RangeProgress(100, seq_length=16, samples_done=lambda: next(done), interval=0.0)
     progress.tick(5)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "continuing: 5 of 100 samples are scored" and lines[1].startswith("scored 25 of 100 samples")

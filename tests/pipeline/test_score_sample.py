@@ -47,7 +47,7 @@ def run_some(tree: dict[str, Any], count: int) -> int:
     for _ in range(count):
         claim = plan.parts.claim()
         assert claim is not None
-        columns = scorer.score(*plan.parts.bounds(claim.index), ids=plan.parts.ids_of(claim.index))
+        columns = scorer.make(*plan.parts.bounds(claim.index), ids=plan.parts.ids_of(claim.index))
         plan.parts.commit(claim, columns, computed=scorer.computed)
     return plan.parts.samples_done()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megakd.pipeline.score_batches import Stretches, batch_pieces, cut_range
+from megakd.pipeline.range_batches import Stretches, batch_pieces, cut_range
 
 
 def test_microbatches_hold_every_sample_once_and_little_else() -> None:
