@@ -20,6 +20,7 @@ VERBS = {
     "report": "megakd.pipeline.report",
     "retokenize": "megakd.pipeline.retokenize",
     "import-miniplm": "megakd.pipeline.import_miniplm",
+    "capture": "megakd.pipeline.capture",
     "plan": "megakd.pipeline.plan",
     "train": "megakd.train.main",
 }

@@ -33,6 +33,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
     ("megakd/train/main.py", "megakd.train.loop"),
     ("megakd/pipeline/score.py", "megakd.pipeline.score_run"),
+    ("megakd/pipeline/capture.py", "megakd.pipeline.capture_run"),
     ("megakd/pipeline/proxy.py", "megakd.pipeline.proxy_fit"),
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/triton_kernels.py", "megakd.losses.triton_statistics"),
@@ -51,7 +52,8 @@ TORCH_FREE = (
 )
 # What the others load once nothing is left to refuse.
 RUNS_A_MODEL = tuple(
-    f"megakd.pipeline.{name}" for name in ("range_model", "range_run", "score_run", "score_columns", "proxy_fit")
+    f"megakd.pipeline.{name}"
+    for name in ("range_model", "range_run", "score_run", "score_columns", "proxy_fit", "capture_run")
 )
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 

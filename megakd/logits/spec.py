@@ -77,6 +77,10 @@ class StoreSpec:
         hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ranks, "<i4").data)
         return {**plain, "details": dict(self.details), "ranks": hashed}
 
+    def check(self, manifest: Manifest, ranks: NDArray[np.int32]) -> None:
+        """Raise MismatchError for the manifest of another store, with what differs."""
+        _check_identity(manifest, self.parameters(ranks), self, "holds another store than this")
+
     @staticmethod
     def of(manifest: Manifest) -> StoreSpec:
         """From the manifest of a store or of a shard."""
@@ -134,7 +138,8 @@ def read_shard(
         manifest = read_manifest(path, format=shards.FORMAT, version=shards.VERSION)
     except CorruptError:
         return None
-    _check_identity(manifest, spec.parameters(ranks) | {"samples": list(spec.samples_of(shard))}, spec)
+    own = spec.parameters(ranks) | {"samples": list(spec.samples_of(shard))}
+    _check_identity(manifest, own, spec, "is a shard of another store")
     return manifest
 
 
@@ -173,7 +178,7 @@ def finish_store(
     )
 
 
-def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec) -> None:
+def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec, what: str) -> None:
     def hashed(tokenizer: Mapping[str, Any] | None) -> Any:
         return None if tokenizer is None else tokenizer.get("hash")
 
@@ -181,4 +186,4 @@ def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: Sto
     here = {**spec.parents, "tokenizer": hashed(spec.tokenizer), **parameters}
     wrong = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
     if wrong:
-        raise MismatchError(f"{manifest.path} is a shard of another store: {'; '.join(wrong)}. Give another --output")
+        raise MismatchError(f"{manifest.path} {what}: {'; '.join(wrong)}. Give another --output")

@@ -33,7 +33,7 @@ class HeadReading:
     log_z_T: log-sum-exp of the logits, always.
     log_prob_T: of ``ids_T``; 0 where the id is none of the vocabulary. entropy_T: of the softmax.
     top_ids_TK, top_log_probs_TK: the K best ids, best first; where logits tie, the smaller id first.
-    sample_ids_TN: one draw from the softmax for each uniform number.
+    sample_ids_TN, sample_log_probs_TN: one draw from the softmax for each uniform number, and its log-probability.
     """
 
     log_z_T: Tensor
@@ -42,6 +42,7 @@ class HeadReading:
     top_ids_TK: Tensor | None = None
     top_log_probs_TK: Tensor | None = None
     sample_ids_TN: Tensor | None = None
+    sample_log_probs_TN: Tensor | None = None
 
 
 @torch.no_grad()
@@ -65,7 +66,8 @@ def read_head(
     uniforms_TN: float64 in [0, 1), the same on every rank; a draw is the first id, in their order, at which the
         cumulative probability exceeds the number. So draws depend on the numbers and the distribution alone.
 
-    One all-gather a chunk for log-probabilities and entropies; one more each for best ids and for samples.
+    One all-gather a chunk for log-probabilities and entropies; one more for best ids; for samples one more, and two
+    all-reduces.
     Raises UsageError for shapes that do not fit.
     """
     num_tokens = hidden_TH.shape[0]
@@ -117,13 +119,19 @@ def _read_chunk(
     if top_k:
         top_ids_RK, top_logits_RK = _best(valid_Rv, top_k, shard)
         top_RK = (top_logits_RK.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
+    sample_ids_RN = sampled_RN = None
+    if uniforms_RN is not None:
+        sample_ids_RN = _draw(valid_Rv, rows, uniforms_RN, shard)
+        logits_RN = _logits_of(sample_ids_RN, valid_Rv, shard)
+        sampled_RN = (logits_RN.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
     return HeadReading(
         log_z_R,
         log_prob_R,
         teacher_entropy(rows, KDTerm()) if entropy else None,
         top_ids_RK,
         top_RK,
-        None if uniforms_RN is None else _draw(valid_Rv, rows, uniforms_RN, shard),
+        sample_ids_RN,
+        sampled_RN,
     )
 
 
@@ -205,6 +213,21 @@ def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: Voc
     answers_RN = torch.where(mine_RN, ids_RN, shard.vocab_size)
     dist.all_reduce(answers_RN, op=dist.ReduceOp.MIN, group=shard.group)
     return answers_RN.clamp(max=shard.vocab_size - 1)
+
+
+def _logits_of(ids_RN: Tensor, valid_Rv: Tensor, shard: VocabShard) -> Tensor:
+    """``[R, N]``: the logits of ids, from the rank that has each."""
+    if shard.world_size == 1:
+        return valid_Rv.gather(1, ids_RN)
+    columns_RN = ids_RN - shard.start
+    mine_RN = (columns_RN >= 0) & (columns_RN < shard.num_valid)
+    wide = torch.promote_types(valid_Rv.dtype, torch.float32)
+    logits_RN = torch.full(ids_RN.shape, -torch.inf, dtype=wide, device=valid_Rv.device)
+    if shard.num_valid:
+        own_RN = valid_Rv.gather(1, columns_RN.clamp(0, shard.num_valid - 1)).to(logits_RN.dtype)
+        logits_RN = torch.where(mine_RN, own_RN, logits_RN)
+    dist.all_reduce(logits_RN, op=dist.ReduceOp.MAX, group=shard.group)
+    return logits_RN
 
 
 def _gather_columns(own_RK: Tensor, shard: VocabShard) -> Tensor:

@@ -5,6 +5,7 @@ Axes: ``S`` sequence, ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens, sequ
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.errors import CorruptError
-from megakd.losses.read import read_head
+from megakd.losses.read import HeadReading, read_head
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.value_head import ValueHead
 from megakd.parallel import Groups
@@ -50,22 +51,34 @@ class LogProbColumns:
             implementation=self._config.loss_implementation,
             chunk_bytes=self._config.head_chunk_mbytes << 20,
         )
-        shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
-        log_prob_BS = _to_numpy(reading.log_prob_T, shape)
-        bad_B = (mask_BS & ~np.isfinite(log_prob_BS)).any(axis=1)
-        if bad_B.any():
-            raise CorruptError(
-                f"{self._model}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
-                "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
-            )
-        # by numpy, whose order of addition does not depend on threads
-        sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
-        columns = {LOG_PROBS: sums_B, COUNTS: mask_BS.sum(axis=1)}
-        if TOKEN_LOG_PROBS in self._columns:
-            columns[TOKEN_LOG_PROBS] = _to_half(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
-        if reading.entropy_T is not None:
-            columns[TOKEN_ENTROPIES] = _to_half(_to_numpy(reading.entropy_T, shape), mask_BS)
-        return columns
+        return log_prob_columns(reading, microbatch, self._model, per_token=TOKEN_LOG_PROBS in self._columns)
+
+
+def log_prob_columns(
+    reading: HeadReading, microbatch: Microbatch, model: str | Path, *, per_token: bool = False
+) -> dict[str, NDArray[Any]]:
+    """The labels' log-probabilities in ``reading`` by file name, as `RangeColumns.add` takes them.
+
+    per_token: those of each position too. Entropies come where the reading has them.
+
+    Raises CorruptError, which names ``model``, where one is not finite.
+    """
+    shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
+    log_prob_BS = _to_numpy(reading.log_prob_T, shape)
+    bad_B = (mask_BS & ~np.isfinite(log_prob_BS)).any(axis=1)
+    if bad_B.any():
+        raise CorruptError(
+            f"{model}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
+            "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+        )
+    # by numpy, whose order of addition does not depend on threads
+    sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
+    columns = {LOG_PROBS: sums_B, COUNTS: mask_BS.sum(axis=1)}
+    if per_token:
+        columns[TOKEN_LOG_PROBS] = _to_half(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
+    if reading.entropy_T is not None:
+        columns[TOKEN_ENTROPIES] = _to_half(_to_numpy(reading.entropy_T, shape), mask_BS)
+    return columns
 
 
 class PredictedColumns:

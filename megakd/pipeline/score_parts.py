@@ -85,15 +85,21 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
 
     def commit(self, claim: Claim, made: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
         """Make a range durable, and release it. made: the wanted columns over its samples."""
-        start, stop = self.bounds(claim.index)
-        with HashingWriter(self._path(claim.index, ".part")) as writer:
+        self.write(claim.index, made, computed=computed)
+        claim.release()
+
+    def write(self, index: int, made: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
+        """Make a range durable that this process has claimed, here or elsewhere."""
+        self._ranges.mkdir(parents=True, exist_ok=True)
+        start, stop = self.bounds(index)
+        with HashingWriter(self._path(index, ".part")) as writer:
             for name in self.columns:
                 array = np.ascontiguousarray(made[name], dtype=DTYPES[name])
                 assert array.size == (stop - start) * self._positions(name), (name, array.shape)
                 writer.write(array.data)
             files = [writer.commit()]
         write_manifest(
-            self._path(claim.index, ".json"),
+            self._path(index, ".json"),
             format=FORMAT,
             version=VERSION,
             parameters={
@@ -108,8 +114,7 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
             tokenizer=self._tokenizer,
             files=files,
         )
-        self._done.add(claim.index)
-        claim.release()
+        self._done.add(index)
 
     def finish(self, lock: RunLock) -> Manifest:
         """Join the parts, if that has not been done, and remove them.
@@ -117,12 +122,20 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         Raises CorruptError for parts that are not what was written; they are removed, to be made again.
         """
         try:
-            if not self.finished():
-                self._join()
-            self._remove_parts()
+            self.join()
         finally:
             lock.__exit__()
         return read_manifest(self.folder / scores.MANIFEST, format=scores.FORMAT, version=scores.VERSION)
+
+    def join(self) -> None:
+        """The same for a process that has the right already."""
+        if not self.finished():
+            self._join()
+        self._remove_parts()
+
+    def holds(self, index: int) -> bool:
+        """Whether range ``index`` is finished, or all of them are joined."""
+        return self._is_done(index) or self.finished()
 
     def _join(self) -> None:
         manifests = [self._read(self._path(index, ".json")) for index in range(self.num_ranges)]

@@ -61,6 +61,7 @@ def test_reading_equals_the_whole(
         assert relative_error(reading.top_log_probs_TK, top.values) < tolerance
         drawn = torch.searchsorted(log_q.exp().cumsum(1), uniforms_TN, right=True)
         assert torch.equal(reading.sample_ids_TN, drawn)
+        assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < tolerance
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -356,7 +356,7 @@ def run_while_another_joins(tree: dict[str, Any]) -> tuple[int, str]:
 def test_a_job_that_another_one_finishes_says_so(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     shutil.copytree(made["folder"] / "unfinished", tmp_path / "s")
     ((status, told),) = world(1).run(run_while_another_joins, make_score_tree(made, tmp_path / "s"))
-    assert status == 0 and told.count(f"{tmp_path}/s: finished; another process joined the scores\n") == 1
+    assert status == 0 and told.count(f"{tmp_path}/s: finished; another process had the last of it\n") == 1
     assert files(tmp_path / "s") == files(made["folder"] / "whole")
 
 

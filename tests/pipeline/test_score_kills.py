@@ -162,7 +162,7 @@ def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path
         (tmp_path / name).write_bytes(data)
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "00000003.part").write_bytes(b"")
-    (tmp_path / "score.lock").write_bytes(b"")
+    (tmp_path / "finish.lock").write_bytes(b"")
     assert run(made, tmp_path) == 0
     assert files(tmp_path) == made["whole"] and not (tmp_path / "parts").exists()
     (tmp_path / "scores.json").unlink()

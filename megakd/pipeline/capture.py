@@ -1,0 +1,36 @@
+"""``megakd capture``: what a teacher says about a dataset, to a logits store. `capture_plan` refuses."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from megakd.config import parse
+from megakd.pipeline.capture_plan import CaptureConfig, check_capture
+from megakd.pipeline.score import KNOWN_WARNINGS
+
+HELP = "a teacher's output distribution over a dataset, to a logits store (under torchrun or alone)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; returns its exit status."""
+    config = parse(
+        CaptureConfig,
+        argv,
+        prog="megakd capture",
+        description="Store what a teacher says about every token position of a dataset, for any number of students: "
+        "its best ids (top_p_k), how often each id was drawn (samples), or drawn ids renormalised "
+        "(renormalised_samples), each with the teacher's entropy. 'megakd train --logits-load-dir' reads it, in any "
+        "order and layout. Work is committed in shards: any number of ranks and of jobs with the same flags, started "
+        "or killed at any time, continue it, and the result does not depend on how many there were. "
+        "Alone: python -m megakd capture ...; on several ranks: torchrun --nproc-per-node N -m megakd capture ...",
+    )
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    plan = check_capture(config, int(os.environ.get("WORLD_SIZE", "1")))
+    from megakd.pipeline.capture_run import (
+        capture,  # late: torch and megatron load for seconds, a wrong flag should not
+    )
+
+    return int(capture(config, plan))

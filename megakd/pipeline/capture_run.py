@@ -1,0 +1,172 @@
+"""Capturing itself: the teacher's head, read over one shard's samples after the other, to rows.
+
+Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``K`` best ids, ``N`` draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megakd.data.loader import Microbatch
+from megakd.errors import CorruptError, ExitStatus
+from megakd.logits.codec import Rows
+from megakd.logits.sparsify import renormalised_samples, sampled_counts, top_p_k, uniform_numbers
+from megakd.losses.read import HeadReading, read_head
+from megakd.losses.vocab_parallel import VocabShard
+from megakd.model.teacher import ModelTeacher
+from megakd.parallel import Groups, init_parallel
+from megakd.pipeline.capture_plan import CaptureConfig, CapturePlan
+from megakd.pipeline.capture_work import Captured
+from megakd.pipeline.range_batches import Stretches
+from megakd.pipeline.range_config import padded_rows
+from megakd.pipeline.range_model import RangeModel, build_frozen, computed_by
+from megakd.pipeline.range_progress import RangeProgress
+from megakd.pipeline.range_run import work_through
+from megakd.pipeline.score_columns import log_prob_columns
+from megakd.pipeline.score_range import RangeColumns
+from megakd.targets import DenseTargets
+
+_SAMPLES_AT_ONCE = 64  # whose rows are held until they can be added in the order of their ids
+
+
+def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
+    """Capture what is missing in ``--output``, with all other ranks and jobs that do.
+
+    All ranks call it. Returns COMPLETE once the whole store is there, STOPPED if a signal came first.
+
+    Raises CorruptError where the model gives no finite log-probabilities.
+    """
+    groups = init_parallel(config.parallel(), seed=0)
+    return work_through(
+        plan.work,
+        lambda: build_capturer(config, plan, groups),
+        groups,
+        seq_length=config.seq_length,
+        log_interval=config.log_interval,
+        done="captured",
+    )
+
+
+def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> Capturer:
+    """The teacher of ``--load`` in the layout of ``groups``, ready to be captured. All ranks call it."""
+    return Capturer(config, plan, build_frozen(config, plan.record, plan.shape, groups), groups)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the head says about one microbatch: the rows of all its positions, and the labels' log-probabilities."""
+
+    rows: Rows
+    reading: HeadReading
+
+
+class Capturer:
+    """One copy of the teacher, and the shards it fills."""
+
+    def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
+        self._config, self._plan, self._groups = config, plan, groups
+        self._model = RangeModel(
+            config, plan.samples, teacher, vocab_size=plan.record.vocab_size, eod_token=plan.eod_token
+        )
+        rows = padded_rows(config, plan.record, plan.shape)
+        self._shard = VocabShard(
+            start=groups.tensor_rank * rows,
+            num_rows=rows,
+            vocab_size=plan.record.vocab_size,
+            group=groups.tensor if config.tensor_model_parallel_size > 1 else None,
+        )
+        self.computed = computed_by(config, plan.work.range_samples)
+
+    def make(
+        self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64]
+    ) -> Captured | None:
+        """The shard of the samples ``[start, stop)``, not yet committed, and their scores, on the last stage. The
+        copy's ranks all call it."""
+        work = self._plan.work
+        leads = self._groups.has_output(None) and self._groups.tensor_rank == 0
+        shard = work.new_shard(start // work.range_samples) if leads else None
+        columns = None
+        if work.scores is not None:
+            columns = RangeColumns(work.scores.columns, start, stop, ids, self._config.seq_length)
+        for first in range(0, len(ids), _SAMPLES_AT_ONCE):
+            some = ids[first : first + _SAMPLES_AT_ONCE]
+            held: dict[int, tuple[NDArray[np.int64], Rows]] = {}
+            for part, microbatch, targets, share in self._model.outputs(some):
+                answer = self._read(microbatch, targets)
+                if shard is not None:
+                    held |= _by_sample(part, microbatch, answer.rows)
+                    if columns is not None:
+                        moved = Stretches(part.places + first, part.starts, part.lengths)
+                        columns.add(moved, log_prob_columns(answer.reading, microbatch, self._config.load))
+                if progress is not None:
+                    progress.tick(first + int(len(some) * share))
+            if shard is not None:
+                for sample in some.tolist():
+                    shard.add(sample, *held[sample])
+        return None if shard is None else Captured(shard, {} if columns is None else columns.finish())
+
+    def _read(self, microbatch: Microbatch, targets: DenseTargets) -> _Answer:
+        config, spec = self._config, self._plan.spec
+        labels_T = None
+        if self._plan.work.scores is not None:
+            labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
+        uniforms_TN = None if config.kind == "top_p_k" else self._uniforms(microbatch)
+        reading = read_head(
+            targets.hidden_TH,
+            targets.weight_vH,
+            shard=self._shard,
+            ids_T=labels_T,
+            entropy=True,
+            top_k=spec.top_k,
+            uniforms_TN=uniforms_TN,
+            implementation=config.loss_implementation,
+            chunk_bytes=config.head_chunk_mbytes << 20,
+        )
+        self._check_finite(reading, microbatch)
+        return _Answer(self._rows(reading), reading)
+
+    def _rows(self, reading: HeadReading) -> Rows:
+        assert reading.entropy_T is not None
+        if self._config.kind == "top_p_k":
+            assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
+            return top_p_k(reading.top_ids_TK, reading.top_log_probs_TK, reading.entropy_T, top_p=self._plan.spec.top_p)
+        assert reading.sample_ids_TN is not None and reading.sample_log_probs_TN is not None
+        if self._config.kind == "samples":
+            return sampled_counts(reading.sample_ids_TN, reading.entropy_T)
+        return renormalised_samples(reading.sample_ids_TN, reading.sample_log_probs_TN, reading.entropy_T)
+
+    def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
+        """``[T, N]`` float64: a function of seed, dataset and token position, so the same in every layout."""
+        spec, (_, width) = self._plan.spec, microbatch.tokens_BS.shape
+        positions_SB = self._plan.samples.starts(microbatch.sample_ids_B) + np.arange(width)[:, None]
+        numbers_TN = uniform_numbers(
+            positions_SB.reshape(-1), spec.draws, seed=spec.seed, dataset=spec.parents["dataset"]
+        )
+        return torch.from_numpy(numbers_TN).to(self._groups.device)
+
+    def _check_finite(self, reading: HeadReading, microbatch: Microbatch) -> None:
+        assert reading.entropy_T is not None
+        bad_T = ~(torch.isfinite(reading.entropy_T) & torch.isfinite(reading.log_z_T))
+        if bad_T.any():
+            bad_B = bad_T.view(microbatch.tokens_BS.shape[::-1]).any(0).cpu().numpy()
+            raise CorruptError(
+                f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} are not "
+                "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+            )
+
+
+def _by_sample(part: Stretches, microbatch: Microbatch, rows: Rows) -> dict[int, tuple[NDArray[np.int64], Rows]]:
+    """By sample id: its input ids and its rows, one for each label it has."""
+    batch = len(microbatch.sample_ids_B)
+    found = {}
+    for column, (sample, length) in enumerate(zip(microbatch.sample_ids_B.tolist(), part.lengths.tolist())):
+        own = slice(column, (length - 1) * batch, batch)  # positions of one sample, sequence first
+        found[sample] = (
+            microbatch.tokens_BS[column, : length - 1],
+            Rows(rows.ids_TK[own], rows.log_probs_TK[own], rows.entropy_T[own]),
+        )
+    return found

@@ -1,0 +1,115 @@
+"""A logits store in the making: its shards are the ranges, committed on their own, and one manifest makes them a store.
+
+`range_work` has how they are shared out. What is scored in the same pass is committed with the shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.errors import CorruptError, UsageError
+from megakd.logits.shard import ShardWriter
+from megakd.logits.spec import FORMAT, MANIFEST, SHARDS, VERSION, StoreSpec, finish_store, read_shard, write_shard
+from megakd.manifest import Manifest, read_manifest
+from megakd.pipeline.lock import RunLock
+from megakd.pipeline.range_work import Claim, RangeWork
+from megakd.pipeline.score_parts import Parts
+
+_LOCK = re.compile(r"[0-9]{8}\.lock")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A range: its shard, to which all samples were added, and the columns of scores, if they are wanted."""
+
+    shard: ShardWriter
+    columns: Mapping[str, NDArray[Any]]
+
+
+class StoreWork(RangeWork[Captured | None]):
+    """The store in ``folder``, finished or in the making.
+
+    ids: ascending, the samples that get targets; None: all. scores: to be made in the same ranges; None: none are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: StoreSpec,
+        ranks: NDArray[np.int32],
+        *,
+        ids: NDArray[np.int64] | None = None,
+        scores: Parts | None = None,
+    ) -> None:
+        super().__init__(
+            folder, folder / SHARDS, num_samples=spec.num_samples, range_samples=spec.shard_samples, ids=ids
+        )
+        self.spec, self.ranks, self.scores = spec, ranks, scores
+
+    def check_all(self) -> None:
+        """Raise MismatchError if the folder holds another store, finished or not; reads, writes nothing."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"--output {self.folder}: a file is there; expected a folder, new or there")
+        if not self.finished():
+            for path in sorted(self._ranges.glob("[0-9]*.json")):
+                if path.stem.isdigit() and int(path.stem) < self.num_ranges:
+                    self._read(path)
+
+    def finished(self) -> bool:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return False
+        manifest = read_manifest(path, format=FORMAT, version=VERSION)
+        self.spec.check(manifest, self.ranks)
+        return self.scores is None or self.scores.finished()
+
+    @property
+    def has_leftovers(self) -> bool:
+        locks = any(map(_LOCK.fullmatch, self._names() or ()))
+        return locks or (self.scores is not None and self.scores.has_leftovers)
+
+    def new_shard(self, index: int) -> ShardWriter:
+        """To which the samples of range ``index`` are to be added, in rising order."""
+        return write_shard(self.folder, self.spec, self.ranks, index)
+
+    def commit(self, claim: Claim, made: Captured | None, *, computed: Mapping[str, Any]) -> None:
+        assert made is not None  # by the leader
+        if self.scores is not None:
+            self.scores.write(claim.index, made.columns, computed=computed)
+        made.shard.commit()
+        self._done.add(claim.index)
+        claim.release()
+
+    def finish(self, lock: RunLock) -> Manifest:
+        """Raises CorruptError where a shard is gone or cut meanwhile, or scores were damaged: run again."""
+        try:
+            if self.scores is not None:
+                self.scores.join()
+            if not (self.folder / MANIFEST).exists():
+                try:
+                    finish_store(self.folder, self.spec, self.ranks)
+                except UsageError as error:
+                    raise CorruptError(f"{error}; run again") from error
+            for name in filter(_LOCK.fullmatch, self._names() or ()):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path(int(name[:8]), ".lock").unlink()
+        finally:
+            lock.__exit__()
+        return read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+
+    def _read(self, path: Path) -> Manifest | None:
+        try:
+            manifest = read_shard(self.folder, self.spec, self.ranks, int(path.stem))
+        except FileNotFoundError:
+            return None
+        if manifest is None or (self.scores is not None and not self.scores.holds(int(path.stem))):
+            return None
+        return manifest
