@@ -27,7 +27,7 @@ class ShowConfig:
     """What to show."""
 
     prefix: str = option(
-        ..., "dataset prefix, folder of scores, a selection or a checkpoint, any manifest", positional=True
+        ..., "dataset prefix, folder of scores, a selection, a logits store, and others, any manifest", positional=True
     )
     documents: int = option(0, "print the first tokens of so many documents", common=True)
 

@@ -11,6 +11,8 @@ import numpy as np
 from megakd.data import scores, selection
 from megakd.data.scores import Scores
 from megakd.data.selection import Selection
+from megakd.logits import spec as logits
+from megakd.logits.store import LogitsStore
 from megakd.manifest import Manifest, read_manifest
 
 _AT_ONCE = 1 << 20
@@ -24,7 +26,8 @@ def describe_artefact(path: Path) -> list[str]:
     """
     manifest = read_manifest(path)
     rows = [("artefact", f"{manifest.format}, version {manifest.version}"), ("fingerprint", manifest.fingerprint)]
-    own = {scores.FORMAT: _scores, selection.FORMAT: _selection}.get(manifest.format, _parameters)
+    kinds = {scores.FORMAT: _scores, selection.FORMAT: _selection, logits.FORMAT: _store}
+    own = kinds.get(manifest.format, _parameters)
     return [f"{name:<18} {value}" for name, value in (*rows, *own(manifest), *_provenance(manifest))]
 
 
@@ -74,6 +77,17 @@ def _selection(manifest: Manifest) -> Rows:
             f"{kept} of {candidates} candidates kept ({100 * kept / max(candidates, 1):.2f} %), "
             f"{domain['kept_tokens']} of {domain['candidate_tokens']} tokens{least}",
         )
+
+
+def _store(manifest: Manifest) -> Rows:
+    LogitsStore(manifest.path.parent)  # which looks at the size of every file
+    shards = [shard for shard in manifest.parameters["shards"] if shard]
+    rows, total = int(manifest.parameters["rows"]), sum(sum(shard[1:]) for shard in shards)
+    have, samples = manifest.parameters["samples_with_targets"], manifest.parameters["num_samples"]
+    yield "samples", f"{have} of {samples} have targets"
+    yield "rows", f"{rows}, {total} bytes, {total / max(rows, 1):.1f} bytes a token"
+    yield "shards", f"{len(shards)} of {len(manifest.parameters['shards'])} ranges"
+    yield from _parameters(manifest, without=("shards", "rows", "samples_with_targets", "num_samples"))
 
 
 def _parameters(manifest: Manifest, without: tuple[str, ...] = ()) -> Rows:

@@ -18,10 +18,14 @@ from megakd.data.scores import MANIFEST as SCORES
 from megakd.data.selection import MANIFEST as SELECTION
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, UsageError
+from megakd.logits import spec as logits
+from megakd.logits.spec import MANIFEST as STORE
+from megakd.logits.store import verify_store
 from megakd.manifest import Manifest, hash_file, read_manifest, verify_files
+from megakd.pipeline.proxy_record import MANIFEST as PROXY
 
 HELP = "hash the files of an artefact and compare them with its manifest"
-_IN_FOLDERS = ("manifest.json", SCORES, SELECTION)
+_IN_FOLDERS = ("manifest.json", SCORES, SELECTION, STORE, PROXY)
 _TOKENS_AT_ONCE = 1 << 22
 
 
@@ -30,7 +34,7 @@ class VerifyConfig:
     """What to verify."""
 
     artefact: list[str] = option(
-        ..., "dataset prefix, folder of scores, a selection or a checkpoint, or any manifest", positional=True
+        ..., "dataset prefix, folder of scores, a selection, a logits store, and others, or any manifest", positional=True
     )
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
     tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 status = ExitStatus.CORRUPT
                 print("\n".join(f"{name}: CORRUPT: {fault}" for fault in faults), file=sys.stderr)
             else:
-                size_bytes = sum(record.size_bytes for record in manifest.files)
+                size_bytes = _size_bytes(manifest)
                 print(f"{name}: whole: {manifest.format}, {size_bytes} bytes, fingerprint {manifest.fingerprint}")
     return status
 
@@ -98,12 +102,21 @@ def existing_manifests(name: str) -> list[Path]:
 def verify(path: Path) -> tuple[Manifest, list[str]]:
     """Hash everything that the manifest at ``path`` names, and check a dataset's index; returns the faults found."""
     manifest = read_manifest(path)
-    total = sum(record.size_bytes for record in manifest.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        faults = verify_files(path, progress=bar.update)
+    is_store = manifest.format == logits.FORMAT
+    with tqdm(total=_size_bytes(manifest), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        if is_store:
+            faults = verify_store(path.parent, progress=bar.update)
+        else:
+            faults = verify_files(path, progress=bar.update)
     if not faults and manifest.format == FORMAT:
         IndexedDataset(str(path).removesuffix(".manifest.json")).check()
     return manifest, faults
+
+
+def _size_bytes(manifest: Manifest) -> int:
+    """Of everything that it names; a store's names shards, which have manifests of their own."""
+    shards = manifest.parameters["shards"] if manifest.format == logits.FORMAT else []
+    return sum(record.size_bytes for record in manifest.files) + sum(sum(shard[1:]) for shard in shards if shard)
 
 
 def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None) -> Manifest:

@@ -22,6 +22,8 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.sparsify import uniform_numbers
 from megakd.logits.store import LogitsStore, verify_store
 from megakd.pipeline.capture_plan import CaptureConfig, check_capture
+from megakd.pipeline.show import main as show
+from megakd.pipeline.verify import main as verify
 
 SEQ = 16
 SAMPLES = 118  # of 1900 tokens: no multiple of the shards' 13
@@ -294,3 +296,16 @@ def test_a_flipped_byte_is_found(made: dict[str, Any], tmp_path: Path) -> None:
         store.read(0, inputs[1])
 
 
+
+
+def test_show_and_verify_know_a_store(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(made["folder"] / "top_p_k", folder)
+    assert show([str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"{SAMPLES} of {SAMPLES} have targets" in told and "bytes a token" in told and "top_k" in told
+    assert verify([str(folder)]) == 0
+    path = folder / "shards" / "00000003.rows"
+    path.write_bytes(bytes([*path.read_bytes()[:-1], 7]))
+    assert verify([str(folder)]) == 5
+    assert "00000003.rows" in capsys.readouterr().err
