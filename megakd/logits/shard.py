@@ -182,7 +182,7 @@ class Shard:
         num_rows, _ = self.size(record)
         found = context_hash(input_ids[:num_rows])
         expected = self._context_hashes[sample_id - self._first]
-        if len(input_ids) < num_rows or found != expected:
+        if found != expected:
             raise MismatchError(
                 f"{self.path}: sample {sample_id} was captured with other input ids (the {num_rows} hash to "
                 f"{expected:016x}, those {min(len(input_ids), num_rows)} read now to {found:016x}): this store is of "
