@@ -1,8 +1,8 @@
 // Rows of a logits store to bytes and back: what a teacher says about one token position, ids with their mass.
 //
-// The record of a sample: u32 rows, u32 the most ids of a row, u32 bytes of the first stream; the two streams. The first
-// has, for each row, how many ids there are and the gaps between their frequency ranks, in rising order; the second the
-// entropy, the mass that is not listed, and what each id carries. docs/formats.md has it to the bit.
+// The record of a sample: u32 rows, u32 the most ids of a row, u32 bytes of the first stream; the two streams. The
+// first has, for each row, how many ids there are and the gaps between their frequency ranks, in rising order; the
+// second the entropy, the mass that is not listed, and what each id carries. docs/formats.md has it to the bit.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct RowFormat {
   bool has_levels() const { return value == Value::kLevel || value == Value::kFineLevel; }
 };
 
-// 0 to 32767: the mass that is not listed is at most one half, 0 is none; from 32768 on the listed mass is less than that.
+// Up to 32767 the mass that is not listed is at most one half, 0 is none; above, the listed mass is less than that.
 inline uint32_t tail_code(double mass) {
   const double tail = 1 - mass;
   if (!(tail > 0)) return 0;

@@ -47,11 +47,11 @@ struct Family {
 };
 
 constexpr int kTop = 128;  // the largest level: probability 1
-constexpr Family kSizes{0, 1, num_classes(8), 8};                          // how many ids a row has
-constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};               // by how far the ranks had come one gap before
-constexpr Family kLeast{kGaps.end(), 1, kTop + 1, 8};                      // the least level of a row
-constexpr Family kLevels{kLeast.end(), 2 + kTop / 8, kTop + 1, 8};         // what is above it, by it
-constexpr Family kCounts{kLevels.end(), 9, num_classes(3), 3};             // by the number of ids
+constexpr Family kSizes{0, 1, num_classes(8), 8};  // how many ids a row has
+constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};  // by how far the ranks had come one gap before
+constexpr Family kLeast{kGaps.end(), 1, kTop + 1, 8};  // the least level of a row
+constexpr Family kLevels{kLeast.end(), 2 + kTop / 8, kTop + 1, 8};  // what is above it, by it
+constexpr Family kCounts{kLevels.end(), 9, num_classes(3), 3};  // by the number of ids
 constexpr uint32_t kCodeLengths = kCounts.end();
 
 inline uint32_t gap_context(uint64_t before) {
@@ -62,7 +62,7 @@ inline uint32_t count_context(uint32_t size) {
   return uint32_t(std::min(log2_floor(size | 1), int(kCounts.contexts) - 1));
 }
 
-// Optimal lengths of at most kMaxCodeBits (Larmore and Hirschberg 1990, package-merge); 0 where a symbol does not occur.
+// Optimal lengths of at most kMaxCodeBits (package-merge, Larmore and Hirschberg 1990); 0 for what does not occur.
 inline void code_lengths(const uint64_t* counts, uint32_t symbols, uint8_t* lengths) {
   std::vector<std::pair<uint64_t, uint32_t>> leaves;
   for (uint32_t s = 0; s < symbols; s++) {

@@ -33,7 +33,7 @@ class RowDecoder {
   RowDecoder(const RowFormat& format, const int32_t* ids, const uint8_t* lengths)
       : format_(format), ids_(ids), sizes_(kSizes, lengths), gaps_(kGaps, lengths), least_(kLeast, lengths),
         levels_(kLevels, lengths), counts_(kCounts, lengths) {
-    for (int bits = 0; bits < 33; bits++) gap_tables_[bits] = gaps_.table(std::clamp(bits - 3, 0, int(kGaps.contexts) - 1));
+    for (int bits = 0; bits < 32; bits++) gap_tables_[bits] = gaps_.table(gap_context((uint64_t(1) << bits) - 1));
     if (format.value == Value::kLevel) log_probs_ = level_log_probs().data();
     if (format.value == Value::kFineLevel) log_probs_ = fine_log_probs().data();
     if (format.value != Value::kCount) return;
@@ -140,7 +140,7 @@ class RowDecoder {
   RowFormat format_;
   const int32_t* ids_;
   Lookup sizes_, gaps_, least_, levels_, counts_;
-  const uint32_t* gap_tables_[33];
+  const uint32_t* gap_tables_[32];  // by the logarithm of the context
   const float* log_probs_ = nullptr;
   std::vector<float> shares_;
 };
