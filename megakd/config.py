@@ -30,7 +30,7 @@ def option(default: Any, help: str, *, common: bool = False, positional: bool = 
     """Declare a leaf: its default (``...`` if it must be given) and its meaning in one line.
 
     common: shown by ``--help`` (the others only by ``--help-all``).
-    flag: the flat flag where it is not the field's name.
+    flag: the flat flag where it is not the field's name; one with its dashes takes no prefix of its group.
     """
     metadata = {"help": help, "common": common, "positional": positional, "flag": flag, "required": default is ...}
     if isinstance(default, list):
@@ -137,7 +137,8 @@ def _leaves(cls: Any, key_prefix: str, flag_prefix: str, title: str) -> Iterator
             yield from _leaves(meta["group"], key, flag_prefix + meta["flag_prefix"], meta["title"])
         else:
             flag = field.metadata["flag"] or field.name.replace("_", "-")
-            yield _Leaf(key_prefix + field.name, f"--{flag_prefix}{flag}", field, hints[field.name], title)
+            flag = flag if flag.startswith("--") else f"--{flag_prefix}{flag}"
+            yield _Leaf(key_prefix + field.name, flag, field, hints[field.name], title)
 
 
 def _build_parser(leaves: list[_Leaf], prog: str) -> ArgumentParser:

@@ -49,12 +49,15 @@ class SparseTargets:
         arXiv 2503.16870).
         ``renormalised_samples``: probabilities of the ids that were drawn, renormalised to 1 (Gemma 3).
     entropy_T: ``[T]`` fp32, the entropy in nats of the whole distribution, if it is known.
+    has_targets_T: ``[T]`` bool, the tokens about which anything is said; None where that is all of them. The slots of
+        the others are empty.
     """
 
     ids_TK: Tensor
     log_probs_TK: Tensor
     kind: SparseKind = "top_p_k"
     entropy_T: Tensor | None = None
+    has_targets_T: Tensor | None = None
 
     @staticmethod
     def from_counts(ids_TK: Tensor, counts_TK: Tensor, entropy_T: Tensor | None = None) -> SparseTargets:
@@ -72,3 +75,22 @@ class SparseTargets:
 
 
 Targets = DenseTargets | LogitTargets | SparseTargets
+
+
+@dataclass(frozen=True)
+class MixedTargets:
+    """Stored targets where there are any, those of a model for the other tokens."""
+
+    stored: SparseTargets
+    model: DenseTargets
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of targets that could not be read: why. The step is to be refused, on every rank."""
+
+    error: Exception
+
+
+Given = Targets | MixedTargets | None
+"""What a teacher gives for one microbatch; None where it says nothing about any of its tokens."""

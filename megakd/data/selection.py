@@ -96,29 +96,40 @@ class SelectedSamples:
         self.num_samples = len(selection)
         self.packing = f"{samples.packing}, selection {selection.fingerprint}"
         self.selection = selection
-        self._samples = samples
+        self.source = samples
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
-        return self._samples.read(self._source_ids(sample_ids))
+        return self.source.read(self.source_ids(sample_ids))
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the tokens of each sample."""
-        return self._samples.lengths(self._source_ids(sample_ids))
+        return self.source.lengths(self.source_ids(sample_ids))
 
     def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the token position at which each sample starts."""
-        return self._samples.starts(self._source_ids(sample_ids))
+        return self.source.starts(self.source_ids(sample_ids))
 
     def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
         """Ask the kernel to have the samples in memory soon."""
-        self._samples.prefetch(self._source_ids(sample_ids))
+        self.source.prefetch(self.source_ids(sample_ids))
 
-    def _source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the ids of the samples in the source."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         if len(ids) and ids.min() < 0:
             raise IndexError(f"sample {ids.min()} of {self.num_samples}")
         return np.asarray(self.selection.ids[ids])
+
+
+def whole(samples: Samples) -> Samples:
+    """All samples of the dataset, where these are a selection: what is on disk is addressed by their ids."""
+    return samples.source if isinstance(samples, SelectedSamples) else samples
+
+
+def whole_ids(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[n]`` int64: the ids that samples have among all of the dataset."""
+    return samples.source_ids(sample_ids) if isinstance(samples, SelectedSamples) else sample_ids
 
 
 class SelectionWriter:

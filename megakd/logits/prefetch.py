@@ -1,41 +1,73 @@
-"""Batches from a logits store, read ahead on threads: decoding needs no interpreter lock, so training goes on."""
+"""Reading ahead on threads: what they do must need no interpreter lock, so that training goes on meanwhile."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.logits.store import BatchRows, LogitsStore
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Request = tuple[NDArray[np.int64], NDArray[Any]]
 """Sample ids ``[B]`` and input ids ``[B, S]``."""
 
 
-def prefetched(
-    store: LogitsStore, requests: Iterable[Request], *, threads: int = 1, ahead: int = 2, width: int | None = None
-) -> Iterator[BatchRows]:
-    """``store.read_batch`` of each request, in their order.
+class ReadAhead:
+    """Threads that work ahead of whoever takes their results.
 
-    threads: how many batches are read at a time. ahead: how many are held, read or being read, besides the one that was
-    yielded last: memory is bounded by that. Requests are taken from the iterable by the caller's thread.
-
-    Raises what ``read_batch`` does, when the turn of that batch comes.
+    threads: how many items are worked on at a time. ahead: how many are held, done or being done, until one of them is
+    taken: memory is bounded by that.
     """
-    waiting: deque[Future[BatchRows]] = deque()
-    pending = iter(requests)
-    with ThreadPoolExecutor(threads, thread_name_prefix="logits") as pool:
+
+    def __init__(self, *, threads: int = 1, ahead: int = 2) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="logits")
+        self._ahead = max(ahead, 1)
+
+    def __call__(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
+        """``read(item)`` of each item, in their order; the first ones are begun at once. Items are taken by the
+        caller's thread.
+
+        Raises what ``read`` does, when the turn of that item comes; then there are no more.
+        """
+        waiting: deque[Future[Result]] = deque()
+        pending = iter(items)
+        self._fill(waiting, read, pending)
+        return self._take(waiting, read, pending)
+
+    def _fill(self, waiting: deque[Future[Result]], read: Callable[[Item], Result], pending: Iterator[Item]) -> None:
+        while len(waiting) < self._ahead:
+            try:
+                item = next(pending)
+            except StopIteration:
+                return
+            waiting.append(self._pool.submit(read, item))
+
+    def _take(
+        self, waiting: deque[Future[Result]], read: Callable[[Item], Result], pending: Iterator[Item]
+    ) -> Generator[Result]:
         try:
             while True:
-                while len(waiting) < max(ahead, 1) and (request := next(pending, None)) is not None:
-                    waiting.append(pool.submit(store.read_batch, *request, width=width))
+                self._fill(waiting, read, pending)
                 if not waiting:
                     return
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def prefetched(
+    store: LogitsStore, requests: Iterable[Request], *, threads: int = 1, ahead: int = 2, width: int | None = None
+) -> Generator[BatchRows]:
+    """``store.read_batch`` of each request, in their order; ``ReadAhead`` says how, and what is raised when."""
+
+    def read(request: Request) -> BatchRows:
+        return store.read_batch(*request, width=width)
+
+    return ReadAhead(threads=threads, ahead=ahead)(read, requests)

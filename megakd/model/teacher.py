@@ -1,4 +1,4 @@
-"""What a frozen teacher says about the microbatches of a step: one interface for none, a model, and (later) a store.
+"""What a frozen teacher says about the microbatches of a step: one interface for none, a model, a store, or both.
 
 Axes: B microbatch, S sequence, H hidden of the teacher, T = S x B tokens in megatron's order (sequence first).
 """
@@ -9,15 +9,18 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megakd.data.loader import StepBatch
 from megakd.layout import Coordinates, rank_of
 from megakd.model.attention import slice_sequence
 from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
-from megakd.targets import DenseTargets, Targets
+from megakd.targets import DenseTargets, Given, Unreadable
 
 # isort: split
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -37,13 +40,13 @@ class Batch(Protocol):
 class Teacher(Protocol):
     """Gives targets for this rank's microbatches in order. Every rank must call it, once a step."""
 
-    def targets(self, batch: Batch) -> Iterator[Targets | None]: ...
+    def targets(self, batch: StepBatch) -> Iterator[Given | Unreadable]: ...
 
 
 class NoTeacher:
     """LM loss alone."""
 
-    def targets(self, batch: Batch) -> Iterator[Targets | None]:
+    def targets(self, batch: Batch) -> Iterator[None]:
         return itertools.repeat(None)
 
 
@@ -69,11 +72,21 @@ class ModelTeacher:
         same_groups = groups.collection is student.collection
         self._inline = same_groups and groups.parallel.pipeline_model_parallel_size == 1
 
-    def targets(self, batch: Batch) -> Iterator[Targets | None]:
+    def targets(self, batch: Batch, needed: NDArray[np.bool_] | None = None) -> Iterator[DenseTargets | None]:
+        """needed: ``[microbatches of the step, of all data-parallel ranks]``, all by default;
+        the same on every rank. The others come as None and are not computed (where experts make data-parallel ranks run
+        together, unless another rank needs its own)."""
+        every = batch.num_microbatches
+        flags = np.ones(every * self._student.data_size, np.bool_) if needed is None else needed
+        if self._student.parallel.expert_model_parallel_size > 1:
+            flags = np.repeat(flags.reshape(every, -1).any(1), self._student.data_size)
         if self._inline:
-            return (self._targets(self._hidden(batch.microbatch(i))) for i in range(batch.num_microbatches))
-        hidden = self._run_step(batch)
-        return iter([self._targets(hidden[index]) for index in sorted(hidden)])
+            own = flags.reshape(every, -1)[:, self._student.data_rank].tolist()
+            return (self._targets(self._hidden(batch.microbatch(i))) if own[i] else None for i in range(every))
+        hidden = self._run_step(batch, np.flatnonzero(flags).tolist())
+        if not self._student.is_last_stage:
+            return iter(())
+        return iter([self._targets(hidden[i]) if i in hidden else None for i in range(every)])
 
     def _targets(self, hidden_SBH: Tensor) -> DenseTargets:
         assert self._head_weight_vH is not None
@@ -97,11 +110,12 @@ class ModelTeacher:
         return hidden_SBH
 
     @torch.no_grad()
-    def _run_step(self, batch: Batch) -> dict[int, Tensor]:
-        """Hidden states of this rank's microbatches by index, on the student's last stage; empty elsewhere."""
+    def _run_step(self, batch: Batch, numbers: list[int]) -> dict[int, Tensor]:
+        """Hidden states of this rank's microbatches by index, on the student's last stage; empty elsewhere.
+
+        numbers: the microbatches of the step that are needed; the teacher's ranks take them in turn."""
         student_data = self._student.data_size
-        total = batch.num_microbatches * student_data
-        mine = range(self._groups.data_rank, total, self._groups.data_size)
+        mine = numbers[self._groups.data_rank :: self._groups.data_size]
         microbatches = [batch.microbatch(number // student_data, number % student_data) for number in mine]
         if self._groups.parallel.pipeline_model_parallel_size == 1:
             made = [self._hidden(microbatch) for microbatch in microbatches]
@@ -110,7 +124,7 @@ class ModelTeacher:
         own = batch.microbatch(0).tokens_BS
         context = self._groups.parallel.context_parallel_size
         shape = (own.shape[1] // context, own.shape[0], self._model.config.hidden_size)
-        return self._redistribute(dict(zip(mine, made)), total, shape)
+        return self._redistribute(dict(zip(mine, made)), numbers, shape)
 
     def _run_pipeline(self, microbatches: list[Any]) -> list[Tensor]:
         """Megatron's forward-only schedule in the teacher's groups; results on its last stage."""
@@ -138,7 +152,7 @@ class ModelTeacher:
         )
         return made if self._groups.is_last_stage else []
 
-    def _redistribute(self, made: dict[int, Tensor], total: int, shape: tuple[int, ...]) -> dict[int, Tensor]:
+    def _redistribute(self, made: dict[int, Tensor], numbers: list[int], shape: tuple[int, ...]) -> dict[int, Tensor]:
         """Send each microbatch's hidden states from the teacher's last stage to the student's.
 
         Both sides walk the same list of (microbatch, source, destination) in one order, so that messages between two
@@ -146,7 +160,7 @@ class ModelTeacher:
         """
         received: dict[int, Tensor] = {}
         operations, rank = [], self._student.rank
-        for number, source, destination in self._routes(total):
+        for number, source, destination in self._routes(numbers):
             index = number // self._student.data_size
             if source == destination == rank:
                 received[index] = made[number]
@@ -161,15 +175,15 @@ class ModelTeacher:
                 request.wait()
         return received
 
-    def _routes(self, total: int) -> Iterator[tuple[int, int, int]]:
+    def _routes(self, numbers: list[int]) -> Iterator[tuple[int, int, int]]:
         """(microbatch of the step, teacher rank that made it, student rank that needs it)."""
         own, student = _sizes(self._groups), _sizes(self._student)
         last_own = self._groups.parallel.pipeline_model_parallel_size - 1
         last_student = self._student.parallel.pipeline_model_parallel_size - 1
-        for number in range(total):
+        for turn, number in enumerate(numbers):
             for context in range(student["context"]):
                 for tensor in range(student["tensor"]):
-                    place = Coordinates(tensor % own["tensor"], context, number % own["data"], last_own)
+                    place = Coordinates(tensor % own["tensor"], context, turn % own["data"], last_own)
                     need = Coordinates(tensor, context, number % student["data"], last_student)
                     yield number, rank_of(place, **own), rank_of(need, **student)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config import dump
+from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.data.tokenizer import build_tokenizer
+from megakd.logits.store import LogitsStore
 from megakd.manifest import atomic_write
 from megakd.model.checkpoint import (
     CheckpointWriter,
@@ -22,6 +24,8 @@ from megakd.model.checkpoint import (
 )
 from megakd.model.gpt import build_model, resolve_transformer_impl
 from megakd.model.initial import set_initial_weights
+from megakd.model.mixed_teacher import MixedTeacher
+from megakd.model.store_teacher import StoreTeacher
 from megakd.model.teacher import ModelTeacher, NoTeacher, Teacher
 from megakd.parallel import Groups, build_groups
 from megakd.train.config import TrainConfig
@@ -43,9 +47,13 @@ def build_student(config: TrainConfig, plan: Plan, groups: Groups) -> Student:
 
 
 def build_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Teacher:
-    """The frozen teacher in its own layout, or none."""
+    """What the training data has stored, a frozen model in its own layout for the rest, or either, or none."""
+    return _combine(config, plan.stores, plan.blend, _build_model_teacher(config, plan, groups), groups)
+
+
+def _build_model_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> ModelTeacher | None:
     if plan.teacher is None or plan.teacher_shape is None:
-        return NoTeacher()
+        return None
     own = build_groups(config.teacher_parallel(), groups)
     chunks = build_model(
         plan.teacher_shape, own, vocab_size=plan.vocab_size, seq_length=config.data.seq_length, with_head=False
@@ -55,6 +63,20 @@ def build_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Teacher:
     return ModelTeacher(chunks, head_weight_vH, own, groups)
 
 
+def _combine(
+    config: TrainConfig, stores: Sequence[LogitsStore | None], blend: Blend, model: ModelTeacher | None, groups: Groups
+) -> Teacher:
+    if not any(stores):
+        return model or NoTeacher()
+    own = config.teacher
+    stored = StoreTeacher(
+        stores, blend, groups, threads=own.logits_load_decode_threads, ahead=own.logits_load_prefetch_depth
+    )
+    if model is None:
+        return stored
+    return MixedTeacher(stored, model, groups, always=config.objective.rho_keep < 1)
+
+
 def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objective:
     """The loss for this rank's slice of the vocabulary."""
     return make_objective(
@@ -62,7 +84,8 @@ def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objectiv
         groups,
         vocab_size=plan.vocab_size,
         padded_vocab_size=student_rows(plan.student, plan.vocab_size, config),
-        with_teacher=plan.teacher is not None,
+        with_teacher=config.teacher.is_there,
+        from_store=config.teacher.reads_stores,
         train_iters=config.training.train_iters,
         schedule=config.kd_schedule(),
     )
@@ -103,6 +126,7 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         f"PP {parallel.pipeline_model_parallel_size}, CP {parallel.context_parallel_size}, DP {groups.data_size} | "
         f"layers: {resolve_transformer_impl(plan.student)} | vocabulary {plan.vocab_size}"
         + (f" | teacher {plan.teacher.path}" if plan.teacher else "")
+        + "".join(f" | logits store {store.folder}" for store in plan.stores if store is not None)
         + (f" | continues after iteration {start_step}" if start_step else "")
     )
     schedule = config.kd_schedule()
@@ -126,10 +150,14 @@ def build_evaluator(
     """Evaluation on the held-out data, or None where there is none."""
     if plan.valid_blend is None:
         return None
+    model = teacher.model if isinstance(teacher, MixedTeacher) else teacher
+    teacher = _combine(
+        config, plan.valid_stores, plan.valid_blend, model if isinstance(model, ModelTeacher) else None, groups
+    )
     return Evaluator(
         student,
         teacher,
-        objective.held_out(),
+        objective.held_out(with_teacher=not isinstance(teacher, NoTeacher)),
         groups,
         blend=plan.valid_blend,
         config=config,

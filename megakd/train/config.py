@@ -12,6 +12,7 @@ from megakd.layout import ParallelConfig
 from megakd.model.config import ModelConfig
 from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
 from megakd.train.objective_config import ObjectiveConfig
+from megakd.train.stores import WITHOUT
 
 
 @dataclass
@@ -75,6 +76,30 @@ class TeacherConfig:
     bf16: bool | None = option(None, "run the teacher in bfloat16 (default: as the student)")
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the teacher in FP8 (Transformer Engine)")
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
+    logits_load_dir: list[str] = option(
+        [],
+        "targets from logits stores: a folder of 'megakd capture' for each dataset of --data-path, or 'none' for one "
+        "without; what has no stored targets asks --teacher-load, or trains on the LM loss alone",
+        common=True,
+        flag="--logits-load-dir",
+    )
+    valid_logits_load_dir: list[str] = option([], "the same for --valid-data-path", flag="--valid-logits-load-dir")
+    logits_load_decode_threads: int = option(
+        1, "threads a rank that read and decode stored targets", flag="--logits-load-decode-threads"
+    )
+    logits_load_prefetch_depth: int = option(
+        2, "microbatches whose stored targets are held ahead", flag="--logits-load-prefetch-depth"
+    )
+
+    @property
+    def reads_stores(self) -> bool:
+        """Whether any of the training data has stored targets."""
+        return any(folder != WITHOUT for folder in self.logits_load_dir)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to distil from."""
+        return self.load is not None or self.reads_stores
 
     def validate(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -83,6 +108,13 @@ class TeacherConfig:
                 raise UsageError(f"{flag} is {getattr(self, name)}; expected at least 1")
         if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
             raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
+        for name, least in (("logits_load_decode_threads", 1), ("logits_load_prefetch_depth", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected {least} or more")
+        if self.logits_load_dir and not self.reads_stores:
+            raise UsageError(f"--logits-load-dir names '{WITHOUT}' for every dataset: drop it")
+        if self.valid_logits_load_dir and not self.is_there:
+            raise UsageError("--valid-logits-load-dir without a teacher: add --logits-load-dir or --teacher-load")
 
 
 @dataclass
@@ -193,8 +225,10 @@ class TrainConfig:
     def validate(self) -> None:
         if self.evaluate.skip_train and not self.data.valid_data_path:
             raise UsageError("--skip-train only evaluates: it needs --valid-data-path")
+        if self.teacher.valid_logits_load_dir and not self.data.valid_data_path:
+            raise UsageError("--valid-logits-load-dir is for held-out data: add --valid-data-path")
         self._check_objective()
-        with_phases = self.teacher.load is not None and self.objective.has_phases
+        with_phases = self.teacher.is_there and self.objective.has_phases
         self.optim.check_length(self.training.train_iters, with_phases=with_phases)
         if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
             raise UsageError(
@@ -206,26 +240,40 @@ class TrainConfig:
             raise UsageError(f"--seq-length {self.data.seq_length} is not a multiple of TP x CP = {split}")
 
     def _check_objective(self) -> None:
-        objective = self.objective
-        if self.teacher.load is None:
-            for name, off in (("kd_entropy_gate", 0.0), ("rho_keep", 1.0)):
-                if getattr(objective, name) != off:
-                    flag = f"--{name.replace('_', '-')} {getattr(objective, name)}"
-                    raise UsageError(f"{flag} asks a teacher which tokens to leave out: add --teacher-load DIR")
+        objective, teacher = self.objective, self.teacher
+        if teacher.load is None and objective.rho_keep != 1:
+            with_stores = "; logits stores do not tell its loss on every label" if teacher.reads_stores else ""
+            raise UsageError(
+                f"--rho-keep {objective.rho_keep} asks a teacher which tokens to leave out: add --teacher-load DIR"
+                + with_stores
+            )
+        if not teacher.is_there:
+            if objective.kd_entropy_gate != 0:
+                raise UsageError(
+                    f"--kd-entropy-gate {objective.kd_entropy_gate} asks a teacher which tokens to leave out: add "
+                    "--teacher-load DIR or --logits-load-dir DIR"
+                )
             return
-        if objective.kd_alpha == 0 and objective.rho_keep == 1:
-            raise UsageError("--kd-alpha 0 with a teacher: it would run and change nothing; drop --teacher-load")
+        if objective.kd_alpha == 0 and (objective.rho_keep == 1 or teacher.reads_stores):
+            drop = "--logits-load-dir" if teacher.reads_stores else "--teacher-load"
+            raise UsageError(f"--kd-alpha 0 with a teacher: it would run and change nothing; drop {drop}")
         if objective.kd_alpha == 0 and objective.kd_entropy_gate > 0:
             raise UsageError(f"--kd-entropy-gate {objective.kd_entropy_gate} with --kd-alpha 0: no token gets KD")
-        if objective.kd_tail != "none":
+        sparse = teacher.reads_stores or bool(teacher.valid_logits_load_dir)
+        if objective.kd_temperature_mode != "static" and sparse:
+            raise UsageError(
+                f"--kd-temperature-mode {objective.kd_temperature_mode} needs every logit of the teacher, and logits "
+                "stores list some: use static"
+            )
+        if objective.kd_tail != "none" and not sparse:
             raise UsageError(
                 f"--kd-tail {objective.kd_tail} is for sparse targets; a model as teacher (--teacher-load) tells its "
-                "whole distribution: drop --kd-tail"
+                "whole distribution: drop --kd-tail, or add --logits-load-dir"
             )
 
     def kd_schedule(self) -> KDSchedule | None:
         """What alpha and the temperature are at each step; None where nothing is distilled."""
-        if self.teacher.load is None or self.objective.kd_alpha == 0:
+        if not self.teacher.is_there or self.objective.kd_alpha == 0:
             return None
         train_iters = self.training.train_iters
         return self.objective.schedule(train_iters, self.optim.phases(train_iters))
@@ -234,7 +282,7 @@ class TrainConfig:
     def trains_taid(self) -> bool:
         """Whether the run keeps the state of taid."""
         objective = self.objective
-        with_kd = self.teacher.load is not None and objective.kd_alpha > 0
+        with_kd = self.teacher.is_there and objective.kd_alpha > 0
         return with_kd and objective.kd_divergence == "taid" and not self.evaluate.skip_train
 
     def teacher_parallel(self) -> ParallelConfig:

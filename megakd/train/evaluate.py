@@ -20,10 +20,13 @@ from megakd.train.objective import Objective
 from megakd.train.optim import Student
 from megakd.train.step import run_step
 
+_OF_KD = ("kd", "agreement", "teacher_entropy")
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens, in nats; no gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
+    """Means over the held-out tokens, in nats, those of KD over the tokens about which the teacher says anything; no
+    gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
 
     bits_per_byte: LM loss summed over tokens, in bits, over the UTF-8 bytes those tokens stand for; it compares
     models of different tokenizers.
@@ -64,7 +67,7 @@ class Evaluator:
         for chunk in self.student.wrapped:
             chunk.eval()
         sums: dict[str, float] = {}
-        num_tokens, num_bytes = 0, 0
+        num_tokens, num_kd_tokens, num_bytes = 0, 0, 0
         batches = self._batches()
         for _ in range(self._num_batches()):
             batch = next(batches)
@@ -72,15 +75,16 @@ class Evaluator:
                 self.student, batch, self.teacher, self.objective, self.groups, step=step, forward_only=True
             )
             num_tokens += result.num_tokens
-            for key in ("loss", "lm", "kd", "agreement", "teacher_entropy", "z_loss"):
-                value = getattr(result, key)
+            num_kd_tokens += result.num_kd_tokens
+            for key in ("loss", "lm", "z_loss", *_OF_KD):
+                value, count = getattr(result, key), result.num_kd_tokens if key in _OF_KD else result.num_tokens
                 if value is not None:
-                    sums[key] = sums.get(key, 0.0) + value * result.num_tokens
+                    sums[key] = sums.get(key, 0.0) + value * count
             if self.token_bytes is not None:
                 num_bytes += sum(int(self.token_bytes[mb.labels_BS][mb.loss_mask_BS].sum()) for mb in batch)
         for chunk in self.student.wrapped:
             chunk.train()
-        return self._result(sums, num_tokens, self._over_ranks(num_bytes))
+        return self._result(sums, num_tokens, num_kd_tokens, self._over_ranks(num_bytes))
 
     def _num_batches(self) -> int:
         """``eval_iters``, or fewer: no sample is counted twice while another has not been seen."""
@@ -103,8 +107,9 @@ class Evaluator:
         dist.all_reduce(total, group=self.groups.collection.dp)
         return int(total)
 
-    def _result(self, sums: dict[str, float], num_tokens: int, num_bytes: int) -> Evaluation:
-        means = {key: total / max(num_tokens, 1) for key, total in sums.items()}
+    def _result(self, sums: dict[str, float], num_tokens: int, num_kd_tokens: int, num_bytes: int) -> Evaluation:
+        counts = dict.fromkeys(sums, num_tokens) | dict.fromkeys(_OF_KD, num_kd_tokens)
+        means = {key: total / max(counts[key], 1) for key, total in sums.items()}
         return Evaluation(
             loss=means["loss"],
             lm_loss=means["lm"],

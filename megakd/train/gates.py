@@ -18,7 +18,7 @@ from torch import Tensor
 from megakd.errors import UsageError
 from megakd.losses.read import read_head
 from megakd.losses.vocab_parallel import VocabShard
-from megakd.targets import DenseTargets, SparseTargets, Targets
+from megakd.targets import DenseTargets, Given, MixedTargets, SparseTargets
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ class Gated:
     kd_T: Tensor
 
 
+def tokens_with_targets(targets: Given, mask_T: Tensor) -> Tensor:
+    """bool ``[T]``: the tokens of the mask that the teacher says anything about."""
+    if targets is None:
+        return torch.zeros_like(mask_T)
+    if isinstance(targets, SparseTargets) and targets.has_targets_T is not None:
+        return mask_T & targets.has_targets_T
+    return mask_T
+
+
 @torch.no_grad()
 def apply_gates(
     gates: Gates,
@@ -55,28 +64,31 @@ def apply_gates(
     weight_vH: Tensor,
     labels_T: Tensor,
     mask_T: Tensor,
-    targets: Targets,
+    targets: Given,
     *,
     shard: VocabShard,
     chunk_bytes: int,
 ) -> Gated:
     """Read the heads where a gate needs them: the teacher's once, the student's for Rho-1. Entropies are those at
-    temperature 1.
+    temperature 1; stored ones where they are. Tokens without targets get no KD and do not count in the gate's share.
 
     A token whose excess loss or entropy is NaN passes every gate, so that the step is refused for it.
 
     Raises UsageError for sparse targets that lack what a gate needs.
     """
-    if not gates.closed:
-        return Gated(mask_T, mask_T)
+    told_T = tokens_with_targets(targets, mask_T)
+    if not gates.closed or targets is None:
+        return Gated(mask_T, told_T)
+    stored, model = (targets.stored, targets.model) if isinstance(targets, MixedTargets) else (targets, targets)
     rows_R = mask_T.nonzero().squeeze(1)
     kept_R = torch.ones_like(rows_R, dtype=torch.bool)
-    if isinstance(targets, DenseTargets):
+    entropy_R = None
+    if isinstance(model, DenseTargets):
         with_labels = gates.rho_keep < 1
         labels_R = labels_T[rows_R] if with_labels else None
         teacher = read_head(
-            targets.hidden_TH[rows_R],
-            targets.weight_vH,
+            model.hidden_TH[rows_R],
+            model.weight_vH,
             shard=shard,
             ids_T=labels_R,
             entropy=gates.entropy_gate > 0,
@@ -87,20 +99,24 @@ def apply_gates(
             student = read_head(hidden_TH[rows_R], weight_vH, shard=shard, ids_T=labels_R, chunk_bytes=chunk_bytes)
             assert student.log_prob_T is not None and teacher.log_prob_T is not None
             kept_R = ~_lowest(teacher.log_prob_T - student.log_prob_T, kept_R, 1 - gates.rho_keep)
-    else:
-        entropy_R = _known_entropy(gates, targets)[rows_R]
-    kd_R = kept_R
-    if entropy_R is not None and gates.entropy_gate > 0:
-        kd_R = kept_R & ~_lowest(entropy_R, kept_R, gates.entropy_gate)
+    elif gates.rho_keep < 1:
+        raise UsageError("--rho-keep needs the teacher's loss on every label: a model as teacher")
+    kd_R = kept_R & told_T[rows_R]
+    if gates.entropy_gate > 0:
+        if stored is not model or entropy_R is None:
+            entropy_R = _stored_entropy(stored, rows_R, entropy_R)
+        kd_R = kd_R & ~_lowest(entropy_R, kd_R, gates.entropy_gate)
     return Gated(*(torch.zeros_like(mask_T).index_copy_(0, rows_R, flags_R) for flags_R in (kept_R, kd_R)))
 
 
-def _known_entropy(gates: Gates, targets: Targets) -> Tensor:
-    if gates.rho_keep < 1:
-        raise UsageError("--rho-keep needs the teacher's loss on every label: a model as teacher")
+def _stored_entropy(targets: Given, rows_R: Tensor, others_R: Tensor | None) -> Tensor:
+    """What targets bring; where they bring nothing about a token, the model's."""
     if not isinstance(targets, SparseTargets) or targets.entropy_T is None:
         raise UsageError("--kd-entropy-gate needs targets that bring the teacher's entropies, or a model as teacher")
-    return targets.entropy_T
+    entropy_R = targets.entropy_T[rows_R]
+    if others_R is None or targets.has_targets_T is None:
+        return entropy_R
+    return torch.where(targets.has_targets_T[rows_R], entropy_R, others_R)
 
 
 def _lowest(values_R: Tensor, among_R: Tensor, share: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megakd.errors import ExitStatus
+from megakd.errors import CorruptError, ExitStatus, MismatchError
 from megakd.parallel import init_parallel
 from megakd.train.build import (
     build_evaluator,
@@ -29,12 +29,13 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite; nothing of that step was applied.
+        MismatchError, CorruptError: a logits store is not what it was; nothing of that step was applied.
     """
     last_step = config.training.train_iters
     groups = init_parallel(config.parallel, seed=config.training.seed)
     stop = StopRequest(groups.device)
     student = build_student(config, plan, groups)
-    teacher = build_teacher(config, plan, groups)  # a model, or none
+    teacher = build_teacher(config, plan, groups)  # a model, logits stores, both, or none
     objective = build_objective(config, plan, groups)
     optimizer = Optimizer(config.optim, student, train_iters=last_step)
     start_step = restore(plan, student, objective, optimizer, groups)
@@ -54,7 +55,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         try:
             loss = run_step(student, next(batches), teacher, objective, groups, step=step)
             update = optimizer.step(step)
-        except NonFiniteError:
+        except (NonFiniteError, MismatchError, CorruptError):
             writer.finish()  # what is being written in the background is sound
             raise
         objective.advance(step, loss.kd)

@@ -83,6 +83,7 @@ class Metrics:
             "agreement": loss.agreement,
             "teacher_entropy": loss.teacher_entropy,
             "kd_share": loss.kd_share,
+            "stored_share": loss.stored_share,
             "taid_t": loss.taid_t,
             "alpha": loss.alpha,
             "lm_weight": loss.lm_weight,
@@ -139,7 +140,7 @@ class Metrics:
         ]
         if record["kd_loss"] is not None:
             parts += [f"kd loss: {record['kd_loss']:.6E}", f"agreement: {record['agreement']:.4f}"]
-        for key in ("alpha", "temperature", "kd_share", "taid_t", "z_loss"):
+        for key in ("alpha", "temperature", "kd_share", "stored_share", "taid_t", "z_loss"):
             if record[key] is not None:
                 parts.append(f"{key.replace('_', ' ')}: {record[key]:.4f}")
         parts += [f"grad norm: {record['grad_norm']:.3f}", f"ETA: {left}"]
@@ -150,6 +151,7 @@ class Metrics:
                 "throughput": throughput, "tokens-per-second": tokens / seconds, "total loss": record["loss"],
                 "lm loss": record["lm_loss"], "kd loss": record["kd_loss"], "teacher agreement": record["agreement"],
                 "teacher entropy": record["teacher_entropy"], "kd share": record["kd_share"],
+                "stored share": record["stored_share"],
                 "taid t": record["taid_t"], "z loss": record["z_loss"], "kd alpha": record["alpha"],
                 "lm weight": record["lm_weight"], "kd temperature": record["temperature"],
             }  # fmt: skip

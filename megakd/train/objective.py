@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakd.losses.call import KDOutput
 from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
 from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
-from megakd.targets import Targets
-from megakd.train.gates import Gated, Gates, apply_gates
+from megakd.targets import Given, MixedTargets, SparseTargets, Targets
+from megakd.train.gates import Gated, Gates, apply_gates, tokens_with_targets
 from megakd.train.kd_schedule import KDSchedule
 from megakd.train.objective_config import ObjectiveConfig
 from megakd.train.taid import Taid
@@ -32,8 +33,10 @@ class TokenLosses:
 
     loss: the weighted sum; differentiable. It is to be divided by the number of tokens in ``kept_T``.
     mask_T, kept_T, kd_T: bool, the tokens that the loss mask keeps, those of them that are trained on, and those of
-        these that get KD. known_T: bool, the tokens whose values were computed.
-    head: the values of every term a token. temperature_T: of the teacher's logits, where each token has its own.
+        these that get KD. known_T: bool, the tokens whose values were computed. stored_T: bool, those in the mask whose
+    targets come from a store.
+    head: the values of every term a token. kd: of the KD terms, for each token those of its own; None without KD.
+    temperature_T: of the teacher's logits, where each token has its own.
     """
 
     loss: Tensor
@@ -41,7 +44,9 @@ class TokenLosses:
     kept_T: Tensor
     kd_T: Tensor
     known_T: Tensor
+    stored_T: Tensor
     head: HeadOutput
+    kd: KDOutput | None = None
     temperature_T: Tensor | None = None
 
 
@@ -53,10 +58,12 @@ class Objective:
     1 - alpha where it is given. The mean is taken outside,
     once the global batch is complete, over all of its tokens that are trained on: what Rho-1 drops counts no more than
     what is masked (arXiv 2404.07965, equation 4), while a token that the entropy gate takes from KD alone still counts,
-    with its LM loss at its weight of 1 - alpha.
+    with its LM loss at its weight of 1 - alpha. A token about which the teacher says nothing has its LM loss alone, at
+    weight 1.
 
     taid: the state of that divergence, which changes the target from step to step. schedule: what alpha and the
     temperature are at each step; ``at`` makes the objective of one. token_temperature: gives each token its own.
+    from_store: whether targets come from a store, for some tokens at least.
     """
 
     alpha: float
@@ -69,6 +76,7 @@ class Objective:
     lm_weight: float | None = None
     schedule: KDSchedule | None = None
     token_temperature: TokenTemperature | None = None
+    from_store: bool = False
     implementation: Implementation = "auto"
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
@@ -91,7 +99,7 @@ class Objective:
         return 1.0 - self.alpha if self.lm_weight is None else self.lm_weight
 
     def __call__(
-        self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Targets | None
+        self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Given
     ) -> TokenLosses:
         """The weighted sum over this microbatch, differentiable, and every term a token.
 
@@ -103,38 +111,46 @@ class Objective:
         hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
         gated = self._gate(hidden_TH, weight_vH, labels_T, mask_T, targets)
-        kept_T, kd, temperature_T = gated.kept_T.float(), [], None
+        kept_T, parts, temperature_T = gated.kept_T.float(), list[_Part](), None
+        lm_weight_T = kept_T * self.lm_share
+        if self.term is not None:
+            lm_weight_T = torch.where(tokens_with_targets(targets, mask_T), lm_weight_T, kept_T)
         if self.term is not None and targets is not None:
             term = self.term if self.taid is None else replace(self.term, taid_t=self.taid.t)
             if self.token_temperature is not None:
                 tempered = self.token_temperature(targets, term.temperature)
                 targets, temperature_T = tempered.targets, tempered.temperature_T
                 term = replace(term, temperature=1.0)
-            kd = [KD(term, targets, gated.kd_T.float() * self.alpha)]
+            parts = _parts(targets, term, gated.kd_T)
+        kd = [KD(part.term, part.targets, part.tokens_T.float() * self.alpha) for part in parts]
         head = head_loss(
             hidden_TH,
             weight_vH,
             labels_T,
             shard=self.shard,
-            lm_weight_T=kept_T * self.lm_share if kd or self.term is None else kept_T,
+            lm_weight_T=lm_weight_T,
             z_weight_T=kept_T * self.z_loss_coeff if self.z_loss_coeff > 0 else None,
             kd=kd,
             hidden_grad="partial" if self.sequence_parallel else "all_reduce",
             implementation=self.implementation,
             chunk_bytes=self.chunk_bytes,
         )
-        only_kd = bool(kd) and self.lm_share == 0 and self.z_loss_coeff == 0
-        known_T = gated.kd_T if only_kd else gated.kept_T
-        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, head, temperature_T)
+        known_T = gated.kept_T if self.z_loss_coeff > 0 else (lm_weight_T != 0) | gated.kd_T
+        stored_T = _stored_tokens(targets, mask_T)
+        values = _merged(head.kd, parts)
+        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, stored_T, head, values, temperature_T)
 
     def advance(self, step: int, kd: float | None) -> None:
         """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
         if self.taid is not None and kd is not None:
             self.taid.advance(step, kd)
 
-    def held_out(self) -> Objective:
+    def held_out(self, *, with_teacher: bool = True) -> Objective:
         """The same loss for evaluation: on all tokens, with the teacher itself as taid's target, and with the largest
-        alpha and temperature of schedules, so that values compare over steps and runs."""
+        alpha and temperature of schedules, so that values compare over steps and runs. Without a teacher that knows the
+        held-out data, the LM loss alone."""
+        if not with_teacher:
+            return replace(self, alpha=0.0, lm_weight=None, term=None, gates=Gates(), taid=None, schedule=None)
         term = replace(self.term, taid_t=1.0) if self.term is not None else None
         return replace(self, term=term, gates=Gates(), taid=None, schedule=None)
 
@@ -147,9 +163,7 @@ class Objective:
         if self.taid is not None and "taid" in state:
             self.taid.load_state_dict(state["taid"])
 
-    def _gate(
-        self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Targets | None
-    ) -> Gated:
+    def _gate(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Given) -> Gated:
         if targets is None:
             return Gated(mask_T, torch.zeros_like(mask_T))
         gated = apply_gates(
@@ -165,6 +179,44 @@ class Objective:
         return gated if self.term is not None else Gated(gated.kept_T, torch.zeros_like(mask_T))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Tokens whose targets are of one kind."""
+
+    term: KDTerm
+    targets: Targets
+    tokens_T: Tensor
+
+
+def _parts(targets: Given, term: KDTerm, kd_T: Tensor) -> list[_Part]:
+    if not isinstance(targets, MixedTargets):
+        return [] if targets is None else [_Part(term, targets, kd_T)]
+    stored_T = _stored_tokens(targets, kd_T)
+    whole = replace(term, tail="none")  # a model lists every id
+    return [_Part(term, targets.stored, stored_T), _Part(whole, targets.model, kd_T & ~stored_T)]
+
+
+def _stored_tokens(targets: Given, mask_T: Tensor) -> Tensor:
+    """bool ``[T]``: the tokens of the mask whose targets come from a store."""
+    stored = targets.stored if isinstance(targets, MixedTargets) else targets
+    return tokens_with_targets(stored if isinstance(stored, SparseTargets) else None, mask_T)
+
+
+def _merged(outputs: tuple[KDOutput, ...], parts: list[_Part]) -> KDOutput | None:
+    """For each token the values of the part it is in; the parts share no token."""
+    if not outputs:
+        return None
+    value_T, agree_T, entropy_T = outputs[0].value_T, outputs[0].agree_T, outputs[0].entropy_T
+    for other, part in zip(outputs[1:], parts[1:]):
+        value_T = torch.where(part.tokens_T, other.value_T, value_T)
+        agree_T = torch.where(part.tokens_T, other.agree_T, agree_T)
+        if entropy_T is not None and other.entropy_T is not None:
+            entropy_T = torch.where(part.tokens_T, other.entropy_T, entropy_T)
+        else:
+            entropy_T = None
+    return KDOutput(value_T, agree_T, entropy_T)
+
+
 def make_objective(
     config: ObjectiveConfig,
     groups: Groups,
@@ -172,6 +224,7 @@ def make_objective(
     vocab_size: int,
     padded_vocab_size: int,
     with_teacher: bool,
+    from_store: bool,
     train_iters: int,
     schedule: KDSchedule | None,
 ) -> Objective:
@@ -203,6 +256,7 @@ def make_objective(
         lm_weight=config.lm_weight if with_kd else None,
         schedule=schedule if with_kd else None,
         token_temperature=_token_temperature(config, shard, chunk_bytes) if with_kd else None,
+        from_store=from_store,
         implementation=config.loss_implementation,
         chunk_bytes=chunk_bytes,
     )

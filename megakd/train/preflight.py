@@ -20,9 +20,11 @@ from megakd.data.selection import SelectedSamples, Selection
 from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
+from megakd.logits.store import LogitsStore
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.train.config import TrainConfig
+from megakd.train.stores import check_stores, open_stores
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Plan:
     """Take only the weights of ``resume``: a new run from a trained model."""
     teacher: CheckpointRecord | None
     teacher_shape: ModelShape | None
+    stores: tuple[LogitsStore | None, ...] = ()
+    """One for each dataset, None for one without; empty where none is read."""
+    valid_stores: tuple[LogitsStore | None, ...] = ()
 
     @property
     def parents(self) -> dict[str, str]:
@@ -47,6 +52,9 @@ class Plan:
         for index, samples in enumerate(self.blend.datasets):
             if isinstance(samples, SelectedSamples):
                 found[f"selection{index}"] = samples.selection.fingerprint
+        for index, store in enumerate(self.stores):
+            if store is not None:
+                found[f"logits{index}"] = store.fingerprint
         return found | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
 
 
@@ -73,6 +81,13 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         raise UsageError("the data has no manifest that tells its vocabulary: set --vocab-size")
     check_vocabulary(datasets, vocab_size)
     teacher, teacher_shape = _check_teacher(config, world_size, vocab_size, tokenizer)
+    open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
+    stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")
+    valid_stores: tuple[LogitsStore | None, ...] = ()
+    if valid_blend is not None:
+        valid_stores = open_all(config.teacher.valid_logits_load_dir, valid_blend, flag="--valid-logits-load-dir")
+    for opened in (stores, valid_stores):
+        check_stores(opened, config.objective)
     resume, weights_only = _check_resume(config, student, vocab_size)
     if resume is not None and not weights_only:
         Loader(  # refuses a checkpoint of other data or another order
@@ -93,6 +108,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         weights_only=weights_only,
         teacher=teacher,
         teacher_shape=teacher_shape,
+        stores=stores,
+        valid_stores=valid_stores,
     )
 
 

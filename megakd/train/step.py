@@ -6,8 +6,8 @@ Axes: B microbatch, S sequence (this rank's part under context parallelism), H h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from megakd.data.loader import Microbatch, StepBatch
 from megakd.model.attention import slice_sequence
 from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
-from megakd.targets import Targets
+from megakd.targets import Given, Unreadable
 from megakd.train.objective import Objective, TokenLosses
 from megakd.train.optim import NonFiniteError, Student
 
@@ -29,7 +29,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 # What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
-_COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens")
+_COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens", "stored")
 _SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy", "temperature")
 
 
@@ -40,9 +40,10 @@ class StepLoss:
     loss: what was optimised, a mean over ``num_tokens``, the tokens that are trained on. lm and z_loss (log-sum-exp of
     the student's logits, squared; None if it weighs nothing): over those of them that were computed. kd, agreement
     (share of tokens where student and target have one top-1) and teacher_entropy (of the target, after its
-    temperature): over the tokens with KD; None without. kd_share: those among all that the loss mask keeps, where a
-    gate may leave some out. taid_t: the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where
-    each token has its own; None where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran.
+    temperature): over the ``num_kd_tokens`` tokens with KD; None without. kd_share: those among all that the loss mask
+    keeps, where a gate may leave some out. stored_share: the same of tokens whose targets come from a store. taid_t:
+    the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where each token has its own; None
+    where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran.
     """
 
     loss: float
@@ -53,6 +54,8 @@ class StepLoss:
     num_tokens: int
     z_loss: float | None = None
     kd_share: float | None = None
+    stored_share: float | None = None
+    num_kd_tokens: int = 0
     taid_t: float | None = None
     alpha: float | None = None
     lm_weight: float | None = None
@@ -74,15 +77,16 @@ def run_step(
 
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
+        MismatchError, CorruptError, UsageError: on every rank, if a store could not be read on one.
     """
     objective = objective.at(step)
     targets = (teacher if objective.needs_teacher else NoTeacher()).targets(batch)
     chunks = student.wrapped
     micro_batch_size, seq_length = batch.microbatch(0).tokens_BS.shape
     run_schedule = get_forward_backward_func()
-    non_finite: list[str] = []
+    found = _Found()
     sums = run_schedule(
-        forward_step_func=_forward_step(student, targets, objective, groups, non_finite),
+        forward_step_func=_forward_step(student, targets, objective, groups, found),
         data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch.num_microbatches,
@@ -92,12 +96,20 @@ def run_step(
     )
     total = _sum_over_batch(sums, groups)
     if not torch.isfinite(total).all():
-        _raise_non_finite(non_finite, step)
+        _refuse(found, step)
     return _means(dict(zip(_SUMS, total.tolist())), objective)
 
 
+@dataclass
+class _Found:
+    """What this rank met that refuses the step: samples with a loss that is not finite, targets it could not read."""
+
+    samples: list[str] = field(default_factory=list)
+    unreadable: Exception | None = None
+
+
 def _forward_step(
-    student: Student, targets: Iterator[Targets | None], objective: Objective, groups: Groups, non_finite: list[str]
+    student: Student, targets: Iterator[Given | Unreadable], objective: Objective, groups: Groups, found: _Found
 ) -> Callable[..., tuple[Tensor, LossFunction]]:
     """What megatron's schedule calls for each microbatch and model chunk: the output, and the loss on it."""
 
@@ -110,10 +122,15 @@ def _forward_step(
             labels_SB = to_device(microbatch.labels_BS, groups).t().contiguous()
             mask_SB = to_device(microbatch.loss_mask_BS, groups).t().contiguous()
             weight_vH = student.output_weight(chunk)
-            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, next(targets))
+            given = next(targets)
+            if isinstance(given, Unreadable):  # go on: the other ranks wait in this step's messages
+                found.unreadable, given = given.error, None
+            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, given)
             sums = _sums(result)
-            if not torch.isfinite(sums).all():
-                non_finite.extend(_non_finite_samples(result, mask_SB, microbatch))
+            if found.unreadable is not None:
+                sums.fill_(torch.nan)  # so every rank gets to hear of it
+            elif not torch.isfinite(sums).all():
+                found.samples.extend(_non_finite_samples(result, mask_SB, microbatch))
             # three values: with two, megatron multiplies by the context parallel size (schedules.py:268). It may scale
             # the loss in place, so what is logged is a tensor of its own.
             return result.loss, result.kept_T.sum().to(torch.int), sums
@@ -133,11 +150,12 @@ def _sums(result: TokenLosses) -> Tensor:
     """``_SUMS`` of this microbatch, float64."""
     head, known_T, kd_T = result.head, result.known_T, result.kd_T
     sums = {"mask": result.mask_T.sum(), "kept": result.kept_T.sum(), "known": known_T.sum(), "kd_tokens": kd_T.sum()}
+    sums["stored"] = result.stored_T.sum()
     sums |= {"loss": result.loss.detach(), "lm": _sum(head.lm_T, known_T), "z": _sum(head.log_z_T.square(), known_T)}
-    for kd in head.kd:
-        sums |= {"kd": _sum(kd.value_T, kd_T), "agreement": _sum(kd.agree_T, kd_T)}
-        if kd.entropy_T is not None:
-            sums |= {"entropy": _sum(kd.entropy_T, kd_T), "entropy_tokens": kd_T.sum()}
+    if result.kd is not None:
+        sums |= {"kd": _sum(result.kd.value_T, kd_T), "agreement": _sum(result.kd.agree_T, kd_T)}
+        if result.kd.entropy_T is not None:
+            sums |= {"entropy": _sum(result.kd.entropy_T, kd_T), "entropy_tokens": kd_T.sum()}
     if result.temperature_T is not None:
         sums["temperature"] = _sum(result.temperature_T, kd_T)
     zero = torch.zeros((), dtype=torch.float64, device=known_T.device)
@@ -164,7 +182,7 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
     def mean(name: str, count: str) -> float:
         return total[name] / max(total[count], 1.0)
 
-    term, with_kd = objective.term, objective.term is not None
+    term, with_kd = objective.term, objective.term is not None and total["kd_tokens"] > 0
     per_token = objective.token_temperature is not None
     return StepLoss(
         loss=mean("loss", "kept"),
@@ -174,7 +192,9 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
         teacher_entropy=mean("entropy", "entropy_tokens") if total["entropy_tokens"] else None,
         num_tokens=int(total["kept"]),
         z_loss=mean("z", "known") if objective.z_loss_coeff > 0 else None,
-        kd_share=mean("kd_tokens", "mask") if with_kd and objective.gates.closed else None,
+        kd_share=mean("kd_tokens", "mask") if term is not None and objective.gates.closed else None,
+        stored_share=mean("stored", "mask") if term is not None and objective.from_store else None,
+        num_kd_tokens=int(total["kd_tokens"]),
         taid_t=None if objective.taid is None else objective.taid.t,
         alpha=None if objective.schedule is None else objective.alpha,
         lm_weight=None if objective.schedule is None else objective.lm_share,
@@ -185,8 +205,8 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
 
 def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microbatch) -> list[str]:
     bad_T = result.known_T & ~torch.isfinite(result.head.lm_T + result.head.log_z_T)
-    for kd in result.head.kd:
-        bad_T = bad_T | (result.kd_T & ~torch.isfinite(kd.value_T))
+    if result.kd is not None:
+        bad_T = bad_T | (result.kd_T & ~torch.isfinite(result.kd.value_T))
     bad_B = bad_T.reshape(mask_SB.shape).any(0).cpu().numpy()
     return [
         f"dataset {dataset} sample {sample}"
@@ -194,11 +214,14 @@ def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microb
     ]
 
 
-def _raise_non_finite(samples: list[str], step: int) -> None:
+def _refuse(found: _Found, step: int) -> NoReturn:
     """Every rank gets here together, so all can say what any of them saw."""
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, samples)
-    seen = "; ".join(f"rank {rank}: {', '.join(found[:8])}" for rank, found in enumerate(gathered) if found)
+    gathered = [_Found() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, found)
+    for rank, one in enumerate(gathered):
+        if one.unreadable is not None:
+            raise type(one.unreadable)(f"step {step}, rank {rank}: {one.unreadable}; the step was not applied")
+    seen = "; ".join(f"rank {rank}: {', '.join(one.samples[:8])}" for rank, one in enumerate(gathered) if one.samples)
     raise NonFiniteError(
         f"step {step}: the loss is not finite ({seen or 'in the sum alone'}); the step was not applied"
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from megakd.errors import UsageError
 from megakd.losses.read import read_head
 from megakd.losses.vocab_parallel import VocabShard
-from megakd.targets import DenseTargets, Targets
+from megakd.targets import DenseTargets, Given
 
 SMALLEST, LARGEST = 1e-3, 1e3
 _ROWS = 16384  # of the head made wide at once
@@ -48,7 +48,7 @@ class TokenTemperature:
         self._covariance_HH: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, targets: Targets, temperature: float) -> Tempered:
+    def __call__(self, targets: Given, temperature: float) -> Tempered:
         """temperature: c. All ranks of the vocabulary's group call it. Raises UsageError for sparse targets."""
         if not isinstance(targets, DenseTargets):
             raise UsageError(
