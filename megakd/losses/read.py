@@ -191,10 +191,11 @@ def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: VocabShard) -> Tensor:
-    """One id for each uniform number, by the inverse of the cumulative distribution, in float64."""
-    mass_Rv = (valid_Rv.double() - column(pivot(rows["lm_max"]).double())).exp()
-    cumulative_Rv = mass_Rv.cumsum(1)
-    own_R = cumulative_Rv[:, -1] if shard.num_valid else mass_Rv.sum(1)
+    """One id for each uniform number, by the inverse of the cumulative distribution, which is summed in float64."""
+    lm_max_R = pivot(rows["lm_max"]).to(torch.promote_types(valid_Rv.dtype, torch.float32))
+    mass_Rv = (valid_Rv - column(lm_max_R)).exp_()
+    cumulative_Rv = mass_Rv.cumsum(1, dtype=torch.float64)
+    own_R = cumulative_Rv[:, -1] if shard.num_valid else mass_Rv.sum(1, dtype=torch.float64)
     sums_Rn = _gather_columns(column(own_R), shard)
     before_R = sums_Rn[:, : shard.start // shard.num_rows].sum(1)
     thresholds_RN = uniforms_RN.double() * column(sums_Rn.sum(1)) - column(before_R)
@@ -203,10 +204,10 @@ def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: Voc
         mine_RN = torch.ones_like(mine_RN)
     columns_RN = torch.searchsorted(cumulative_Rv, thresholds_RN.contiguous(), right=True)
     # rounding may carry the last number past the last sum: it belongs to the last id that has mass
-    last_R1 = columns_RN[:, :1]
-    if shard.num_valid:
+    if shard.num_valid and (columns_RN >= shard.num_valid).any():
         last_R1 = shard.num_valid - 1 - (mass_Rv > 0).flip(1).to(torch.int8).argmax(1, keepdim=True)
-    ids_RN = torch.minimum(columns_RN, last_R1) + shard.start
+        columns_RN = torch.minimum(columns_RN, last_R1)
+    ids_RN = columns_RN + shard.start
     if shard.world_size == 1:
         return ids_RN
     # slices answer for disjoint intervals; a number that rounding leaves to none of them is the last id's
