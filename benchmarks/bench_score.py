@@ -1,10 +1,12 @@
-"""What scoring costs beside the forward pass of the same model.
+"""What scoring and capturing cost beside the forward pass of the same model.
 
     python benchmarks/bench_score.py [--samples 2] [--vocab 32768] [--rounds 6] [--json PATH]
 
 12 layers x 1024, sequence 1,024, microbatch 2, fp32, on CPU threads. In turn, in one process and with one model:
 
 - score: all samples of a dataset through what ``megakd score`` does: reading, forward, head, sums, commit and fsync;
+- capture: the same for what ``megakd capture`` does: best ids of the head to coded rows, commit and fsync; the 100
+  best, and 50 draws;
 - the bare forward pass as a user writes it: hidden states, then logits in pieces of 256 tokens that nobody reads;
 - the hidden states alone.
 
@@ -16,8 +18,10 @@ alone stands what the operations of the head's product leave of it at best.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -26,6 +30,11 @@ from pathlib import Path
 from typing import Any
 
 MODEL = {"num_layers": 12, "hidden_size": 1024, "ffn_hidden_size": 2816, "num_attention_heads": 16}
+CAPTURES: dict[str, dict[str, Any]] = {
+    "top 100": {"kind": "top_p_k", "top_k": 100, "top_p": 1.0},
+    "top 100, p 0.95": {"kind": "top_p_k", "top_k": 100, "top_p": 0.95},
+    "50 draws": {"kind": "samples", "draws": 50},
+}
 
 
 def main() -> None:
@@ -70,6 +79,10 @@ def _report(seconds: dict[str, float], cpus: dict[str, float], ceiling: float, a
         _row("scoring rate over hidden states alone", seconds[hidden] / seconds["score"], least=0.9),
         _row("  the same by CPU seconds", cpus[hidden] / cpus["score"]),
         _row("  the most that the head's product allows", ceiling),
+        *(
+            _row(f"capturing rate ({name}) over the bare forward pass's", seconds[bare] / seconds[name], least=0.85)
+            for name in CAPTURES
+        ),
     ]
     print(f"\n{'what':<52} {'value':>8} {'goal':>9}")
     for row in rows:
@@ -96,6 +109,8 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     from megakd.model.record import CheckpointRecord
     from megakd.model.teacher import ModelTeacher
     from megakd.parallel import init_parallel
+    from megakd.pipeline.capture_plan import CaptureConfig, check_capture_of
+    from megakd.pipeline.capture_run import Capturer
     from megakd.pipeline.score_plan import ScoreConfig, check_score_of
     from megakd.pipeline.score_run import Scorer
 
@@ -116,14 +131,13 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     writer.finish(parameters={}, parents={}, tokenizer=None)
     record = CheckpointRecord(folder, "0" * 32, 0, shape, tokenizer=None, loader_state={}, layout={},
                               use_distributed_optimizer=False, rng_states=False, **model_sizes)  # fmt: skip
-    config = ScoreConfig(
-        load=str(folder),
-        data_path=str(folder / "data"),
-        seq_length=arguments.seq_length,
-        output=str(folder / "scores"),
-        micro_batch_size=arguments.micro_batch_size,
-        range_samples=arguments.samples,
-    )
+    common: dict[str, Any] = {
+        "load": str(folder),
+        "data_path": str(folder / "data"),
+        "seq_length": arguments.seq_length,
+        "micro_batch_size": arguments.micro_batch_size,
+    }
+    config = ScoreConfig(**common, output=str(folder / "scores"), range_samples=arguments.samples)
     batches_MBS = torch.from_numpy(tokens[:-1]).view(-1, arguments.micro_batch_size, arguments.seq_length)
 
     def score() -> None:
@@ -133,6 +147,15 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
             plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), computed=scorer.computed)
         for path in (folder / "scores" / "parts").iterdir():
             path.unlink()
+
+    def capture(**kind: Any) -> None:
+        store = CaptureConfig(**common, output=str(folder / "store"), shard_samples=arguments.samples, **kind)
+        plan = check_capture_of(record, store)
+        capturer = Capturer(store, plan, ModelTeacher([model], head_vH, groups, groups), groups)
+        while (claim := plan.work.claim()) is not None:
+            made = capturer.make(*plan.work.bounds(claim.index), ids=plan.work.ids_of(claim.index))
+            plan.work.commit(claim, made, computed=capturer.computed)
+        shutil.rmtree(folder / "store")
 
     @torch.no_grad()
     def forward(with_logits: bool) -> None:
@@ -145,6 +168,7 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     whole = shape.flops_forward(seq_length=arguments.seq_length, vocab_size=arguments.vocab)
     cases = {
         "score": score,
+        **{name: functools.partial(capture, **kind) for name, kind in CAPTURES.items()},
         "forward with logits": lambda: forward(True),
         "hidden states": lambda: forward(False),
     }

@@ -116,7 +116,11 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
     Raises UsageError, MismatchError (also for a store in ``--output`` that is another than this one), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
-    record = read_record(config.load, config.iteration, role="--load")
+    return check_capture_of(read_record(config.load, config.iteration, role="--load"), config)
+
+
+def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:
+    """The same for a teacher that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
     tokenizer = common_tokenizer(dataset, record)
     shape = config.frozen_shape(record)

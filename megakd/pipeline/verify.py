@@ -34,7 +34,7 @@ class VerifyConfig:
     """What to verify."""
 
     artefact: list[str] = option(
-        ..., "dataset prefix, folder of scores, a selection, a logits store, and others, or any manifest", positional=True
+        ..., "dataset prefix, folder of scores, a selection, a logits store …, or any manifest", positional=True
     )
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
     tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
