@@ -1,8 +1,9 @@
-"""Small training runs for tests: a dataset, a configuration tree, one step, a whole run."""
+"""Small training runs for tests: a dataset, a configuration tree, one step, a whole run and what it left."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,29 @@ def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]
     loss = run_step(student, batch, teacher, objective, groups, step=1, forward_only=forward_only)
     result = {"loss": loss.loss, "lm": loss.lm, "kd": loss.kd, "agreement": loss.agreement, "tokens": loss.num_tokens}
     result |= {"entropy": loss.teacher_entropy, "z_loss": loss.z_loss, "kd_share": loss.kd_share, "t": loss.taid_t}
+    if loss.stored_share is not None:
+        result["stored_share"] = loss.stored_share
     if not forward_only:
         optimizer.inner.prepare_grads()
         result["grad_norm"] = float(optimizer.inner.get_grad_norm())
     return result
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of every step in a run's record."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if "loss" in record}
+
+
+def weights(folder: str, iteration: int) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, as bytes; runs in a world."""
+    from megakd.layout import ParallelConfig
+    from megakd.model.record import checkpoint_path
+    from megakd.parallel import init_parallel
+
+    init_parallel(ParallelConfig(), seed=1)
+    from megatron.core import dist_checkpointing
+    from torch import is_tensor
+
+    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint_path(folder, iteration)))
+    return {key: value.contiguous().view(-1).numpy().tobytes() for key, value in tensors.items() if is_tensor(value)}

@@ -16,7 +16,7 @@ from worlds import Worlds
 
 from megakd.errors import UsageError
 from megakd.losses.head import KDTerm, VocabShard
-from megakd.targets import DenseTargets, SparseTargets
+from megakd.targets import DenseTargets, MixedTargets, SparseTargets
 from megakd.train.gates import Gates, apply_gates
 from megakd.train.objective import Objective
 from megakd.train.preflight import check_run
@@ -109,6 +109,70 @@ def test_objective_equals_whole_logits(gates: Gates, alpha: float, z_loss_coeff:
     torch.testing.assert_close(found.head.lm_T[found.known_T], lm_T[found.known_T], rtol=1e-10, atol=0)
     assert torch.equal(found.known_T, kd_T if alpha == 1 and z_loss_coeff == 0 else kept_T)
     assert torch.equal(found.kept_T, kept_T) and (torch.equal(found.kd_T, kd_T) if alpha else not found.kd_T.any())
+
+
+def stored_rows(inputs: Inputs, has_targets_T: Tensor) -> SparseTargets:
+    """Every id of the tokens that have targets, in an order of their own; of the others nothing."""
+    _, log_p, _ = inputs.log_probs()
+    ids_TK = torch.rand(S * B, V).argsort(1)
+    entropy_T = torch.where(has_targets_T, -(log_p.exp() * log_p).sum(-1), 0)
+    log_probs_TK = torch.where(has_targets_T[:, None], log_p.gather(1, ids_TK), -torch.inf)
+    return SparseTargets(ids_TK, log_probs_TK, "top_p_k", entropy_T, has_targets_T)
+
+
+@pytest.mark.parametrize("gates", GATES, ids=str)
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_stored_and_modelled_targets_together_equal_the_model(gates: Gates, alpha: float) -> None:
+    inputs = Inputs()
+    mixed = MixedTargets(stored_rows(inputs, torch.rand(S * B) > 0.4), inputs.teacher)
+    objective = Objective(alpha, KDTerm(tail="ghost"), SHARD, False, gates=gates, chunk_bytes=1 << 14)
+    results, gradients = [], []
+    for targets in (inputs.teacher, mixed):
+        inputs.hidden_SBH.grad = inputs.weight_vH.grad = None
+        found = objective(inputs.hidden_SBH, inputs.weight_vH, inputs.labels_SB, inputs.mask_SB, targets)
+        found.loss.backward()
+        results.append(found)
+        gradients.append((inputs.hidden_SBH.grad, inputs.weight_vH.grad))
+    model, both = results
+    assert torch.equal(both.kept_T, model.kept_T) and torch.equal(both.kd_T, model.kd_T)
+    assert torch.equal(both.stored_T, mixed.stored.has_targets_T & inputs.mask_SB.flatten())
+    torch.testing.assert_close(both.loss, model.loss, rtol=1e-7, atol=0)
+    assert both.kd is not None and model.kd is not None
+    for one, other in zip(vars(both.kd).values(), vars(model.kd).values()):
+        torch.testing.assert_close(one[model.kd_T], other[model.kd_T], rtol=1e-6, atol=1e-9)
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("gates", [Gates(), Gates(entropy_gate=0.3)], ids=str)
+@pytest.mark.parametrize(("alpha", "lm_weight"), [(0.25, None), (1.0, None), (0.25, 0.5)])
+def test_tokens_without_targets_weigh_their_lm_loss_in_full(
+    gates: Gates, alpha: float, lm_weight: float | None
+) -> None:
+    """Gates rank the tokens that have targets, and no others."""
+    inputs = Inputs()
+    has_T, mask_T = torch.rand(S * B) > 0.4, inputs.mask_SB.flatten()
+    targets = stored_rows(inputs, has_T)
+    objective = Objective(alpha, KDTerm(tail="ghost"), SHARD, False, gates=gates, lm_weight=lm_weight)
+    found = objective(inputs.hidden_SBH, inputs.weight_vH, inputs.labels_SB, inputs.mask_SB, targets)
+    found.loss.backward()
+    gradients = inputs.hidden_SBH.grad, inputs.weight_vH.grad
+
+    inputs.hidden_SBH.grad = inputs.weight_vH.grad = None
+    assert targets.entropy_T is not None
+    kd_T = mask_T & has_T
+    kd_T = kd_T & ~chosen(targets.entropy_T, kd_T, gates.entropy_gate, largest=False)
+    log_q, log_p, _ = inputs.log_probs()
+    lm_T = -log_q.gather(1, inputs.labels_SB.reshape(-1, 1)).squeeze(1)
+    kl_T = (log_p.exp() * (log_p - log_q)).sum(-1)
+    share = 1 - alpha if lm_weight is None else lm_weight
+    loss = share * lm_T[mask_T & has_T].sum() + lm_T[mask_T & ~has_T].sum() + alpha * kl_T[kd_T].sum()
+    loss.backward()
+    torch.testing.assert_close(found.loss, loss, rtol=1e-7, atol=0)
+    for one, other in zip(gradients, (inputs.hidden_SBH.grad, inputs.weight_vH.grad)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+    assert torch.equal(found.kept_T, mask_T) and torch.equal(found.kd_T, kd_T)
+    assert torch.equal(found.known_T, mask_T & (kd_T | ~has_T) if share == 0 else mask_T)
 
 
 def test_evaluation_uses_all_tokens_and_the_teacher_itself() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from runs import make_tree, run_training, write_dataset
+from runs import losses, make_tree, run_training, weights, write_dataset
 from worlds import Worlds
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -25,26 +25,6 @@ TP2 = {"tensor_model_parallel_size": 2}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_dataset(tmp_path_factory.mktemp("resume") / "data", num_tokens=40000)
-
-
-def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of every step in a run's record."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if "loss" in record}
-
-
-def weights(folder: str, iteration: int) -> dict[str, bytes]:
-    """Every tensor of a checkpoint, as bytes; runs in a world."""
-    from megakd.layout import ParallelConfig
-    from megakd.model.record import checkpoint_path
-    from megakd.parallel import init_parallel
-
-    init_parallel(ParallelConfig(), seed=1)
-    from megatron.core import dist_checkpointing
-    from torch import is_tensor
-
-    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint_path(folder, iteration)))
-    return {key: value.contiguous().view(-1).numpy().tobytes() for key, value in tensors.items() if is_tensor(value)}
 
 
 def torchrun(tree: dict[str, Any], folder: Path, size: int) -> subprocess.Popen[str]:
