@@ -14,7 +14,7 @@ from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import Loader
 from megakd.data.ranges import DocumentSamples
 from megakd.data.samples import ConcatSamples
-from megakd.data.selection import SelectedSamples, Selection, SelectionWriter
+from megakd.data.selection import SelectedSamples, Selection, SelectionWriter, whole, whole_ids
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import verify_files
 from megakd.train.preflight import check_run
@@ -51,6 +51,14 @@ def test_a_selection_round_trips(tmp_path: Path, samples: ConcatSamples) -> None
         Selection(tmp_path / "s", expect_dataset="00")
     again = write_selection(tmp_path / "s", samples, [*ids, 301])
     assert again.fingerprint != selection.fingerprint and selection.ids.tolist() == ids  # the old file, still mapped
+
+
+def test_samples_are_known_by_their_ids_in_the_dataset(tmp_path: Path, samples: ConcatSamples) -> None:
+    """What is on disk for a sample is found by them, whether it is read through a selection or not."""
+    selected = SelectedSamples(samples, write_selection(tmp_path / "s", samples, [3, 5, 77]))
+    assert whole(selected) is samples and whole(samples) is samples
+    ids = np.array([2, 0])
+    assert whole_ids(selected, ids).tolist() == [77, 3] and whole_ids(samples, ids).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("ids", [[1, 1], [2, 1], [0, 1, 2, 3, 3, 4]])

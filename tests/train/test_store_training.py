@@ -235,3 +235,39 @@ def test_samples_train(name: str, setting: dict[str, str], world: Worlds) -> Non
     online = world(1).run(one_step, make_tree(setting["data"], teacher={"load": setting["teacher"]}))[0]
     found = world(1).run(one_step, stored(setting, name, objective={"kd_divergence": "soft_cross_entropy"}))[0]
     assert found["kd"] == pytest.approx(online["kd"] + online["entropy"], rel=0.05)
+
+
+def forwards_of_the_model(tree: dict[str, Any]) -> tuple[list[bool], list[bool]]:
+    """For each microbatch of the first step: does it hold a sample of dataset 0, and did the model run for it."""
+    from megakd.model.mixed_teacher import MixedTeacher
+    from megakd.parallel import init_parallel
+    from megakd.train.build import build_loader, build_teacher
+
+    config = make_config(tree)
+    plan = check_run(config, 1)
+    groups = init_parallel(config.parallel, seed=1)
+    teacher, batch = build_teacher(config, plan, groups), next(build_loader(config, plan, groups))
+    assert isinstance(teacher, MixedTeacher)
+    ran: list[bool] = []
+    hidden = teacher.model._hidden
+    teacher.model._hidden = lambda microbatch: ran.append(True) or hidden(microbatch)  # type: ignore[method-assign]
+    wanted, found = [], []
+    for microbatch, targets in zip(batch, teacher.targets(batch)):
+        assert targets is not None
+        wanted.append(bool((microbatch.dataset_ids_B == 0).any()))
+        found.append(bool(ran))
+        ran.clear()
+    return wanted, found
+
+
+def test_the_model_runs_only_for_what_is_not_stored(setting: dict[str, str], world: Worlds) -> None:
+    groups: dict[str, Any] = {
+        "teacher": {"load": setting["teacher"]},
+        "data": {"data_path": [0.4, setting["other"], 0.6, setting["data"]]},
+        "training": {"micro_batch_size": 2, "global_batch_size": 32},
+    }
+    ((wanted, found),) = world(1).run(forwards_of_the_model, stored(setting, "none", "whole", **groups))
+    assert wanted == found and set(found) == {True, False}
+    groups["objective"] = {"rho_keep": 0.5}
+    ((_, found),) = world(1).run(forwards_of_the_model, stored(setting, "none", "whole", **groups))
+    assert all(found)
