@@ -45,5 +45,6 @@ def test_bytes_after_five_kills(verb: RangeVerb, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_bytes_after_twenty_kills(verb: RangeVerb, tmp_path: Path) -> None:
     verb.kill_and_rerun(tmp_path / "s", 20)

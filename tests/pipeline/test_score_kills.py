@@ -6,21 +6,20 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.range_kills import RangeVerb, files
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.data.scores import Scores
 from megakd.errors import ExitStatus
 from megakd.pipeline.range_progress import RangeProgress, progress_line
-
-TOOL = str(Path(__file__).parents[2] / "tools" / "score_data.py")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +34,9 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     made: dict[str, Any] = {"flags": flags, "world": world(1)}
     assert run(made, folder / "whole") == 0
     made["whole"] = files(folder / "whole")
+    num_ranges = -(-len(made["whole"]["counts.i32"]) // 4 // 50)
+    whole = partial(run, made)
+    made["verb"] = RangeVerb("score_data.py", flags, whole, made["whole"], "parts", "scores.json", num_ranges)
     return made
 
 
@@ -51,88 +53,43 @@ def call_main(argv: list[str]) -> int:
     return main(argv)
 
 
-def start(made: dict[str, Any], output: Path, *flags: str, ranks: int = 0) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(launcher if ranks else [sys.executable]), TOOL, *made["flags"], "--output", str(output), *flags]
-    # As many ranks as cores on this machine, for all that it knows: one thread, on a machine that tests keep busy.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def num_parts(folder: Path) -> int:
-    return len(list((folder / "parts").glob("[0-9]*.json")))
-
-
-def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while num_parts(folder) < count and process.poll() is None:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.002)
-
-
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, errors = process.communicate(timeout=100)
     return process.returncode, errors
 
 
-def kill_and_rerun(made: dict[str, Any], folder: Path, kills: int) -> None:
-    rng = random.Random(kills)
-    num_ranges = -(-num_samples_of(made) // 50)
-    step = max(1, (num_ranges - 2) // kills)
-    effective = 0
-    for kill in range(kills):
-        process = start(made, folder)
-        wait_for_parts(process, folder, min(kill * step + 1, num_ranges))
-        time.sleep(rng.uniform(0, 0.06))
-        effective += process.poll() is None
-        process.kill()
-        finish(process)
-        # Whatever has its final name is whole.
-        if (folder / "scores.json").exists():
-            assert {name: data for name, data in files(folder).items() if name in made["whole"]} == made["whole"]
-    assert run(made, folder) == 0
-    assert effective >= kills // 2, "most kills came too late: the test shows little"
-    assert files(folder) == made["whole"]
-
-
-def num_samples_of(made: dict[str, Any]) -> int:
-    return len(made["whole"]["counts.i32"]) // 4
-
-
 def test_bytes_after_five_kills(made: dict[str, Any], tmp_path: Path) -> None:
-    kill_and_rerun(made, tmp_path / "s", 5)
+    made["verb"].kill_and_rerun(tmp_path / "s", 5)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_bytes_after_twenty_kills(made: dict[str, Any], tmp_path: Path) -> None:
-    kill_and_rerun(made, tmp_path / "s", 20)
+    made["verb"].kill_and_rerun(tmp_path / "s", 20)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_bytes_after_twenty_kills_among_three_jobs(made: dict[str, Any], tmp_path: Path) -> None:
     """Jobs come and go, and while one is killed the others go on."""
     rng = random.Random(3)
     folder = tmp_path / "s"
-    jobs = [start(made, folder, "--range-samples", "7") for _ in range(3)]
+    jobs = [made["verb"].start(folder, "--range-samples", "7") for _ in range(3)]
     for kill in range(20):
-        wait_for_parts(jobs[0], folder, kill * 5 + 1)
+        made["verb"].wait_for_parts(jobs[0], folder, kill * 5 + 1)
         time.sleep(rng.uniform(0, 0.1))
         victim = jobs.pop(rng.randrange(3))
         victim.kill()
         finish(victim)
-        jobs.append(start(made, folder, "--range-samples", "7"))
+        jobs.append(made["verb"].start(folder, "--range-samples", "7"))
     assert [finish(job)[0] for job in jobs] == [0, 0, 0]
     assert run(made, tmp_path / "alone", "--range-samples", "7") == 0
     assert files(folder) == files(tmp_path / "alone")
 
 
 def test_two_jobs_at_once(made: dict[str, Any], tmp_path: Path) -> None:
-    job = start(made, tmp_path / "s")
-    wait_for_parts(job, tmp_path / "s", 1)
+    job = made["verb"].start(tmp_path / "s")
+    made["verb"].wait_for_parts(job, tmp_path / "s", 1)
     assert run(made, tmp_path / "s") == 0
     status, errors = finish(job)
     assert status == 0, errors
@@ -140,15 +97,15 @@ def test_two_jobs_at_once(made: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_sigterm_finishes_the_range_and_the_same_command_continues(made: dict[str, Any], tmp_path: Path) -> None:
-    process = start(made, tmp_path / "s")
-    wait_for_parts(process, tmp_path / "s", 3)
+    process = made["verb"].start(tmp_path / "s")
+    made["verb"].wait_for_parts(process, tmp_path / "s", 3)
     process.send_signal(signal.SIGTERM)
     status, errors = finish(process)
     assert status == ExitStatus.STOPPED and "the same command continues" in errors
-    done = num_parts(tmp_path / "s")
+    done = made["verb"].num_parts(tmp_path / "s")
     assert done >= 3 and not list((tmp_path / "s" / "parts").glob("*.lock"))
     (tmp_path / "s" / "parts" / "00000099.part.tmp").write_bytes(b"of a run that was killed")
-    status, errors = finish(start(made, tmp_path / "s"))
+    status, errors = finish(made["verb"].start(tmp_path / "s"))
     assert status == 0 and f"continuing: {done * 50} of" in errors
     assert "tokens/s" in errors and " left)" in errors
     assert files(tmp_path / "s") == made["whole"]
@@ -177,16 +134,16 @@ def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path
 def test_signal_to_one_rank_of_two(layout: list[str], made: dict[str, Any], tmp_path: Path) -> None:
     """The ranks of one copy stop together; the launcher then ends the other copies."""
     folder = tmp_path / "s"
-    launcher = start(made, folder, *layout, ranks=2)
-    wait_for_parts(launcher, folder, 3)
+    launcher = made["verb"].start(folder, *layout, ranks=2)
+    made["verb"].wait_for_parts(launcher, folder, 3)
     ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(ranks[1]), signal.SIGTERM)
     status, errors = finish(launcher)
     assert status != 0 and "exitcode  : 75" in errors, errors
-    done = num_parts(folder)
+    done = made["verb"].num_parts(folder)
     if not (folder / "scores.json").exists():  # a copy of its own may be done before the launcher gets to it
-        assert 3 <= done < num_samples_of(made) // 50
-        status, errors = finish(start(made, folder, *layout, ranks=2))
+        assert 3 <= done < made["verb"].num_ranges
+        status, errors = finish(made["verb"].start(folder, *layout, ranks=2))
         assert status == 0, errors
     if not layout:
         assert files(folder) == made["whole"]
