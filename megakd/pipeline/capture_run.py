@@ -1,6 +1,6 @@
 """Capturing itself: the teacher's head, read over one shard's samples after the other, to rows.
 
-Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``K`` best ids, ``N`` draws.
+Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``N`` draws.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.errors import CorruptError, ExitStatus
 from megakd.logits.codec import Rows
-from megakd.logits.sparsify import renormalised_samples, sampled_counts, top_p_k, uniform_numbers
-from megakd.losses.read import HeadReading, read_head
+from megakd.losses.read import HeadReading
 from megakd.losses.vocab_parallel import VocabShard
+from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
 from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.capture_plan import CaptureConfig, CapturePlan
@@ -73,11 +73,17 @@ class Capturer:
             config, plan.samples, teacher, vocab_size=plan.record.vocab_size, eod_token=plan.eod_token
         )
         rows = padded_rows(config, plan.record, plan.shape)
-        self._shard = VocabShard(
+        shard = VocabShard(
             start=groups.tensor_rank * rows,
             num_rows=rows,
             vocab_size=plan.record.vocab_size,
             group=groups.tensor if config.tensor_model_parallel_size > 1 else None,
+        )
+        self._reader = RowReader(
+            plan.spec,
+            shard=shard,
+            implementation=config.loss_implementation,
+            chunk_bytes=config.head_chunk_mbytes << 20,
         )
         self.computed = computed_by(config, plan.work.range_samples)
 
@@ -110,63 +116,27 @@ class Capturer:
         return None if shard is None else Captured(shard, {} if columns is None else columns.finish())
 
     def _read(self, microbatch: Microbatch, targets: DenseTargets) -> _Answer:
-        config, spec = self._config, self._plan.spec
         labels_T = None
         if self._plan.work.scores is not None:
             labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
-        uniforms_TN = None if config.kind == "top_p_k" else self._uniforms(microbatch)
-        reading = read_head(
-            targets.hidden_TH,
-            targets.weight_vH,
-            shard=self._shard,
-            ids_T=labels_T,
-            entropy=True,
-            top_k=spec.top_k,
-            uniforms_TN=uniforms_TN,
-            implementation=config.loss_implementation,
-            chunk_bytes=config.head_chunk_mbytes << 20,
-        )
-        self._check_finite(reading, microbatch)
-        return _Answer(self._rows(reading), reading)
-
-    def _rows(self, reading: HeadReading) -> Rows:
-        assert reading.entropy_T is not None
-        if self._config.kind == "top_p_k":
-            assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
-            return top_p_k(reading.top_ids_TK, reading.top_log_probs_TK, reading.entropy_T, top_p=self._plan.spec.top_p)
-        assert reading.sample_ids_TN is not None and reading.sample_log_probs_TN is not None
-        if self._config.kind == "samples":
-            return sampled_counts(reading.sample_ids_TN, reading.entropy_T)
-        return renormalised_samples(reading.sample_ids_TN, reading.sample_log_probs_TN, reading.entropy_T)
-
-    def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
-        """``[T, N]`` float64: a function of seed, dataset and token position, so the same in every layout."""
-        spec, (_, width) = self._plan.spec, microbatch.tokens_BS.shape
-        positions_SB = self._plan.samples.starts(microbatch.sample_ids_B) + np.arange(width)[:, None]
-        numbers_TN = uniform_numbers(
-            positions_SB.reshape(-1), spec.draws, seed=spec.seed, dataset=spec.parents["dataset"]
-        )
-        return torch.from_numpy(numbers_TN).to(self._groups.device)
-
-    def _check_finite(self, reading: HeadReading, microbatch: Microbatch) -> None:
-        assert reading.entropy_T is not None
-        bad_T = ~(torch.isfinite(reading.entropy_T) & torch.isfinite(reading.log_z_T))
-        if bad_T.any():
-            bad_B = bad_T.view(microbatch.tokens_BS.shape[::-1]).any(0).cpu().numpy()
+        uniforms_TN = self._uniforms(microbatch) if self._reader.draws else None
+        reading = self._reader.read(targets.hidden_TH, targets.weight_vH, uniforms_TN=uniforms_TN, ids_T=labels_T)
+        finite_B = finite_samples(reading, len(microbatch.sample_ids_B))
+        if not finite_B.all():
             raise CorruptError(
-                f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} are not "
+                f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[~finite_B][:8].tolist()} are not "
                 "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
+        return _Answer(self._reader.rows(reading), reading)
+
+    def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
+        """``[T, N]`` float64."""
+        starts_B = self._plan.samples.starts(microbatch.sample_ids_B)
+        numbers_SBN = draw_numbers(starts_B, microbatch.tokens_BS.shape[1], self._plan.spec)
+        return torch.from_numpy(numbers_SBN).flatten(0, 1).to(self._groups.device)
 
 
 def _by_sample(part: Stretches, microbatch: Microbatch, rows: Rows) -> dict[int, tuple[NDArray[np.int64], Rows]]:
     """By sample id: its input ids and its rows, one for each label it has."""
-    batch = len(microbatch.sample_ids_B)
-    found = {}
-    for column, (sample, length) in enumerate(zip(microbatch.sample_ids_B.tolist(), part.lengths.tolist())):
-        own = slice(column, (length - 1) * batch, batch)  # positions of one sample, sequence first
-        found[sample] = (
-            microbatch.tokens_BS[column, : length - 1],
-            Rows(rows.ids_TK[own], rows.log_probs_TK[own], rows.entropy_T[own]),
-        )
-    return found
+    samples = zip(microbatch.sample_ids_B.tolist(), microbatch.tokens_BS, split_samples(rows, part.lengths - 1))
+    return {sample: (tokens[: own.num_rows], own) for sample, tokens, own in samples}
