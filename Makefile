@@ -11,7 +11,7 @@ FIND_PYTHON = for name in python3.11 python3 python3.12 python3.13; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$name; break; fi; done
 
 .DELETE_ON_ERROR:
-.PHONY: help demo miniplm test test-fast test-slow test-long check bench clean
+.PHONY: help demo miniplm pd-sweep test test-fast test-slow test-long check bench clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(VENV)/.built  ## teacher, plain student, distilled student on real text;
 
 miniplm: $(VENV)/.built  ## MiniPLM on text with planted noise: what is dropped, what it does to a student
 	$(PYTHON) examples/miniplm/miniplm.py
+
+pd-sweep: $(VENV)/.built  ## the design space of pre-training distillation: truncation, temperature, loss, alpha; SWEEP='--only k'
+	$(PYTHON) examples/pretraining_distillation/sweep.py $(SWEEP)
 
 test: $(VENV)/.built $(VENV)/.dev  ## every test
 	$(PYTEST) --durations 15

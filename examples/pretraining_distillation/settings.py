@@ -1,4 +1,4 @@
-"""What is swept: the paper's design-space tables (arXiv 2410.16215), one factor at a time from its first configuration."""
+"""What is swept: the design-space tables of arXiv 2410.16215, one factor at a time from its first configuration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FIRST_CUT = (0.95, 100)
 class Setting:
     """One student.
 
-    name: of its folder. flags: of ``megakd train``, over student.yaml. cut: top-p and top-k of its store; None: it reads
-    none. dense: the teacher runs beside it instead. paper: what the paper gained over LM alone with a cosine learning
-    rate, in percent of the mean of eight benchmarks, for 1.9B; None where it has no such row.
+    name: of its folder. flags: of ``megakd train``, over student.yaml. cut: top-p and top-k of its store; None: it
+    reads none. dense: the teacher runs beside it instead. paper: what the paper gained over LM alone with a cosine
+    learning rate, in percent of the mean of eight benchmarks, for 1.9B; None where it has no such row.
     """
 
     name: str

@@ -20,6 +20,7 @@ from stages import Word, begin, megakd_on_two_ranks, stage, trained
 from text import prepare_text
 from truncate import truncate_store
 
+from megakd.__main__ import run
 from megakd.config import option, parse
 from megakd.data.indexed import IndexedDataset
 from megakd.data.samples import ConcatSamples
@@ -35,10 +36,10 @@ WIDEST = max(cut[1] for table in TABLES.values() for setting in table if (cut :=
 class Sweep:
     only: list[str] = option([], f"tables to make: {', '.join(TABLES)} (default: all)", common=True)
     steps: int = option(400, "of a student, 2,048 tokens each", common=True)
-    seed: int = option(
-        1234, "of weights and the order of the data; of the settings, the first of the seeds", common=True
+    seed: int = option(1234, "of weights and the order of the data", common=True)
+    seeds: int = option(
+        3, "from --seed on, of LM alone and of the first configuration: these tell the noise", common=True
     )
-    seeds: int = option(3, "runs of LM alone and of the first configuration, which tell the noise", common=True)
     teacher: Path | None = option(
         None, "a trained teacher with the demo's tokenizer (default: train one as the demo's, in OUTPUT)", common=True
     )
@@ -74,7 +75,8 @@ class Sweep:
         return self.runs / f"store-{cut[0]:g}-{cut[1]}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or continue the sweep; returns its exit status."""
     sweep = parse(
         Sweep,
         argv,
@@ -98,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for setting in table:
             train(sweep, setting, sweep.seed)
         report(sweep)
+    return 0
 
 
 def report(sweep: Sweep) -> None:
@@ -169,4 +172,4 @@ def train(sweep: Sweep, setting: Setting, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))
