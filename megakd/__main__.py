@@ -21,6 +21,7 @@ VERBS = {
     "retokenize": "megakd.pipeline.retokenize",
     "import-miniplm": "megakd.pipeline.import_miniplm",
     "capture": "megakd.pipeline.capture",
+    "collect": "megakd.pipeline.collect",
     "plan": "megakd.pipeline.plan",
     "train": "megakd.train.main",
 }

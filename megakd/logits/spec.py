@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.durable import HashingWriter
+from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
 from megakd.logits.codec import ROWS_FOR_CODES, RowFormat, ValueBits
@@ -22,6 +22,8 @@ from megakd.targets import SparseKind
 
 FORMAT, VERSION = "megakd-logits", 1
 MANIFEST, RANKS, SHARDS = "store.json", "ranks.i32", "shards"
+DEFAULT_DRAWS: dict[str, int] = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}
+"""Of a row: none, as in arXiv 2503.16870, as in Gemma 3."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,17 @@ def read_shard(
 
 
 def finish_store(
-    folder: str | os.PathLike[str], spec: StoreSpec, ranks: NDArray[np.int32], *, present: Iterable[int] | None = None
+    folder: str | os.PathLike[str],
+    spec: StoreSpec,
+    ranks: NDArray[np.int32],
+    *,
+    present: Iterable[int] | None = None,
+    more_files: Sequence[FileRecord] = (),
 ) -> Manifest:
     """Write the manifest that makes the shards a store; from one process. Their records are not read again.
 
     present: the shards that must be there, all by default; the ranges of the others have no targets.
+    more_files: what else is to be found in the folder, durable.
 
     Raises UsageError where one is missing or not whole, MismatchError for one of another store.
     """
@@ -174,7 +182,7 @@ def finish_store(
         parameters={**spec.parameters(ranks), "rows": rows, "samples_with_targets": samples, "shards": listed},
         parents=spec.parents,
         tokenizer=spec.tokenizer,
-        files=files,
+        files=[*files, *more_files],
     )
 
 

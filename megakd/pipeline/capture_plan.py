@@ -20,7 +20,7 @@ from megakd.data.scores import COUNTS, LOG_PROBS
 from megakd.data.selection import Selection
 from megakd.errors import UsageError
 from megakd.logits.codec import frequency_ranks
-from megakd.logits.spec import StoreSpec
+from megakd.logits.spec import DEFAULT_DRAWS, StoreSpec
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.capture_work import StoreWork
@@ -93,8 +93,7 @@ class CaptureConfig(RangeRunConfig):
     @property
     def num_draws(self) -> int:
         """Draws of a row; 0 where none are."""
-        default = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}[self.kind]
-        return default if self.draws is None else self.draws
+        return DEFAULT_DRAWS[self.kind] if self.draws is None else self.draws
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,10 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
         packing=samples.packing,
         seq_length=config.seq_length,
         num_samples=samples.num_samples,
-        shard_samples=config.shard_samples or _shard_samples(samples.num_samples, config.seq_length),
+        shard_samples=config.shard_samples or default_shard_samples(samples.num_samples, config.seq_length),
         parents=parents,
         tokenizer=tokenizer,
-        value_bits=8 if config.kind == "samples" else _VALUE_BITS[config.value_bits],
+        value_bits=8 if config.kind == "samples" else VALUE_BITS[config.value_bits],
         draws=config.num_draws,
         top_k=config.top_k if top else 0,
         top_p=config.top_p if top else 1.0,
@@ -166,7 +165,7 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
     return CapturePlan(record, shape, samples, spec, work, eod_token)
 
 
-_VALUE_BITS: dict[str, Literal[8, 16, 32]] = {"8": 8, "16": 16, "32": 32}
+VALUE_BITS: dict[str, Literal[8, 16, 32]] = {"8": 8, "16": 16, "32": 32}
 
 
 def _scores(
@@ -198,8 +197,8 @@ def _scores(
     return parts
 
 
-def _shard_samples(num_samples: int, seq_length: int) -> int:
-    """A function of the dataset alone: nothing may depend on how many ranks there are."""
+def default_shard_samples(num_samples: int, seq_length: int) -> int:
+    """Samples of a shard: a function of the dataset alone; nothing may depend on how many ranks there are."""
     return max(1, min(_SHARD_TOKENS // seq_length, -(-num_samples // _LEAST_SHARDS)))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.durable import FileRecord
 from megakd.errors import CorruptError, UsageError
 from megakd.logits.shard import ShardWriter
 from megakd.logits.spec import FORMAT, MANIFEST, SHARDS, VERSION, StoreSpec, finish_store, read_shard, write_shard
@@ -95,7 +96,7 @@ class StoreWork(RangeWork[Captured | None]):
                 self.scores.join()
             if not (self.folder / MANIFEST).exists():
                 try:
-                    finish_store(self.folder, self.spec, self.ranks)
+                    finish_store(self.folder, self.spec, self.ranks, more_files=self._more_files())
                 except UsageError as error:
                     raise CorruptError(f"{error}; run again") from error
             for name in filter(_LOCK.fullmatch, self._names() or ()):
@@ -104,6 +105,10 @@ class StoreWork(RangeWork[Captured | None]):
         finally:
             lock.__exit__()
         return read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+
+    def _more_files(self) -> Sequence[FileRecord]:
+        """Files of the store beside its shards, made durable now."""
+        return ()
 
     def _read(self, path: Path) -> Manifest | None:
         try:

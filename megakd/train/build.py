@@ -30,6 +30,7 @@ from megakd.model.teacher import ModelTeacher, NoTeacher, Teacher
 from megakd.parallel import Groups, build_groups
 from megakd.train.config import TrainConfig
 from megakd.train.evaluate import Evaluator
+from megakd.train.journal import TrainingJournal
 from megakd.train.metrics import Cost, Metrics
 from megakd.train.objective import Objective, make_objective
 from megakd.train.optim import Optimizer, Student, wrap_student
@@ -116,6 +117,23 @@ def build_loader(config: TrainConfig, plan: Plan, groups: Groups) -> Loader:
     )
 
 
+def build_journal(
+    config: TrainConfig, plan: Plan, objective: Objective, groups: Groups, start_step: int
+) -> TrainingJournal:
+    """What keeps the student's own rows; nothing where no ``--logits-save-dir`` is given, or nothing is trained."""
+    samples_a_step = config.training.global_batch_size // groups.data_size
+    return TrainingJournal(
+        config.logits_save.dir or "",
+        () if config.evaluate.skip_train else plan.journal,
+        plan.blend,
+        objective,
+        groups,
+        start_step=start_step,
+        from_step=config.logits_save.from_step,
+        num_records=samples_a_step * (config.checkpoint.save_interval or config.training.train_iters),
+    )
+
+
 def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: int) -> Metrics:
     """The record of the run; writes the resolved configuration beside it and says what runs where."""
     cost = Cost.of(plan.student, plan.teacher_shape, seq_length=config.data.seq_length, vocab_size=plan.vocab_size)
@@ -173,6 +191,7 @@ def build_writer(
     objective: Objective,
     optimizer: Optimizer,
     batches: Loader,
+    journal: TrainingJournal,
     groups: Groups,
 ) -> tuple[CheckpointWriter, Callable[[int], None]]:
     """The checkpoint writer, and ``save(step)``; without ``--save`` both do nothing."""
@@ -182,6 +201,7 @@ def build_writer(
     def save(step: int) -> None:
         if folder is None:
             return
+        journal.commit(step)
         parameters = record_parameters(
             plan.student,
             groups,

@@ -10,6 +10,7 @@ from megakd.data.packing import Packing
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
 from megakd.model.config import ModelConfig
+from megakd.train.journal_config import LogitsSaveConfig
 from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
 from megakd.train.objective_config import ObjectiveConfig
 from megakd.train.stores import WITHOUT
@@ -221,6 +222,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig = group(CheckpointConfig, "checkpoints")
     evaluate: EvaluateConfig = group(EvaluateConfig, "evaluation")
     logging: LoggingConfig = group(LoggingConfig, "logging")
+    logits_save: LogitsSaveConfig = group(
+        LogitsSaveConfig, "logits of the model in training", flag_prefix="logits-save-"
+    )
 
     def validate(self) -> None:
         if self.evaluate.skip_train and not self.data.valid_data_path:

@@ -6,6 +6,7 @@ from megakd.errors import CorruptError, ExitStatus, MismatchError
 from megakd.parallel import init_parallel
 from megakd.train.build import (
     build_evaluator,
+    build_journal,
     build_loader,
     build_metrics,
     build_objective,
@@ -41,8 +42,9 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     start_step = restore(plan, student, objective, optimizer, groups)
     batches = build_loader(config, plan, groups)
     metrics = build_metrics(config, plan, groups, start_step)
+    journal = build_journal(config, plan, objective, groups, start_step)  # what the student itself says, if kept
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
-    writer, save = build_writer(config, plan, student, objective, optimizer, batches, groups)
+    writer, save = build_writer(config, plan, student, objective, optimizer, batches, journal, groups)
 
     if config.evaluate.skip_train and evaluate is not None:
         metrics.log_evaluation(start_step, evaluate(start_step))
@@ -53,7 +55,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         metrics.start_clock()
         optimizer.zero_grad()
         try:
-            loss = run_step(student, next(batches), teacher, objective, groups, step=step)
+            loss = run_step(student, next(batches), teacher, objective, groups, step=step, keep=journal.at(step))
             update = optimizer.step(step)
         except (NonFiniteError, MismatchError, CorruptError):
             writer.finish()  # what is being written in the background is sound

@@ -20,10 +20,12 @@ from megakd.data.selection import SelectedSamples, Selection
 from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
+from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.train.config import TrainConfig
+from megakd.train.journal_config import journal_specs
 from megakd.train.stores import check_stores, open_stores
 
 
@@ -44,6 +46,8 @@ class Plan:
     stores: tuple[LogitsStore | None, ...] = ()
     """One for each dataset, None for one without; empty where none is read."""
     valid_stores: tuple[LogitsStore | None, ...] = ()
+    journal: tuple[StoreSpec, ...] = ()
+    """What is kept of the student's own distribution, one for each dataset; empty where nothing is."""
 
     @property
     def parents(self) -> dict[str, str]:
@@ -88,6 +92,9 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         valid_stores = open_all(config.teacher.valid_logits_load_dir, valid_blend, flag="--valid-logits-load-dir")
     for opened in (stores, valid_stores):
         check_stores(opened, config.objective)
+    journal = journal_specs(
+        config.logits_save, blend, save=config.checkpoint.save, vocab_size=vocab_size, tokenizer=tokenizer
+    )
     resume, weights_only = _check_resume(config, student, vocab_size)
     if resume is not None and not weights_only:
         Loader(  # refuses a checkpoint of other data or another order
@@ -110,6 +117,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         teacher_shape=teacher_shape,
         stores=stores,
         valid_stores=valid_stores,
+        journal=journal,
     )
 
 

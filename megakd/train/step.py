@@ -19,6 +19,7 @@ from megakd.model.attention import slice_sequence
 from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
+from megakd.train.journal import Keep
 from megakd.train.objective import Objective, TokenLosses
 from megakd.train.optim import NonFiniteError, Student
 
@@ -72,8 +73,11 @@ def run_step(
     *,
     step: int,
     forward_only: bool = False,
+    keep: Keep | None = None,
 ) -> StepLoss:
     """Forward and backward over all microbatches of this rank; gradients end up as the mean over the global batch.
+
+    keep: takes what the student says about each microbatch, as long as its weights are those of this step.
 
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
@@ -86,7 +90,7 @@ def run_step(
     run_schedule = get_forward_backward_func()
     found = _Found()
     sums = run_schedule(
-        forward_step_func=_forward_step(student, targets, objective, groups, found),
+        forward_step_func=_forward_step(student, targets, objective, groups, found, keep),
         data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch.num_microbatches,
@@ -109,7 +113,12 @@ class _Found:
 
 
 def _forward_step(
-    student: Student, targets: Iterator[Given | Unreadable], objective: Objective, groups: Groups, found: _Found
+    student: Student,
+    targets: Iterator[Given | Unreadable],
+    objective: Objective,
+    groups: Groups,
+    found: _Found,
+    keep: Keep | None,
 ) -> Callable[..., tuple[Tensor, LossFunction]]:
     """What megatron's schedule calls for each microbatch and model chunk: the output, and the loss on it."""
 
@@ -126,6 +135,8 @@ def _forward_step(
             if isinstance(given, Unreadable):  # go on: the other ranks wait in this step's messages
                 found.unreadable, given = given.error, None
             result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, given)
+            if keep is not None:
+                keep(hidden_SBH, weight_vH, microbatch)
             sums = _sums(result)
             if found.unreadable is not None:
                 sums.fill_(torch.nan)  # so every rank gets to hear of it

@@ -1,0 +1,255 @@
+"""A journal: rows of a logits store in the order in which a model in training met its samples, with the step of each.
+
+One folder a dataset. Ranks write segments, which are shards whose "samples" are records, one after the other; when the
+run saves a checkpoint, one manifest for the steps since the last one names them, and only then do they count. So a run
+that goes on from its checkpoint finds the rows of just the steps that are behind it. See docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megakd.durable import FileRecord, HashingWriter, fsync_directory
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.logits.codec import Rows, identity_ranks
+from megakd.logits.shard import Shard, ShardWriter
+from megakd.logits.spec import StoreSpec
+from megakd.manifest import Manifest, read_manifest, write_manifest
+
+FORMAT, VERSION = "megakd-logits-journal", 1
+SEGMENTS = "segments"
+STEPS = "steps.i32"
+"""In a store that was made from a journal: the step of each sample's rows, -1 where it has none."""
+_SEGMENT_TOKENS = 1 << 21  # at most: a hundred megabytes or two that a rank holds until they are written
+_RUN = "run"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What the manifest of its steps says about a segment."""
+
+    name: str
+    fingerprint: str
+    file_sizes: tuple[int, int]
+    records: FileRecord
+    num_records: int
+
+
+def segment_samples(seq_length: int) -> int:
+    """Records of a segment, at most."""
+    return max(1, _SEGMENT_TOKENS // seq_length)
+
+
+class JournalWriter:
+    """Takes the rows that one rank makes, sample by sample, in the order of the steps.
+
+    writer: the rank's name. num_records: of a segment, at most; the fewer, the smaller what a rank holds.
+    """
+
+    def __init__(self, folder: Path, spec: StoreSpec, *, writer: str, num_records: int) -> None:
+        self._folder, self._spec, self._name_of_writer = folder / SEGMENTS, spec, writer
+        self._num_records = max(1, min(num_records, spec.shard_samples))
+        self._open: ShardWriter | None = None
+        self._name = ""
+        self._records: list[tuple[int, int]] = []
+        self._segments: list[Segment] = []
+
+    def add(self, sample_id: int, step: int, input_ids: NDArray[Any], rows: Rows) -> None:
+        """The rows of one sample, by the weights that ``step`` began with. Raises as ``ShardWriter`` does."""
+        if self._open is None:
+            self._name = f"{step:08d}-{self._name_of_writer}-{len(self._segments):04d}"
+            self._open = ShardWriter(
+                self._folder,
+                self._name,
+                samples=(0, self._num_records),
+                row_format=self._spec.row_format,
+                ranks=_ranks(self._spec),
+                parameters=self._spec.parameters(_ranks(self._spec)),
+                parents=self._spec.parents,
+                tokenizer=self._spec.tokenizer,
+            )
+        self._open.add(len(self._records), input_ids, rows)
+        self._records.append((sample_id, step))
+        if len(self._records) == self._num_records:
+            self._commit_segment()
+
+    def flush(self) -> list[Segment]:
+        """What was added since the last flush, durable; nothing of it counts before `commit_steps`."""
+        self._commit_segment()
+        found, self._segments = self._segments, []
+        return found
+
+    def _commit_segment(self) -> None:
+        if self._open is None:
+            return
+        manifest = self._open.commit()
+        with HashingWriter(self._folder / f"{self._name}.records") as writer:
+            writer.write(np.array(self._records, "<i8").data)
+            records = writer.commit()
+        sizes = (manifest.files[0].size_bytes, manifest.files[1].size_bytes)
+        found = Segment(self._name, manifest.fingerprint, sizes, records, len(self._records))
+        self._segments.append(found)
+        self._open, self._records = None, []
+
+
+def commit_steps(folder: Path, spec: StoreSpec, segments: Sequence[Segment], *, steps: tuple[int, int]) -> Manifest:
+    """Make the segments of all ranks count as the rows of the steps from the first to the last; from one process."""
+    ordered = sorted(segments, key=lambda segment: segment.name)
+    return write_manifest(
+        folder / f"{steps[0]:08d}-{steps[1]:08d}.json",
+        format=FORMAT,
+        version=VERSION,
+        parameters={
+            **spec.parameters(_ranks(spec)),
+            "steps": list(steps),
+            "segments": [[found.name, found.fingerprint, *found.file_sizes] for found in ordered],
+            "num_records": sum(found.num_records for found in ordered),
+        },
+        parents=spec.parents,
+        tokenizer=spec.tokenizer,
+        files=[replace(found.records, name=f"{SEGMENTS}/{found.records.name}") for found in ordered],
+    )
+
+
+def training_spec(spec: StoreSpec, folder: Path, save: str | os.PathLike[str]) -> StoreSpec:
+    """``spec`` with what ties a journal in ``folder`` to the one run that writes it: where that saves, from there."""
+    run = os.path.relpath(os.path.realpath(save), os.path.realpath(folder))
+    return replace(spec, parents={**spec.parents, "model": "in training"}, details={**spec.details, _RUN: run})
+
+
+def check_journal(folder: Path, spec: StoreSpec) -> None:
+    """Raise MismatchError if the folder holds rows of another kind, or of another run; reads, writes nothing."""
+    for manifest in _manifests(folder):
+        _check_spec(manifest, spec, "give another --logits-save-dir")
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Take out what a run wrote behind ``step``, from which it goes on: those steps come again. From one process."""
+    listed: set[str] = set()
+    for manifest in _manifests(folder):
+        if manifest.parameters["steps"][1] > step:
+            manifest.path.unlink()
+        else:
+            listed.update(segment[0] for segment in manifest.parameters["segments"])
+    if folder.exists():
+        fsync_directory(folder)
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder / SEGMENTS):
+            if entry.name.split(".")[0] not in listed:
+                os.unlink(entry)
+
+
+class Journal:
+    """A journal, open for reading.
+
+    from_step: rows of earlier steps are left out. max_open: how many segments are held open.
+
+    Raises UsageError where there is none, MismatchError for rows of several kinds or runs, CorruptError for steps that
+    are there twice.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int = 0, max_open: int = 256) -> None:
+        found = list(_manifests(folder))
+        if not found:
+            raise UsageError(f"{folder}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
+        self.folder, self._from_step = folder, from_step
+        self.spec = StoreSpec.of(found[0])
+        for before, manifest in itertools.pairwise(found):
+            _check_spec(manifest, self.spec, "a store is made from rows of one kind")
+            if manifest.parameters["steps"][0] <= before.parameters["steps"][1]:
+                raise CorruptError(
+                    f"{manifest.path}: steps that {before.path.name} has too; one of them is not this run's"
+                )
+        self._manifests = [each for each in found if each.parameters["steps"][1] >= from_step]
+        self._segments = [segment for each in self._manifests for segment in each.parameters["segments"]]
+        self.fingerprint = xxhash.xxh3_128_hexdigest("\n".join(each.fingerprint for each in self._manifests).encode())
+        """Of the manifests of its steps."""
+        self._ids_of_ranks = _ranks(self.spec)  # which are the identity
+        self._max_open = max_open
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def latest(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """``[num_samples]`` each: the last step at which each sample was met, -1 where none was, and the place of its
+        rows for `read`."""
+        steps = np.full(self.spec.num_samples, -1, np.int32)
+        places = np.full(self.spec.num_samples, -1, np.int64)
+        segment = 0
+        for manifest in self._manifests:
+            parts = []
+            for record in manifest.files:
+                ids_steps = np.fromfile(self.folder / record.name, "<i8").reshape(-1, 2)
+                if xxhash.xxh3_128_hexdigest(ids_steps.data) != record.xxh3_128:
+                    raise CorruptError(f"{self.folder / record.name}: it is not what was written")
+                numbers = np.arange(len(ids_steps)) + (segment << 32)
+                parts.append(np.column_stack((ids_steps, numbers)))
+                segment += 1
+            rows = np.concatenate(parts)
+            rows = rows[rows[:, 1] >= self._from_step]
+            rows = rows[np.lexsort((-rows[:, 2], rows[:, 1]))]  # of one step any would do: the first
+            steps[rows[:, 0]], places[rows[:, 0]] = rows[:, 1], rows[:, 2]  # of a sample the last one stays
+        return steps, places
+
+    def read(self, place: int, input_ids: NDArray[Any]) -> Rows:
+        """The rows at a place; ``input_ids`` are to be those that the model saw.
+
+        Raises MismatchError for others, CorruptError for a segment that is missing or not what was written.
+        """
+        number, record = place >> 32, place & 0xFFFFFFFF
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open[number] = self._open_segment(*self._segments[number])
+            if len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        rows = shard.read(record, input_ids)
+        if rows is None:
+            raise CorruptError(f"{shard.path}: record {record} is empty")
+        return rows
+
+    def _open_segment(self, name: str, fingerprint: str, *sizes: int) -> Shard:
+        path = self.folder / SEGMENTS / f"{name}.json"
+        try:
+            shard = Shard(path, self.spec.row_format, self._ids_of_ranks)
+        except UsageError as error:
+            raise CorruptError(f"{path}: missing; the manifest of its steps names it") from error
+        if shard.manifest.fingerprint != fingerprint:
+            raise CorruptError(f"{path}: segment {shard.manifest.fingerprint}, {fingerprint} was written")
+        return shard
+
+
+def _manifests(folder: Path) -> Iterator[Manifest]:
+    """Of its steps, in their order."""
+    for path in sorted(folder.glob("[0-9]*.json")):
+        yield read_manifest(path, format=FORMAT, version=VERSION)
+
+
+def _check_spec(manifest: Manifest, spec: StoreSpec, remedy: str) -> None:
+    there = StoreSpec.of(manifest)
+    pairs = ((name, getattr(there, name), getattr(spec, name)) for name in StoreSpec.__dataclass_fields__)
+    wrong = [
+        f"{name} {one} there, {other} here"
+        for name, one, other in pairs
+        if name != "tokenizer" and _plain(one) != _plain(other)
+    ]
+    if wrong:
+        raise MismatchError(f"{manifest.path}: rows of another kind or run: {'; '.join(wrong)}: {remedy}")
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if hasattr(value, "items") else value
+
+
+def _ranks(spec: StoreSpec) -> NDArray[np.int32]:
+    """Of ids: as they are. What is written in passing need not be as small as a store."""
+    return identity_ranks(spec.vocab_size)

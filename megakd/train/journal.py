@@ -1,0 +1,158 @@
+"""Keeping what the model in training says about its own batches: rows read off its head, into a journal.
+
+Axes: ``S`` sequence (this rank's part under context parallelism), ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens,
+``N`` draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.data.blend import Blend
+from megakd.data.loader import Microbatch
+from megakd.data.selection import whole_ids
+from megakd.logits.journal import JournalWriter, Segment, commit_steps, cut_back
+from megakd.logits.spec import StoreSpec
+from megakd.losses.read import HeadReading
+from megakd.model.attention import gather_sequence, slice_sequence
+from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
+from megakd.parallel import Groups
+from megakd.train.journal_config import journal_folder
+from megakd.train.objective import Objective
+
+# isort: split
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+Keep = Callable[[Tensor, Tensor, Microbatch], None]
+"""Takes the last stage's hidden states of a microbatch, the head's weight, and the microbatch."""
+
+
+class TrainingJournal:
+    """Rows of every sample of every step from ``from_step`` on, one journal for each dataset of the blend.
+
+    Ranks of the last stage read their slice of the head, as the loss does, before the update of the step; the first
+    of each copy writes. Where there are no specs nothing is kept.
+
+    specs: one a dataset. start_step: that the run goes on from; what the journal has behind it is taken out.
+    num_records: of a segment, at most.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        specs: Sequence[StoreSpec],
+        blend: Blend,
+        objective: Objective,
+        groups: Groups,
+        *,
+        start_step: int,
+        from_step: int,
+        num_records: int,
+    ) -> None:
+        self._specs, self._datasets, self._groups = specs, blend.datasets, groups
+        self._committed, self._from_step = start_step, from_step
+        if not specs:
+            return
+        self._folders = {spec.parents["dataset"]: journal_folder(folder, spec) for spec in specs}
+        if groups.rank == 0:
+            for own in self._folders.values():
+                cut_back(own, start_step)
+        dist.barrier()
+        self._reader = RowReader(
+            specs[0],  # they differ in what the samples are, which is of no matter to the head
+            shard=objective.shard,
+            implementation=objective.implementation,
+            chunk_bytes=objective.chunk_bytes,
+        )
+        self._writers = {}
+        if groups.is_last_stage and groups.tensor_rank == groups.context_rank == 0:
+            self._writers = {
+                spec.parents["dataset"]: JournalWriter(
+                    self._folders[spec.parents["dataset"]],
+                    spec,
+                    writer=f"r{groups.rank:05d}",
+                    num_records=num_records,
+                )
+                for spec in specs
+            }
+
+    def at(self, step: int) -> Keep | None:
+        """What takes the microbatches of a step; None where nothing of it is kept."""
+        return partial(self._keep, step) if self._specs and step >= self._from_step else None
+
+    def commit(self, step: int) -> None:
+        """Make the rows up to ``step`` count: to be called before its checkpoint is saved. All ranks call it.
+
+        A run that is killed before the checkpoint is whole goes on from the one before, and takes these out again.
+        """
+        first, self._committed = max(self._committed + 1, self._from_step), step
+        if not self._specs or first > step:
+            return
+        mine = {dataset: writer.flush() for dataset, writer in self._writers.items()}
+        everyone: list[dict[str, list[Segment]]] = [{} for _ in range(self._groups.world_size)]
+        dist.all_gather_object(everyone, mine)
+        if self._groups.rank == 0:
+            for spec in {spec.parents["dataset"]: spec for spec in self._specs}.values():
+                dataset = spec.parents["dataset"]
+                segments = [segment for found in everyone for segment in found.get(dataset, ())]
+                if segments:
+                    commit_steps(self._folders[dataset], spec, segments, steps=(first, step))
+
+    @torch.no_grad()
+    def _keep(self, step: int, hidden_SBH: Tensor, weight_vH: Tensor, microbatch: Microbatch) -> None:
+        if self._groups.parallel.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self._groups.tensor
+            )
+        uniforms_TN = self._uniforms(microbatch) if self._reader.draws else None
+        reading = self._reader.read(hidden_SBH.flatten(0, 1), weight_vH, uniforms_TN=uniforms_TN)
+        batch = hidden_SBH.shape[1]
+        reading = self._whole_sequence(reading, batch)
+        if not self._writers:
+            return
+        # a loss that is not finite refuses the whole step; what a mask hides from it has no rows
+        finite_B, lengths_B = finite_samples(reading, batch), np.zeros(batch, np.int64)
+        ids_B = np.zeros(batch, np.int64)
+        for dataset in np.unique(microbatch.dataset_ids_B).tolist():
+            here_B, samples = microbatch.dataset_ids_B == dataset, self._datasets[dataset]
+            own_ids = microbatch.sample_ids_B[here_B]
+            lengths_B[here_B], ids_B[here_B] = samples.lengths(own_ids), whole_ids(samples, own_ids)
+        num_rows_B = np.minimum(lengths_B - 1, microbatch.tokens_BS.shape[1])
+        rows_B = split_samples(self._reader.rows(reading), num_rows_B)
+        for place, rows in enumerate(rows_B):
+            if finite_B[place] and rows.num_rows:
+                fingerprint = self._datasets[int(microbatch.dataset_ids_B[place])].dataset.fingerprint
+                tokens_S = microbatch.tokens_BS[place, : rows.num_rows]
+                self._writers[fingerprint].add(int(ids_B[place]), step, tokens_S, rows)
+
+    def _uniforms(self, microbatch: Microbatch) -> Tensor:
+        """``[T, N]`` float64 of this rank's part of the sequence."""
+        batch, width = microbatch.tokens_BS.shape
+        numbers_SBN = np.empty((width, batch, self._specs[0].draws))
+        for dataset in np.unique(microbatch.dataset_ids_B).tolist():
+            here_B = microbatch.dataset_ids_B == dataset
+            starts_B = self._datasets[dataset].starts(microbatch.sample_ids_B[here_B])
+            numbers_SBN[:, here_B] = draw_numbers(starts_B, width, self._specs[dataset])
+        size, rank = self._groups.parallel.context_parallel_size, self._groups.context_rank
+        own_SBN = slice_sequence(torch.from_numpy(numbers_SBN), dim=0, rank=rank, size=size)
+        return own_SBN.flatten(0, 1).to(self._groups.device)
+
+    def _whole_sequence(self, reading: HeadReading, batch: int) -> HeadReading:
+        """Of all parts that context-parallel ranks hold."""
+        if self._groups.parallel.context_parallel_size == 1:
+            return reading
+        group = self._groups.collection.cp
+        whole: dict[str, Any] = {
+            field.name: gather_sequence(value.view(-1, batch, *value.shape[1:]), group).flatten(0, 1)
+            for field in fields(reading)
+            if isinstance(value := getattr(reading, field.name), Tensor)
+        }
+        return replace(reading, **whole)

@@ -1,0 +1,96 @@
+"""What a run keeps of its own model's output distribution, and every refusal of it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megakd.config import option
+from megakd.data.blend import Blend
+from megakd.data.selection import whole
+from megakd.errors import UsageError
+from megakd.logits.codec import ValueBits
+from megakd.logits.journal import check_journal, segment_samples, training_spec
+from megakd.logits.spec import DEFAULT_DRAWS, StoreSpec
+
+_VALUE_BITS: dict[str, ValueBits] = {"8": 8, "16": 16, "32": 32}
+
+
+@dataclass
+class LogitsSaveConfig:
+    dir: str | None = option(
+        None,
+        "keep what the model says about its own batches, for students to come: a folder for the journal, of which "
+        "'megakd collect' makes a logits store",
+        common=True,
+    )
+    from_step: int = option(1, "of those steps on alone: late ones teach better (arXiv 2410.16215)", common=True)
+    kind: Literal["top_p_k", "samples", "renormalised_samples"] = option("top_p_k", "as --kind of 'megakd capture'")
+    top_k: int = option(100, "of top_p_k: ids of a row, at most")
+    top_p: float = option(
+        0.95, "of top_p_k: mass under the whole softmax at which a row ends; 1: at --logits-save-top-k"
+    )
+    draws: int | None = option(
+        None, "of samples and renormalised_samples: draws of a row (default: 50, and 256 as Gemma 3)"
+    )
+    value_bits: Literal["8", "16", "32"] = option(
+        "16", "of a log-probability in the journal; the store made of it rounds once more, to --value-bits of its own"
+    )
+    seed: int = option(1234, "of the draws, which depend on it, the dataset and the token position alone")
+
+    def validate(self) -> None:
+        flag = "--logits-save"
+        if self.top_k < 1 or not 0 < self.top_p <= 1:
+            raise UsageError(
+                f"{flag}-top-k {self.top_k}, {flag}-top-p {self.top_p}: expected at least 1, and a share up to 1"
+            )
+        if self.draws is not None and (self.draws < 1 or self.kind == "top_p_k"):
+            raise UsageError(
+                f"{flag}-draws {self.draws}: expected at least 1, with {flag}-kind samples or renormalised_samples"
+            )
+        if self.from_step < 1:
+            raise UsageError(f"{flag}-from-step is {self.from_step}; expected at least 1")
+
+
+def journal_specs(
+    config: LogitsSaveConfig, blend: Blend, *, save: str | None, vocab_size: int, tokenizer: dict[str, Any] | None
+) -> tuple[StoreSpec, ...]:
+    """What the rows of each dataset are, nothing where none are kept.
+
+    Raises UsageError, and MismatchError for a journal of other rows or of another run.
+    """
+    if config.dir is None:
+        return ()
+    if save is None:
+        raise UsageError(f"--logits-save-dir {config.dir}: rows count once a checkpoint is saved: add --save DIR")
+    if config.kind == "top_p_k" and config.top_k > vocab_size:
+        raise UsageError(f"--logits-save-top-k {config.top_k}: the vocabulary has {vocab_size} ids")
+    if Path(config.dir).exists() and not Path(config.dir).is_dir():
+        raise UsageError(f"--logits-save-dir {config.dir}: a file is there; expected a folder, new or there")
+    top, found = config.kind == "top_p_k", []
+    for samples in map(whole, blend.datasets):
+        spec = StoreSpec(
+            kind=config.kind,
+            vocab_size=vocab_size,
+            packing=samples.packing,
+            seq_length=samples.seq_length,
+            num_samples=samples.num_samples,
+            shard_samples=segment_samples(samples.seq_length),
+            parents={"dataset": samples.dataset.fingerprint, "model": ""},
+            tokenizer=tokenizer,
+            value_bits=8 if config.kind == "samples" else _VALUE_BITS[config.value_bits],
+            draws=DEFAULT_DRAWS[config.kind] if config.draws is None else config.draws,
+            top_k=config.top_k if top else 0,
+            top_p=config.top_p if top else 1.0,
+            seed=0 if top else config.seed,
+        )
+        folder = journal_folder(config.dir, spec)
+        found.append(training_spec(spec, folder, save))
+        check_journal(folder, found[-1])
+    return tuple(found)
+
+
+def journal_folder(folder: str, spec: StoreSpec) -> Path:
+    """Of one dataset, by its fingerprint."""
+    return Path(folder) / spec.parents["dataset"]
