@@ -17,6 +17,7 @@ from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, Voca
 from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
 from megakd.targets import Given, MixedTargets, SparseTargets, Targets
+from megakd.train.calibration import calibration_sums
 from megakd.train.gates import Gated, Gates, apply_gates, tokens_with_targets
 from megakd.train.kd_schedule import KDSchedule
 from megakd.train.objective_config import ObjectiveConfig
@@ -36,7 +37,8 @@ class TokenLosses:
         these that get KD. known_T: bool, the tokens whose values were computed. stored_T: bool, those in the mask whose
     targets come from a store.
     head: the values of every term a token. kd: of the KD terms, for each token those of its own; None without KD.
-    temperature_T: of the teacher's logits, where each token has its own.
+    temperature_T: of the teacher's logits, where each token has its own. calibration: sums by bin of confidence, see
+        ``calibration.calibration_sums``; None in training.
     """
 
     loss: Tensor
@@ -48,6 +50,7 @@ class TokenLosses:
     head: HeadOutput
     kd: KDOutput | None = None
     temperature_T: Tensor | None = None
+    calibration: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Objective:
 
     taid: the state of that divergence, which changes the target from step to step. schedule: what alpha and the
     temperature are at each step; ``at`` makes the objective of one. token_temperature: gives each token its own.
-    from_store: whether targets come from a store, for some tokens at least.
+    from_store: whether targets come from a store, for some tokens at least. calibrate: whether calibration is
+    measured too, with logits of its own.
     """
 
     alpha: float
@@ -77,6 +81,7 @@ class Objective:
     schedule: KDSchedule | None = None
     token_temperature: TokenTemperature | None = None
     from_store: bool = False
+    calibrate: bool = False
     implementation: Implementation = "auto"
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
@@ -137,8 +142,18 @@ class Objective:
         )
         known_T = gated.kept_T if self.z_loss_coeff > 0 else (lm_weight_T != 0) | gated.kd_T
         stored_T = _stored_tokens(targets, mask_T)
-        values = _merged(head.kd, parts)
-        return TokenLosses(head.loss, mask_T, gated.kept_T, gated.kd_T, known_T, stored_T, head, values, temperature_T)
+        return TokenLosses(
+            loss=head.loss,
+            mask_T=mask_T,
+            kept_T=gated.kept_T,
+            kd_T=gated.kd_T,
+            known_T=known_T,
+            stored_T=stored_T,
+            head=head,
+            kd=_merged(head.kd, parts),
+            temperature_T=temperature_T,
+            calibration=self._calibration(hidden_TH, weight_vH, labels_T, mask_T) if self.calibrate else None,
+        )
 
     def advance(self, step: int, kd: float | None) -> None:
         """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
@@ -150,9 +165,11 @@ class Objective:
         alpha and temperature of schedules, so that values compare over steps and runs. Without a teacher that knows the
         held-out data, the LM loss alone."""
         if not with_teacher:
-            return replace(self, alpha=0.0, lm_weight=None, term=None, gates=Gates(), taid=None, schedule=None)
+            return replace(
+                self, alpha=0.0, lm_weight=None, term=None, gates=Gates(), taid=None, schedule=None, calibrate=True
+            )
         term = replace(self.term, taid_t=1.0) if self.term is not None else None
-        return replace(self, term=term, gates=Gates(), taid=None, schedule=None)
+        return replace(self, term=term, gates=Gates(), taid=None, schedule=None, calibrate=True)
 
     def state(self) -> dict[str, Any]:
         """What must be saved with the weights; plain data."""
@@ -162,6 +179,10 @@ class Objective:
     def load_state(self, state: dict[str, Any]) -> None:
         if self.taid is not None and "taid" in state:
             self.taid.load_state_dict(state["taid"])
+
+    def _calibration(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+        own: dict[str, Any] = {"implementation": self.implementation, "chunk_bytes": self.chunk_bytes}
+        return calibration_sums(hidden_TH, weight_vH, labels_T, mask_T, shard=self.shard, **own)
 
     def _gate(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Given) -> Gated:
         if targets is None:

@@ -19,6 +19,7 @@ from megakd.model.attention import slice_sequence
 from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
+from megakd.train.calibration import NUM_BINS
 from megakd.train.journal import Keep
 from megakd.train.objective import Objective, TokenLosses
 from megakd.train.optim import NonFiniteError, Student
@@ -32,6 +33,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 # What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
 _COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens", "stored")
 _SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy", "temperature")
+_NUM_SUMS = len(_SUMS) + 2 * NUM_BINS  # and those of the calibration, which training leaves at 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class StepLoss:
     temperature): over the ``num_kd_tokens`` tokens with KD; None without. kd_share: those among all that the loss mask
     keeps, where a gate may leave some out. stored_share: the same of tokens whose targets come from a store. taid_t:
     the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where each token has its own; None
-    where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran.
+    where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran. calibration: sums of an
+    evaluation, see ``calibration.calibration_sums``, on the host; they are no means.
     """
 
     loss: float
@@ -62,6 +65,7 @@ class StepLoss:
     lm_weight: float | None = None
     temperature: float | None = None
     asked_teacher: bool = False
+    calibration: Tensor | None = None
 
 
 def run_step(
@@ -101,7 +105,8 @@ def run_step(
     total = _sum_over_batch(sums, groups)
     if not torch.isfinite(total).all():
         _refuse(found, step)
-    return _means(dict(zip(_SUMS, total.tolist())), objective)
+    calibration = total[len(_SUMS) :].reshape(2, NUM_BINS).cpu() if objective.calibrate else None
+    return _means(dict(zip(_SUMS, total.tolist())), objective, calibration)
 
 
 @dataclass
@@ -158,7 +163,7 @@ def to_device(array: np.ndarray[Any, Any], groups: Groups) -> Tensor:
 
 
 def _sums(result: TokenLosses) -> Tensor:
-    """``_SUMS`` of this microbatch, float64."""
+    """``[_NUM_SUMS]`` float64: ``_SUMS`` of this microbatch, and those of its calibration."""
     head, known_T, kd_T = result.head, result.known_T, result.kd_T
     sums = {"mask": result.mask_T.sum(), "kept": result.kept_T.sum(), "known": known_T.sum(), "kd_tokens": kd_T.sum()}
     sums["stored"] = result.stored_T.sum()
@@ -170,7 +175,8 @@ def _sums(result: TokenLosses) -> Tensor:
     if result.temperature_T is not None:
         sums["temperature"] = _sum(result.temperature_T, kd_T)
     zero = torch.zeros((), dtype=torch.float64, device=known_T.device)
-    return torch.stack([sums.get(name, zero).double() for name in _SUMS])
+    calibration = zero.expand(2, NUM_BINS) if result.calibration is None else result.calibration
+    return torch.cat([torch.stack([sums.get(name, zero).double() for name in _SUMS]), calibration.flatten()])
 
 
 def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
@@ -179,7 +185,7 @@ def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
 
 def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
     """The sums of all microbatches of all ranks, on every rank."""
-    total = torch.zeros(len(_SUMS), dtype=torch.float64, device=groups.device)
+    total = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         total = torch.stack(list(sums)).sum(0)
         dist.all_reduce(total, group=groups.collection.dp_cp)
@@ -189,7 +195,7 @@ def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
     return total
 
 
-def _means(total: dict[str, float], objective: Objective) -> StepLoss:
+def _means(total: dict[str, float], objective: Objective, calibration: Tensor | None) -> StepLoss:
     def mean(name: str, count: str) -> float:
         return total[name] / max(total[count], 1.0)
 
@@ -211,6 +217,7 @@ def _means(total: dict[str, float], objective: Objective) -> StepLoss:
         lm_weight=None if objective.schedule is None else objective.lm_share,
         temperature=None if term is None else mean("temperature", "kd_tokens") if per_token else term.temperature,
         asked_teacher=objective.needs_teacher,
+        calibration=calibration,
     )
 
 
