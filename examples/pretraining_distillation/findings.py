@@ -73,7 +73,8 @@ def measure_noise(lm: Sequence[float], first: Sequence[float]) -> Noise | None:
     if len(lm) < 2:
         return None
     paired = [one - other for one, other in zip(first, lm, strict=True)]
-    return Noise(*map(statistics.stdev, (lm, first, paired)), seeds=len(lm))
+    stdev = statistics.stdev
+    return Noise(lm=stdev(lm), first=stdev(first), paired=stdev(paired), seeds=len(lm))
 
 
 def markdown(losses: Mapping[str, float], tables: Mapping[str, Sequence[Setting]], noise: Noise | None) -> str:

@@ -40,6 +40,9 @@ class Sweep:
     seeds: int = option(
         3, "from --seed on, of LM alone and of the first configuration: these tell the noise", common=True
     )
+    eval_iters: int = option(
+        100, "batches of held-out text a student is evaluated on; 100 are all of it, of fewer each seed takes others"
+    )
     teacher: Path | None = option(
         None, "a trained teacher with the demo's tokenizer (default: train one as the demo's, in OUTPUT)", common=True
     )
@@ -160,7 +163,7 @@ def train(sweep: Sweep, setting: Setting, seed: int) -> None:
     done = trained(save, steps)
     words: list[Word] = ["--config", HERE / "student.yaml", "--data-path", sweep.dataset, "--selection", sweep.samples]
     words += ["--valid-data-path", sweep.output / "text" / "held-out_text_document", "--save", save]
-    words += ["--seed", seed, "--train-iters", steps]
+    words += ["--seed", seed, "--train-iters", steps, "--eval-iters", sweep.eval_iters]
     words += ["--lr-warmup-iters", steps // 20, "--lr-wsd-decay-iters", steps // 5]
     if setting.cut is not None:
         store = sweep.store(setting.cut)

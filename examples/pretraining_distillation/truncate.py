@@ -51,5 +51,6 @@ def truncate_store(source: Path, output: Path, samples: Samples, *, top_p: float
 def cut(rows: Rows, *, top_p: float, top_k: int) -> Rows:
     """The most likely ids of each row, at most ``top_k``, and of them the shortest prefix with mass ``top_p``."""
     order = np.argsort(-rows.log_probs_TK, axis=1, kind="stable")[:, :top_k]
-    best = (np.take_along_axis(values, order, 1) for values in (rows.ids_TK, rows.log_probs_TK))
-    return top_p_k(*map(torch.from_numpy, best), torch.from_numpy(rows.entropy_T), top_p=top_p)
+    ids_TK, log_probs_TK = (np.take_along_axis(values, order, 1) for values in (rows.ids_TK, rows.log_probs_TK))
+    entropy_T = torch.from_numpy(rows.entropy_T)
+    return top_p_k(torch.from_numpy(ids_TK), torch.from_numpy(log_probs_TK), entropy_T, top_p=top_p)
