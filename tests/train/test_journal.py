@@ -169,12 +169,22 @@ def test_what_is_behind_the_checkpoint_comes_again(world: Worlds, tmp_path: Path
     segment = next((journal / "segments").glob("00000017-*.rows"))
     segment.write_bytes(segment.read_bytes()[:-9])
     (journal / "segments" / "00000009-r00007-0000.rows.tmp").write_bytes(b"left")
-    assert world(1).run(run_training, tree_of(data, cut)) == [0]
-    assert sorted(path.name for path in (cut / "logits").rglob("*")) == sorted(
-        path.name for path in (whole / "logits").rglob("*")
-    )
+    tree = tree_of(data, cut)
+    tree["checkpoint"]["save_interval"] = 5
+    assert world(1).run(run_training, tree) == [0]
+    first_last = [f"{first:08d}-{last:08d}.json" for first, last in ((1, 8), (9, 10), (11, 15), (16, 20))]
+    assert sorted(path.name for path in journal.glob("*.json")) == first_last
+    segments = {path.name.split(".")[0] for path in (journal / "segments").iterdir()}
+    assert segments == {f"{first:08d}-r00000-0000" for first in (1, 9, 11, 16)}, "nothing is left of what was cut"
     assert content(store_of(data, cut)) == content(store_of(data, whole))
-    assert losses(cut) == losses(whole), "keeping rows draws from no generator and rounds nothing"
+    assert losses(cut) == losses(whole) == losses_without(world, data, tmp_path / "without"), "keeping changes no bit"
+
+
+def losses_without(world: Worlds, data: str, save: Path) -> dict[int, tuple[float, float]]:
+    tree = tree_of(data, save)
+    del tree["logits_save"]
+    assert world(1).run(run_training, tree) == [0]
+    return losses(save)
 
 
 @pytest.mark.slow
@@ -191,6 +201,7 @@ def test_after_a_kill_the_same_store(world: Worlds, tmp_path: Path) -> None:
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
+    assert 20 not in losses(cut), "the kill came too late to test anything"
     assert world(1).run(run_training, tree_of(data, cut)) == [0]
     assert content(store_of(data, cut)) == content(store_of(data, whole))
 
