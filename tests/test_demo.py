@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+
+from megakd.config import parse
+from megakd.logits.codec import Rows, identity_ranks
+from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.pipeline.capture_plan import CaptureConfig
+from megakd.pipeline.score_plan import ScoreConfig
+from megakd.pipeline.select_config import SelectConfig
+from megakd.pipeline.show_artefact import describe_artefact
+from megakd.train.config import TrainConfig
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 
@@ -47,6 +60,19 @@ def test_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
         assert processor.decode(processor.encode(text)) == text
 
 
+def test_halves_share_no_document(tmp_path: Path) -> None:
+    corpus = load("corpus")
+    lines = [json.dumps({"text": "x", "source": f"package/module_{n}.py"}) + "\n" for n in range(400)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    halves = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert "documents" in corpus.write_halves(tmp_path / "train.jsonl", *halves)
+    found = [half.read_text().splitlines(keepends=True) for half in halves]
+    assert sorted(found[0] + found[1]) == sorted(lines) and 150 < len(found[0]) < 250
+    (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))  # what else there is decides nothing
+    corpus.write_halves(tmp_path / "train.jsonl", *halves)
+    assert sorted(found[0]) == sorted(halves[0].read_text().splitlines(keepends=True))
+
+
 def write_run(folder: Path, lm: list[float], valid: dict[str, float]) -> None:
     folder.mkdir()
     lines = [
@@ -57,20 +83,74 @@ def write_run(folder: Path, lm: list[float], valid: dict[str, float]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_report(tmp_path: Path) -> None:
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = load("report")
-    write_run(tmp_path / "teacher", [5.0, 3.0], {"lm_loss": 3.0, "bits_per_byte": 1.25})
-    write_run(tmp_path / "plain", [6.0, 4.0, 3.9], {"lm_loss": 9.0})
-    write_run(tmp_path / "distilled", [6.0, 4.5, 3.5], {"lm_loss": 9.0})
-    write_run(tmp_path / "plain-held-out", [3.9], {"lm_loss": 4.0, "agreement": 0.5})
-    write_run(tmp_path / "distilled-held-out", [3.5], {"lm_loss": 3.5, "agreement": 0.625})
+    monkeypatch.setattr(
+        report, "bytes_per_token", lambda folder: {"store-top-k": 90.25, "store-sampled": 36.5}[folder.name]
+    )
+    write_run(tmp_path / "teacher", [5.0, 3.0], {"lm_loss": 3.0, "bits_per_byte": 1.25, "calibration_error": 0.03})
+    for number, name in enumerate(report.STUDENTS):
+        write_run(tmp_path / name, [6.0, 4.0, 3.9], {"lm_loss": 9.0})
+        valid = {"lm_loss": 4.0 - number / 4, "agreement": 0.5 + number / 16, "calibration_error": 0.01 * number}
+        write_run(tmp_path / f"{name}-held-out", [3.9], valid)
     text = report.write(tmp_path, seed=7)
-    assert "| held-out LM loss, nats a token | 3.0000 | 4.0000 | 3.5000 |" in text
-    assert "| top-1 agreement with the teacher |  | 50.0% | 62.5% |" in text
-    assert "| training tokens | 200 | 300 | 300 |" in text and "| training tokens/s | 200 | 200 | 200 |" in text
-    assert "-0.5000 nats" in text and "-50%" in text
+    rows = {
+        line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in text.splitlines() if line[:2] == "| "
+    }
+    titles = {name: student.title for name, student in report.STUDENTS.items()}
+    assert rows["teacher, 6 layers of 256"] == ["3.0000", "1.2500", "", "3.00%", "", "200", "200"]
+    assert rows[titles["plain"]] == ["4.0000", "", "50.0%", "0.00%", "", "300", "200"]
+    assert rows[titles["sampled"]] == ["3.2500", "", "68.8%", "3.00%", "36.5", "300", "200"]
+    assert rows[titles["miniplm-top-k"]][4] == rows[titles["top-k"]][4] == "90.2"
+    assert f"- {titles['online']}: -0.2500 (25%)" in text and f"- {titles['miniplm-top-k']}: -1.2500 (125%)" in text
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "figures.json").read_text())["seed"] == 7
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["seed"] == 7 and figures["top-k"]["store_bytes_per_token"] == 90.25
+    assert (tmp_path / "table.md").read_text().strip() in text
+
+
+def test_bytes_of_a_store_are_those_that_show_says(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    spec = StoreSpec("top_p_k", 7, "concat", 5, 3, 2, {"dataset": "d", "model": "m"}, top_k=2)
+    ranks = identity_ranks(7)
+    rng = np.random.default_rng(0)
+    for number in range(spec.num_shards):
+        writer = write_shard(folder, spec, ranks, number)
+        for sample in range(*spec.samples_of(number)):
+            log_probs = np.log(rng.dirichlet(np.ones(3), 5)[:, :2]).astype(np.float32)
+            ids = np.tile(np.array([1, 4]), (5, 1))
+            writer.add(sample, np.arange(5), Rows(ids, -np.sort(-log_probs, 1), np.ones(5, np.float32)))
+        writer.commit()
+    finish_store(folder, spec, ranks)
+    (shown,) = [line for line in describe_artefact(folder / "store.json") if line.startswith("rows")]
+    assert f", {load('report').bytes_per_token(folder):.1f} bytes a token" in shown
+
+
+def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every command line of a demo that finds nothing done, without running any."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    monkeypatch.chdir(DEMO.parent.parent)
+    monkeypatch.setenv("DEMO_OUT", str(tmp_path))
+    demo = importlib.import_module("demo")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(demo, "begin", lambda: None)
+    monkeypatch.setattr(demo, "prepare_text", lambda text: None)
+    monkeypatch.setattr(demo, "prepare_halves", lambda text: None)
+    monkeypatch.setattr(demo.report, "largest_difference", lambda one, other: 0.0)
+    monkeypatch.setattr(demo.report, "write", lambda runs, *, seed: f"seed {seed}")
+    for runner in ("megakd", "megakd_on_two_ranks"):
+        monkeypatch.setattr(demo, runner, lambda name, done, verb, *flags: commands.append([verb, *map(str, flags)]))
+    demo.main()
+    verbs: dict[str, Any] = {
+        "train": TrainConfig,
+        "capture": CaptureConfig,
+        "score": ScoreConfig,
+        "select": SelectConfig,
+    }
+    for verb, *flags in commands:
+        parse(verbs[verb], flags, prog=verb, description="")
+    assert set(demo.students(demo.Demo(1, 1, tmp_path))) == set(demo.report.STUDENTS)
+    assert Counter(command[0] for command in commands) == {"train": 16, "capture": 2, "score": 1, "select": 1}
 
 
 def test_largest_difference(tmp_path: Path) -> None:

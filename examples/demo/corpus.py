@@ -29,8 +29,7 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % HELD_OUT_SHARE == 0
+        return _number(self.name, "") % HELD_OUT_SHARE == 0
 
 
 def documents() -> Iterator[Document]:
@@ -56,6 +55,17 @@ def write_corpus(train: Path, held_out: Path) -> str:
     return "; ".join(f"{path.stem}: {count} documents, {size / 1e6:.1f} MB" for path, (count, size) in sizes.items())
 
 
+def write_halves(corpus: Path, first: Path, second: Path) -> str:
+    """Deal the documents of one file of JSON lines out to two; returns a line that says how much there is in each."""
+    parts = {first: list[str](), second: list[str]()}
+    for line in corpus.open():
+        parts[(first, second)[_number(json.loads(line)["source"], "half") % 2]].append(line)
+    for path, lines in parts.items():
+        Path(f"{path}.part").write_text("".join(lines))
+        os.replace(f"{path}.part", path)
+    return "; ".join(f"{path.stem}: {len(lines)} documents" for path, lines in parts.items())
+
+
 def train_tokenizer(corpus: Path, model: Path) -> None:
     """A byte-pair encoding with byte fallback that gives every text back unchanged; a newline is a piece."""
     texts = (json.loads(line)["text"] for line in corpus.open())
@@ -78,6 +88,12 @@ def train_tokenizer(corpus: Path, model: Path) -> None:
     )
     Path(f"{model}.part").write_bytes(proto.getvalue())
     os.replace(f"{model}.part", model)
+
+
+def _number(name: str, purpose: str) -> int:
+    """Of a document, the same wherever and in whatever order it is met."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, person=purpose.encode()).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _texts() -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""The demo: one student trained twice on the same real text, without and with a teacher. ``main`` is the whole of it.
+"""The demo: one student trained six ways on the same number of tokens of real text. ``main`` is the whole of it.
 
-Environment: DEMO_SEED (1234), DEMO_STEPS (400, the student's; the teacher gets 5/4 of them), DEMO_OUT (demo-out).
-A stage whose result is there is skipped, so that a second call continues where the first one stopped.
+Environment: DEMO_SEED (1234), DEMO_STEPS (200, a student's; the teacher gets 5/4 and MiniPLM's reference 5/8 of them),
+DEMO_OUT (demo-out). A stage whose result is there is skipped, so that a second call continues where the first one
+stopped.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from stages import Word, begin, megakd_on_two_ranks, trained
-from text import prepare_text
+from stages import Word, begin, megakd, megakd_on_two_ranks, trained
+from text import FOR_STUDENTS, FOR_TEACHER, HELD_OUT, prepare_halves, prepare_text
 
 HERE = Path("examples/demo")
+SEQ_LENGTH = 256
+RATIO = 0.5  # of the samples, what MiniPLM keeps
+DRAWS = 50
 # fp32, where another layout differs by the order of additions alone; in bf16 rounding noise grows within 20 steps.
 LAYOUTS = {
     "tensor-fp32": ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"],
@@ -23,12 +27,13 @@ LAYOUTS = {
 }
 LAYOUT_STEPS = 20
 LAYOUT_TOLERANCE = 1e-4  # nats, of losses near 8: about 1e-5 relative
-HELD_OUT_BATCHES = 44  # of 16 samples of 256 tokens: nearly the whole split, each sample once
+# 44 batches of 16 samples of 256 tokens are nearly the whole split, each sample once.
+WHOLE_SPLIT: list[Word] = ["--eval-iters", 44]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """seed: of weights and data order, for teacher and students. steps: of the student."""
+    """seed: of weights, data order and draws, for all models. steps: of a student."""
 
     seed: int
     steps: int
@@ -39,6 +44,10 @@ class Demo:
         return self.steps * 5 // 4
 
     @property
+    def reference_steps(self) -> int:
+        return self.steps * 5 // 8
+
+    @property
     def text(self) -> Path:
         return self.out / "text"
 
@@ -46,52 +55,98 @@ class Demo:
     def runs(self) -> Path:
         return self.out / f"seed-{self.seed}-steps-{self.steps}"
 
+    def dataset(self, file: str) -> Path:
+        return self.text / f"{Path(file).stem}_text_document"
+
 
 def main() -> None:
     begin()
     demo = Demo(
         seed=int(os.environ.get("DEMO_SEED", "1234")),
-        steps=int(os.environ.get("DEMO_STEPS", "400")),
+        steps=int(os.environ.get("DEMO_STEPS", "200")),
         out=Path(os.environ.get("DEMO_OUT", "demo-out")),
     )
+    runs, steps = demo.runs, demo.steps
     prepare_text(demo.text)
-    plain, distilled, teacher = demo.runs / "plain", demo.runs / "distilled", demo.runs / "teacher"
-    with_teacher = ["--teacher-load", str(teacher)]
-    schedule = ["--lr-warmup-iters", str(demo.steps // 20), "--lr-decay-iters", str(demo.steps)]
-    teacher_schedule = ["--lr-warmup-iters", str(demo.steps // 10), "--lr-wsd-decay-iters", str(demo.steps // 2)]
-    held_out = ["--valid-data-path", str(demo.text / "held-out_text_document")]
-    train(demo, teacher, "teacher.yaml", demo.teacher_steps, *teacher_schedule, *held_out)
-    train(demo, plain, "student.yaml", demo.steps, *schedule, *held_out)
-    train(demo, distilled, "student.yaml", demo.steps, *schedule, *with_teacher, *held_out)
+    prepare_halves(demo.text)
 
-    # Distillation over two halves of every layer, and over two pipeline stages: the losses must be the same.
+    # The teacher learns from one half of the text, the students from the other, so that they never share a sample.
+    schedule: list[Word] = ["--lr-warmup-iters", steps // 10, "--lr-wsd-decay-iters", steps // 2]
+    train(demo, "teacher", FOR_TEACHER, demo.teacher_steps, *schedule, *held_out(demo), *WHOLE_SPLIT)
+    train(demo, "reference", FOR_TEACHER, demo.reference_steps, "--lr-warmup-iters", steps // 20)
+
+    # What it says about the students' half, once: its best ids with MiniPLM's scores, and draws.
+    scores = runs / "scores-teacher", runs / "scores-reference"
+    draws: list[Word] = ["--draws", DRAWS, "--seed", demo.seed]
+    read(demo, "capture", "teacher", "store-top-k", "--kind", "top_p_k", "--scores-output", scores[0])
+    read(demo, "capture", "teacher", "store-sampled", "--kind", "samples", *draws)
+    read(demo, "score", "reference", scores[1].name)
+    refined, rule = runs / "refined", ["--ratio", str(RATIO)]
+    models: list[Word] = ["--teacher-scores", scores[0], "--reference-scores", scores[1]]
+    megakd("refined", (refined / "selection.json").exists(), "select", *models, *rule, "--output", refined)
+
+    for name, flags in students(demo).items():
+        schedule = ["--lr-warmup-iters", steps // 20, *held_out(demo)]
+        train(demo, name, FOR_STUDENTS, steps, *schedule, *flags, config="student")
+    check_layouts(demo)
+    for name in students(demo):  # on the whole held-out split, beside the teacher
+        result = runs / f"{name}-held-out"
+        done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
+        beside: list[Word] = ["--skip-train", "--load", runs / name, "--teacher-load", runs / "teacher", *WHOLE_SPLIT]
+        launch(demo, result.name, FOR_STUDENTS, done, *beside, *held_out(demo), config="student")
+    print("\n" + report.write(runs, seed=demo.seed))
+
+
+def students(demo: Demo) -> dict[str, list[Word]]:
+    """What each student is given beside text, in the order of the table."""
+    runs = demo.runs
+    top_k: list[Word] = ["--logits-load-dir", runs / "store-top-k", "--kd-tail", "renormalise"]
+    refined: list[Word] = ["--selection", runs / "refined"]
+    return {
+        "plain": [],
+        "online": ["--teacher-load", runs / "teacher"],
+        "top-k": top_k,
+        "sampled": ["--logits-load-dir", runs / "store-sampled"],
+        "miniplm": refined,
+        "miniplm-top-k": [*refined, *top_k],
+    }
+
+
+def check_layouts(demo: Demo) -> None:
+    """Distil over two halves of every layer, and over two pipeline stages: the losses must be the same."""
+    small: list[Word] = ["--bf16", "false", "--global-batch-size", 8, "--micro-batch-size", 4]
     for name, layout in LAYOUTS.items():
-        small = ["--bf16", "false", "--global-batch-size", "8", "--micro-batch-size", "4"]
-        train(demo, demo.runs / name, "student.yaml", LAYOUT_STEPS, *small, *with_teacher, *layout)
+        flags = [*small, "--teacher-load", demo.runs / "teacher", *layout]
+        train(demo, name, FOR_STUDENTS, LAYOUT_STEPS, *flags, config="student")
     difference = report.largest_difference(*(demo.runs / name for name in LAYOUTS))
     print(f"\nTP 2 against PP 2: {LAYOUT_STEPS} steps in fp32, largest difference of a loss {difference:.1e} nats")
     if difference > LAYOUT_TOLERANCE:
         sys.exit(f"error: that is more than {LAYOUT_TOLERANCE:.0e}: the two layouts do not train the same model")
 
-    # Both students on the whole held-out split, beside the teacher.
-    whole = [*held_out, "--skip-train", "--eval-iters", str(HELD_OUT_BATCHES)]
-    for student in (plain, distilled):
-        result = student.with_name(f"{student.name}-held-out")
-        done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
-        launch(demo, result, "student.yaml", done, "--load", str(student), *with_teacher, *whole)
-    print("\n" + report.write(demo.runs, seed=demo.seed))
+
+def held_out(demo: Demo) -> list[Word]:
+    return ["--valid-data-path", demo.dataset(HELD_OUT)]
 
 
-def train(demo: Demo, save: Path, config: str, steps: int, *flags: str) -> None:
-    """One training run, unless its last checkpoint is there."""
-    launch(demo, save, config, trained(save, steps), "--train-iters", str(steps), *flags)
+def train(demo: Demo, name: str, text: str, steps: int, *flags: Word, config: str | None = None) -> None:
+    """One training run, unless its last checkpoint is there. config: of the file's name, where it is not the run's."""
+    done = trained(demo.runs / name, steps)
+    launch(demo, name, text, done, "--train-iters", steps, *flags, config=config or name)
 
 
-def launch(demo: Demo, save: Path, config: str, done: bool, *flags: str) -> None:
+def launch(demo: Demo, name: str, text: str, done: bool, *flags: Word, config: str) -> None:
     """``megakd train`` on two ranks."""
-    data: list[Word] = ["--data-path", demo.text / "train_text_document", "--save", save]
-    own: list[Word] = ["--config", HERE / config, *data, "--seed", demo.seed]
-    megakd_on_two_ranks(save.name, done, "train", *own, *flags)
+    own: list[Word] = ["--config", HERE / f"{config}.yaml", "--data-path", demo.dataset(text)]
+    megakd_on_two_ranks(name, done, "train", *own, "--save", demo.runs / name, "--seed", demo.seed, *flags)
+
+
+def read(demo: Demo, verb: str, model: str, name: str, *flags: Word) -> None:
+    """``megakd capture`` or ``score`` of the students' text on two ranks."""
+    output = demo.runs / name
+    done = any((output / manifest).exists() for manifest in ("store.json", "scores.json"))
+    own: list[Word] = ["--load", demo.runs / model, "--data-path", demo.dataset(FOR_STUDENTS)]
+    own += ["--seq-length", SEQ_LENGTH, "--micro-batch-size", 16, "--output", output]
+    megakd_on_two_ranks(name, done, verb, *own, *flags)
 
 
 if __name__ == "__main__":

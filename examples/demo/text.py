@@ -9,6 +9,7 @@ import corpus
 from stages import Word, megakd, stage
 
 TRAIN, HELD_OUT, TOKENIZER = "train.jsonl", "held-out.jsonl", "bpe.model"
+FOR_TEACHER, FOR_STUDENTS = "for-teacher.jsonl", "for-students.jsonl"
 
 
 def prepare_text(text: Path) -> None:
@@ -19,6 +20,14 @@ def prepare_text(text: Path) -> None:
     stage(model.exists(), "tokenizer", partial(corpus.train_tokenizer, train, model))
     for file in (train, held_out):
         tokenize(file, text / file.stem, model)
+
+
+def prepare_halves(text: Path) -> None:
+    """Deal the documents to train on out to the teacher and to the students."""
+    halves = text / FOR_TEACHER, text / FOR_STUDENTS
+    stage(halves[1].exists(), "halves", lambda: print(corpus.write_halves(text / TRAIN, *halves)))
+    for file in halves:
+        tokenize(file, text / file.stem, text / TOKENIZER)
 
 
 def tokenize(file: Path, prefix: Path, model: Path) -> None:
