@@ -31,6 +31,7 @@ from megakd.logits.codec import (
 from megakd.manifest import Manifest, read_manifest, write_manifest
 
 FORMAT, VERSION = "megakd-logits-shard", 1
+REPAIR = "restore the file, or `megakd verify --drop-damaged STORE` and the capture's command again"
 
 
 class ShardWriter:
@@ -138,7 +139,7 @@ class Shard:
         if count < 0 or index_file.size_bytes != index_bytes or rows_file.size_bytes < READ_AHEAD:
             raise CorruptError(f"{index_path}: {index_file.size_bytes} bytes, {count} samples take {index_bytes}")
         if hash_file(index_path).xxh3_128 != index_file.xxh3_128:
-            raise CorruptError(f"{index_path}: it is not what was written: restore it or capture this shard anew")
+            raise CorruptError(f"{index_path}: it is not what was written: {REPAIR}")
         arrays = np.fromfile(index_path, "<u8", 3 * count + 1)
         self._offsets, hashes = arrays[: count + 1], arrays[count + 1 :]
         self._record_hashes, self._context_hashes = hashes[:count].tolist(), hashes[count:].tolist()
@@ -164,7 +165,7 @@ class Shard:
         if xxhash.xxh3_64_intdigest(record[: end - begin].data) != self._record_hashes[at]:
             raise CorruptError(
                 f"{self._rows.name}: the record of sample {sample_id} (bytes {begin} to {end}) is not what was "
-                "written: restore the file or capture this shard anew"
+                f"written: {REPAIR}"
             )
         return record
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megakd.durable import Progress
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
 from megakd.logits.codec import Rows, empty_rows, invert
-from megakd.logits.shard import Shard
+from megakd.logits.shard import REPAIR, Shard
 from megakd.logits.spec import FORMAT, MANIFEST, RANKS, SHARDS, VERSION, StoreSpec, shard_path
 from megakd.manifest import read_manifest, verify_files
 
@@ -162,8 +163,7 @@ class LogitsStore:
         shard = Shard(path, self.spec.row_format, self._ids_of_ranks)
         if shard.manifest.fingerprint != entry[0]:
             raise CorruptError(
-                f"{path}: shard {shard.manifest.fingerprint}, {MANIFEST} names {entry[0]}: it was replaced; restore it "
-                "or finish the store anew"
+                f"{path}: shard {shard.manifest.fingerprint}, {MANIFEST} names {entry[0]}: it was replaced; {REPAIR}"
             )
         return shard
 
@@ -183,11 +183,11 @@ class LogitsStore:
             for suffix, expected in ((".json", None), (".rows", entry[1]), (".index", entry[2])):
                 size_bytes = sizes.get(path.stem + suffix)
                 if size_bytes is None:
-                    raise CorruptError(f"{path.with_suffix(suffix)}: missing; {MANIFEST} names this shard")
+                    raise CorruptError(f"{path.with_suffix(suffix)}: missing; {MANIFEST} names this shard: {REPAIR}")
                 if expected is not None and size_bytes != expected:
                     raise CorruptError(
                         f"{path.with_suffix(suffix)}: {size_bytes} bytes on disk, {expected} in {MANIFEST}; the file "
-                        "was cut, replaced or half copied: restore it or capture this shard anew"
+                        f"was cut, replaced or half copied: {REPAIR}"
                     )
 
 
@@ -195,18 +195,35 @@ def verify_store(folder: str | os.PathLike[str], *, progress: Progress | None = 
     """Hash every file of a store; one line for each fault."""
     path = Path(folder) / MANIFEST
     faults = verify_files(path, progress=progress)
-    manifest = read_manifest(path, format=FORMAT, version=VERSION)
+    return faults + [fault for _, several in _faults_of_shards(folder, progress) for fault in several]
+
+
+def drop_damaged(folder: str | os.PathLike[str]) -> list[str]:
+    """Remove the shards that are not what was written, and the manifest, so that the capture which made the store makes
+    them anew and finishes it again; the names of what was removed. No other process may write the store."""
+    folder, removed = Path(folder), []
+    for shard, faults in _faults_of_shards(folder, None):
+        for path in [shard.with_suffix(suffix) for suffix in (".json", ".index", ".rows")] if faults else []:
+            if path.exists():
+                path.unlink()
+                removed.append(str(path.relative_to(folder)))
+    (folder / MANIFEST).unlink()
+    return [*removed, MANIFEST]
+
+
+def _faults_of_shards(folder: str | os.PathLike[str], progress: Progress | None) -> Iterator[tuple[Path, list[str]]]:
+    """The manifest of each shard, and what is wrong with it and its files."""
+    manifest = read_manifest(Path(folder) / MANIFEST, format=FORMAT, version=VERSION)
     for number, entry in enumerate(manifest.parameters["shards"]):
         if entry is None:
             continue
         shard = shard_path(folder, number)
         try:
             found = read_manifest(shard, format=shards.FORMAT, version=shards.VERSION).fingerprint
-            own = verify_files(shard, progress=progress)
+            faults = verify_files(shard, progress=progress)
         except (UsageError, MismatchError, CorruptError) as error:
-            faults.append(str(error))
+            yield shard, [str(error)]
             continue
         if found != entry[0]:
-            faults.append(f"{shard.name}: shard {found}, {MANIFEST} names {entry[0]}")
-        faults += own
-    return faults
+            faults = [f"{shard.name}: shard {found}, {MANIFEST} names {entry[0]}", *faults]
+        yield shard, faults

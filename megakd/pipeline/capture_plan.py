@@ -54,41 +54,58 @@ class CaptureConfig(RangeRunConfig):
         "draws with their probabilities, renormalised (Gemma 3)",
         common=True,
     )
-    top_k: int = option(100, "of top_p_k: ids of a row, at most", common=True)
-    top_p: float = option(
-        0.95, "of top_p_k: mass under the whole softmax at which a row ends; 1: at --top-k", common=True
+    top_k: int | None = option(None, "of top_p_k: ids of a row, at most (default: 100)", common=True)
+    top_p: float | None = option(
+        None,
+        "of top_p_k: mass under the whole softmax at which a row ends; 1: at --top-k (default: 0.95)",
+        common=True,
     )
     draws: int | None = option(
         None, "of samples and renormalised_samples: draws of a row (default: 50, and 256 as Gemma 3)", common=True
     )
     seed: int = option(1234, "of the draws, which depend on it, the dataset and the token position alone", common=True)
-    value_bits: Literal["8", "16", "32"] = option(
-        "8",
-        "of a log-probability: 8 (about 5 in the end: levels of the eighth root), 16 (256 places in each level), 32 "
-        "(exact); counts are exact",
+    value_bits: Literal["8", "16", "32"] | None = option(
+        None,
+        "of a log-probability: 8 (the default; about 5 in the end: levels of the eighth root), 16 (256 places in each "
+        "level), 32 (exact); counts are exact",
         common=True,
     )
     scores_output: str | None = option(
         None, "score the samples in the same pass, as 'megakd score' does, to this folder", common=True
     )
-    mask_policy: Literal["all", "skip_after_eod"] = option("all", "of those scores, as of 'megakd score'")
+    mask_policy: Literal["all", "skip_after_eod"] = option(
+        "all", "of those scores, as of 'megakd score'; rows are of whole samples always", common=True
+    )
     shard_samples: int = option(
-        0, "samples of a shard; 0: 4M tokens, or a 64th of a small dataset: what a killed rank repeats"
+        0, "samples of a shard; 0: 4M tokens, or a 64th of a small dataset: what a killed rank repeats", common=True
     )
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
         super().validate()
-        if self.top_k < 1 or not 0 < self.top_p <= 1:
-            raise UsageError(f"--top-k {self.top_k}, --top-p {self.top_p}: expected at least 1, and a share up to 1")
+        if self.cut[0] < 1 or not 0 < self.cut[1] <= 1:
+            raise UsageError(f"--top-k {self.cut[0]}, --top-p {self.cut[1]}: expected at least 1, and a share up to 1")
         if self.draws is not None and self.draws < 1:
             raise UsageError(f"--draws {self.draws}: expected at least 1")
         if self.draws is not None and self.kind == "top_p_k":
             raise UsageError(
                 f"--draws {self.draws} is for --kind samples or renormalised_samples; top_p_k draws nothing"
             )
+        for name, kinds in (
+            ("top_k", ["top_p_k"]),
+            ("top_p", ["top_p_k"]),
+            ("value_bits", ["top_p_k", "renormalised_samples"]),
+        ):
+            if getattr(self, name) is not None and self.kind not in kinds:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UsageError(f"{flag} is for --kind {' or '.join(kinds)}; {self.kind} has no use for it")
         if self.shard_samples < 0:
             raise UsageError(f"--shard-samples is {self.shard_samples}; expected 0 or more")
+
+    @property
+    def cut(self) -> tuple[int, float]:
+        """Ids of a row of top_p_k at most, and the mass at which it ends."""
+        return 100 if self.top_k is None else self.top_k, 0.95 if self.top_p is None else self.top_p
 
     @property
     def num_draws(self) -> int:
@@ -130,8 +147,8 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
     check_vocabulary([samples], record.vocab_size)
-    if config.kind == "top_p_k" and config.top_k > record.vocab_size:
-        raise UsageError(f"--top-k {config.top_k}: the teacher's vocabulary has {record.vocab_size} ids")
+    if config.kind == "top_p_k" and config.cut[0] > record.vocab_size:
+        raise UsageError(f"--top-k {config.cut[0]}: the teacher's vocabulary has {record.vocab_size} ids")
     parents = {"dataset": dataset.fingerprint, "model": record.fingerprint}
     if selection is not None:
         parents["selection"] = selection.fingerprint
@@ -145,10 +162,10 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
         shard_samples=config.shard_samples or default_shard_samples(samples.num_samples, config.seq_length),
         parents=parents,
         tokenizer=tokenizer,
-        value_bits=8 if config.kind == "samples" else VALUE_BITS[config.value_bits],
+        value_bits=8 if config.kind == "samples" else VALUE_BITS[config.value_bits or "8"],
         draws=config.num_draws,
-        top_k=config.top_k if top else 0,
-        top_p=config.top_p if top else 1.0,
+        top_k=config.cut[0] if top else 0,
+        top_p=config.cut[1] if top else 1.0,
         seed=0 if top else config.seed,
         details={"precision": precision(shape), "teacher_iteration": record.iteration},
     )

@@ -19,8 +19,10 @@ from megakd.durable import FileRecord
 from megakd.errors import CorruptError, UsageError
 from megakd.logits.shard import ShardWriter
 from megakd.logits.spec import FORMAT, MANIFEST, SHARDS, VERSION, StoreSpec, finish_store, read_shard, write_shard
+from megakd.logits.store import LogitsStore
 from megakd.manifest import Manifest, read_manifest
 from megakd.pipeline.lock import RunLock
+from megakd.pipeline.outputs import check_output
 from megakd.pipeline.range_work import Claim, RangeWork
 from megakd.pipeline.score_parts import Parts
 
@@ -56,10 +58,12 @@ class StoreWork(RangeWork[Captured | None]):
         self.spec, self.ranks, self.scores = spec, ranks, scores
 
     def check_all(self) -> None:
-        """Raise MismatchError if the folder holds another store, finished or not; reads, writes nothing."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--output {self.folder}: a file is there; expected a folder, new or there")
-        if not self.finished():
+        """Raise MismatchError if the folder holds another store, finished or not, UsageError if it holds something
+        else, CorruptError if a finished store has lost a shard; reads, writes nothing."""
+        check_output(self.folder, "--output", MANIFEST)
+        if self.finished():
+            LogitsStore(self.folder)  # looks at the size of every file
+        else:
             for path in sorted(self._ranges.glob("[0-9]*.json")):
                 if path.stem.isdigit() and int(path.stem) < self.num_ranges:
                     self._read(path)
@@ -70,7 +74,12 @@ class StoreWork(RangeWork[Captured | None]):
             return False
         manifest = read_manifest(path, format=FORMAT, version=VERSION)
         self.spec.check(manifest, self.ranks)
-        return self.scores is None or self.scores.finished()
+        if self.scores is not None and not self.scores.finished():
+            raise UsageError(
+                f"{self.folder}: this store is finished, and was captured without scores in {self.scores.folder}: "
+                "score the samples with 'megakd score'"
+            )
+        return True
 
     @property
     def has_leftovers(self) -> bool:

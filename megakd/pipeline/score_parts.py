@@ -21,6 +21,7 @@ from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
 from megakd.pipeline.lock import RunLock
+from megakd.pipeline.outputs import check_output
 from megakd.pipeline.range_work import Claim, RangeWork
 
 FORMAT, VERSION = "megakd-scores-part", 1
@@ -56,8 +57,7 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
 
     def check_all(self) -> None:
         """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"--output {self.folder}: a file is there; expected a folder, new or there")
+        check_output(self.folder, "--output", scores.MANIFEST)
         if not self.finished():
             for path in sorted(self._ranges.glob("[0-9]*.json")):
                 self._read(path)

@@ -137,10 +137,11 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
 def _refuse_sampled(source: Source) -> None:
     scores = source.any_scores
     if scores.sampled is not None:
+        how = ", ".join(f"{key} {value}" for key, value in scores.sampled.items() if key != "num_scored")
         raise UsageError(
             f"{scores.folder}: scores of {scores.sampled['num_scored']} of {scores.num_samples} samples "
-            f"(--sample-fraction {scores.sampled['fraction']}); the others would be dropped unseen. 'megakd proxy' "
-            "learns from these, and 'megakd score --proxy DIR' scores them all; or score without --sample-fraction"
+            f"({how}); the others would be dropped unseen. 'megakd proxy' "
+            "learns from these, and 'megakd score --proxy DIR' scores them all; or score all of them"
         )
 
 

@@ -72,6 +72,7 @@ def open_sources(config: SelectConfig) -> list[Source]:
                 f"scores of {name}: {len(several)} folders, --output has {len(config.output)}: one for each dataset"
             )
         _check_one_model(name, several)
+        _check_role(config, name, several)
     first, *others = opened
     datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
     sources = []
@@ -118,6 +119,22 @@ def _check_one_model(name: str, several: Sequence[Scores]) -> None:
         twin = by_dataset.setdefault(parents["dataset"], scores)
         if twin is not scores:
             raise UsageError(f"scores of {name}: {twin.folder} and {scores.folder} are of one dataset")
+
+
+def _check_role(config: SelectConfig, name: str, several: Sequence[Scores]) -> None:
+    """Refuse a proxy's predictions where a model's scores are asked for, and the other way round."""
+    for scores in several:
+        predicts = "predicts" in scores.manifest.parameters
+        if config.proxy_scores and not predicts:
+            raise UsageError(
+                f"--proxy-scores {scores.folder}: the scores of a model, not a proxy's predictions ('megakd score "
+                "--proxy'); give two models' by --teacher-scores and --reference-scores"
+            )
+        if predicts and not config.proxy_scores and not config.scores:
+            raise UsageError(
+                f"--{name}-scores {scores.folder}: a proxy's predictions of the difference already; give them alone, "
+                "by --proxy-scores"
+            )
 
 
 def _check_pair(one: Scores, other: Scores) -> None:

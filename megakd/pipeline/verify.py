@@ -20,7 +20,7 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, UsageError
 from megakd.logits import spec as logits
 from megakd.logits.spec import MANIFEST as STORE
-from megakd.logits.store import verify_store
+from megakd.logits.store import drop_damaged, verify_store
 from megakd.manifest import Manifest, hash_file, read_manifest, verify_files
 from megakd.pipeline.proxy_record import MANIFEST as PROXY
 
@@ -37,6 +37,11 @@ class VerifyConfig:
         ..., "dataset prefix, folder of scores, a selection, a logits store …, or any manifest", positional=True
     )
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
+    drop_damaged: bool = option(
+        False,
+        "of logits stores: remove damaged shards and store.json; the capture that made the store then makes them anew",
+        common=True,
+    )
     tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
     tokenizer_model: str | None = option(None, "its file, or folder", common=True)
     vocab_size: int | None = option(None, "with --adopt: refuse token ids from this one on", common=True)
@@ -62,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     manifest = adopt(Path(name), vocab_size=config.vocab_size, tokenizer=tokenizer)
                 else:
                     manifest, faults = verify(path)
+                    if config.drop_damaged and faults and manifest.format == logits.FORMAT:
+                        faults += [f"{name} was removed" for name in drop_damaged(path.parent)]
             except CorruptError as error:
                 faults = [str(error)]
             if faults:

@@ -22,6 +22,7 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.sparsify import uniform_numbers
 from megakd.logits.store import LogitsStore, verify_store
 from megakd.pipeline.capture_plan import CaptureConfig, check_capture
+from megakd.pipeline.select import main as select
 from megakd.pipeline.show import main as show
 from megakd.pipeline.verify import main as verify
 
@@ -249,7 +250,8 @@ FOREIGN: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "dataset": ({"data_path": "other"}, MismatchError),
     "tokenizer": ({"data_path": "foreign"}, MismatchError),
     "seq_length": ({"seq_length": 8}, MismatchError),
-    "kind": ({"kind": "samples"}, MismatchError),
+    "kind": ({"kind": "samples", "top_k": None, "top_p": None, "value_bits": None}, MismatchError),
+    "unused": ({"kind": "samples"}, UsageError),
     "top_k": ({"top_k": 21}, MismatchError),
     "value_bits": ({"value_bits": "8"}, MismatchError),
     "shard_samples": ({"shard_samples": 14}, MismatchError),
@@ -272,6 +274,50 @@ def test_refusals(what: str, whole: bool, made: dict[str, Any], tmp_path: Path) 
     change = {key: places[key][value] if key in places else value for key, value in change.items()}
     with pytest.raises(error):
         check_capture(make_config(capture_tree(made, tmp_path / "s", "top_p_k") | change), 1)
+
+
+def test_a_finished_store_is_not_touched_for_scores(made: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(made["folder"] / "top_p_k", tmp_path / "s")
+    tree = capture_tree(made, tmp_path / "s", "top_p_k", scores_output=str(tmp_path / "scores"))
+    with pytest.raises(UsageError, match="megakd score"):
+        check_capture(make_config(tree), 1)
+    assert files(tmp_path / "s") == files(made["folder"] / "top_p_k")
+
+
+@pytest.mark.parametrize("other", ["scores.json", "selection.json", "latest_checkpointed_iteration.txt"])
+def test_the_folder_of_something_else(other: str, made: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / other).write_text("{}")
+    with pytest.raises(UsageError, match="a folder of its own"):
+        check_capture(make_config(capture_tree(made, tmp_path / "s", "top_p_k")), 1)
+
+
+def test_damaged_shards_are_dropped_and_made_anew(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(made["folder"] / "top_p_k", folder)
+    path = folder / "shards" / "00000003.rows"
+    path.write_bytes(path.read_bytes()[:-9] + b"damaged!!")
+    (folder / "shards" / "00000005.json").unlink()
+    with pytest.raises(CorruptError, match="drop-damaged"):
+        check_capture(make_config(capture_tree(made, folder, "top_p_k")), 1)
+    assert verify([str(folder), "--drop-damaged"]) == 5
+    assert not path.exists() and (folder / "shards" / "00000004.rows").exists()
+    assert world(1).run(run_capture, capture_tree(made, folder, "top_p_k")) == [0]
+    assert files(folder) == files(made["folder"] / "top_p_k") and verify([str(folder)]) == 0
+
+
+def test_scores_of_a_selection_are_refused_where_all_are_needed(
+    made: dict[str, Any], world: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SelectionWriter(tmp_path / "selection") as writer:
+        writer.append(np.arange(0, 60, dtype=np.int64))
+        dataset = IndexedDataset(made["data"]).fingerprint
+        writer.finish(packing="concat", seq_length=SEQ, num_samples=SAMPLES, dataset=dataset, rule={})
+    more = {"selection": str(tmp_path / "selection"), "scores_output": str(tmp_path / "scores")}
+    assert world(1).run(run_capture, capture_tree(made, tmp_path / "s", "samples", **more)) == [0]
+    flags = ["--scores", f"teacher={tmp_path / 'scores'}", "--weights", "teacher=-1"]
+    with pytest.raises(UsageError, match="scores of 60 of 118 samples"):
+        select([*flags, "--output", str(tmp_path / "kept")])
 
 
 def test_a_flipped_byte_is_found(made: dict[str, Any], tmp_path: Path) -> None:

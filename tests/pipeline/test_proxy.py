@@ -281,6 +281,10 @@ def test_what_does_not_belong_together_is_refused(made: dict[str, Any], world: W
     )
     with pytest.raises(UsageError, match="a proxy's predictions"):
         check_proxy(make_config([*flags, "--output", str(tmp_path / "p"), *predicted]))
+    with pytest.raises(UsageError, match="predictions of the difference already.*--proxy-scores"):
+        select([*predicted, "--output", str(tmp_path / "kept")])
+    with pytest.raises(UsageError, match="not a proxy's predictions"):
+        select(["--proxy-scores", predicted[-1], "--output", str(tmp_path / "kept")])
     difference = truth(made["data"])
     difference[made["ids"][3]] = np.inf
     infinite = write_pair(tmp_path / "infinite", made["data"], difference, ids=made["ids"])
