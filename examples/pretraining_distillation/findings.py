@@ -126,7 +126,7 @@ def draw(path: Path, losses: Mapping[str, float], tables: Mapping[str, Sequence[
         axes.set(title=table, ylim=(len(settings) - 0.5, -0.5))
         axes.grid(alpha=0.3)
     figure.supxlabel(
-        "held-out LM loss less the first configuration's, nats (dashed: LM alone; grey: noise)", fontsize=8
+        "held-out LM loss less\nthe first configuration's, nats\n(dashed: LM alone; grey: noise)", fontsize=8
     )
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
