@@ -149,6 +149,8 @@ def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tm
     }
     for verb, *flags in commands:
         parse(verbs[verb], flags, prog=verb, description="")
+    # an evaluation takes weights alone: it does not go on with the order of a selection
+    assert all("--finetune" in command for command in commands if "--skip-train" in command)
     assert set(demo.students(demo.Demo(1, 1, tmp_path))) == set(demo.report.STUDENTS)
     assert Counter(command[0] for command in commands) == {"train": 16, "capture": 2, "score": 1, "select": 1}
 

@@ -89,11 +89,13 @@ def main() -> None:
         schedule = ["--lr-warmup-iters", steps // 20, *held_out(demo)]
         train(demo, name, FOR_STUDENTS, steps, *schedule, *flags, config="student")
     check_layouts(demo)
-    for name in students(demo):  # on the whole held-out split, beside the teacher
+    # On the whole held-out split, beside the teacher; the weights alone, whatever they were trained on.
+    for name in students(demo):
         result = runs / f"{name}-held-out"
         done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
-        beside: list[Word] = ["--skip-train", "--load", runs / name, "--teacher-load", runs / "teacher", *WHOLE_SPLIT]
-        launch(demo, result.name, FOR_STUDENTS, done, *beside, *held_out(demo), config="student")
+        weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / name]
+        beside: list[Word] = ["--teacher-load", runs / "teacher", *WHOLE_SPLIT, *held_out(demo)]
+        launch(demo, result.name, FOR_STUDENTS, done, *weights, *beside, config="student")
     print("\n" + report.write(runs, seed=demo.seed))
 
 
