@@ -127,7 +127,7 @@ def draw(runs: Path, figures: Record) -> None:
         millions = steps[-1]["tokens"] / steps[-1]["step"] / 1e6  # a step
         held_out = curve(points, lambda record: record["valid"]["lm_loss"], millions)
         axes.plot(*held_out, student.style, ms=4, lw=1.2, label=student.title)
-    axes.axhline(figures["teacher"]["lm_loss"], color="grey", ls="--", lw=1, label="the teacher, on the whole held-out split")
+    axes.axhline(figures["teacher"]["lm_loss"], color="grey", ls="--", lw=1, label="the teacher, on the whole split")
     axes.set(xlabel="training tokens, millions", ylabel="held-out LM loss, nats a token")
     axes.legend()
     axes.grid(alpha=0.3)
