@@ -16,7 +16,7 @@ FIND_PYTHON = for name in python3.11 python3 python3.12 python3.13; do \
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.built  ## teacher, plain student, distilled student on real text; a table and a plot in demo-out/
+demo: $(VENV)/.built  ## one student, six ways, on real text; a table and a plot in demo-out/
 	$(PYTHON) examples/demo/demo.py
 
 miniplm: $(VENV)/.built  ## MiniPLM on text with planted noise: what is dropped, what it does to a student
