@@ -34,7 +34,7 @@ test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take no more than a fe
 test-slow: $(VENV)/.built $(VENV)/.dev  ## the others: whole runs, kills, resumes
 	$(PYTEST) -m slow
 
-test-long: $(VENV)/.built $(VENV)/.dev  ## twenty kills instead of five; minutes each
+test-long: $(VENV)/.built $(VENV)/.dev  ## twenty kills instead of five, more signals; minutes each
 	$(PYTHON) -m pytest -q -m long
 
 check: $(VENV)/.built $(VENV)/.dev  ## ruff and mypy --strict

@@ -227,7 +227,7 @@ def test_what_was_stopped_continues_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_process_that_is_ended_continues(
     number: signal.Signals, made: dict[str, Any], world: Worlds, tmp_path: Path
 ) -> None:

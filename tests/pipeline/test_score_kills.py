@@ -130,7 +130,14 @@ def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param([], marks=pytest.mark.long),
+        ["--tensor-model-parallel-size", "2"],
+        ["--pipeline-model-parallel-size", "2"],
+    ],
+)
 def test_signal_to_one_rank_of_two(layout: list[str], made: dict[str, Any], tmp_path: Path) -> None:
     """The ranks of one copy stop together; the launcher then ends the other copies."""
     folder = tmp_path / "s"

@@ -142,7 +142,10 @@ def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: P
         )
 
 
-@pytest.mark.parametrize(("receiver", "background"), [("rank", False), ("launcher", False), ("launcher", True)])
+@pytest.mark.parametrize(
+    ("receiver", "background"),
+    [("rank", False), pytest.param("launcher", False, marks=pytest.mark.long), ("launcher", True)],
+)
 def test_sigterm_saves_and_the_same_command_continues(
     receiver: str, background: bool, data: str, world: Worlds, tmp_path: Path
 ) -> None:
