@@ -25,6 +25,8 @@ from megakd.losses.sweep import DEFAULT_CHUNK_BYTES
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
 
+_TIES_LOOKED_AT = 32
+
 
 @dataclass(frozen=True)
 class HeadReading:
@@ -172,20 +174,28 @@ def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tens
 def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest, in falling order, ties by column; the first k of a row with NaN, which has no order."""
     values_Rv = torch.where(values_Rv.isnan().any(1, keepdim=True), 0.0, values_Rv)
-    found = values_Rv.topk(k, 1)
-    values_RK, columns_RK = found.values, found.indices
-    if k == 0:
-        return values_RK, columns_RK
-    # topk is free to take any of the columns that tie at its edge: take the first of them
-    edge_R1 = values_RK[:, -1:]
-    above_Rv = values_Rv > edge_R1
+    # topk is free to take any of the columns that tie at its edge: some more are looked at, to take the first of them
+    width = min(k + _TIES_LOOKED_AT, values_Rv.shape[1]) if k else 0
+    found = values_Rv.topk(width, 1)
+    columns_RK, order_RK = found.indices.sort(1)
+    values_RK, order_RK = found.values.gather(1, order_RK).sort(dim=1, descending=True, stable=True)
+    columns_RK = columns_RK.gather(1, order_RK)
+    chosen_RK, best_RK = columns_RK[:, :k].contiguous(), values_RK[:, :k].contiguous()
+    if 0 < width < values_Rv.shape[1]:
+        unsure_R = (values_RK[:, -1] == values_RK[:, k - 1]).nonzero().squeeze(1)  # more may tie than were looked at
+        if len(unsure_R):
+            best_RK[unsure_R], chosen_RK[unsure_R] = _top_among_many_ties(
+                values_Rv[unsure_R], best_RK[unsure_R, -1:], k
+            )
+    return best_RK, chosen_RK
+
+
+def _top_among_many_ties(values_Rv: Tensor, edge_R1: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same, however many columns tie with the k-th largest value, ``edge_R1``."""
+    above_Rv, at_edge_Rv = values_Rv > edge_R1, values_Rv == edge_R1
     room_R1 = k - above_Rv.sum(1, keepdim=True)
-    at_edge_Rv = values_Rv == edge_R1
-    if (at_edge_Rv.sum(1, keepdim=True) > room_R1).any():
-        chosen_Rv = above_Rv | (at_edge_Rv & (at_edge_Rv.cumsum(1) <= room_R1))
-        columns_RK = chosen_Rv.nonzero()[:, 1].view(-1, k)
-    else:
-        columns_RK = columns_RK.sort(1).values
+    chosen_Rv = above_Rv | (at_edge_Rv & (at_edge_Rv.cumsum(1) <= room_R1))
+    columns_RK = chosen_Rv.nonzero()[:, 1].view(-1, k)
     values_RK, order_RK = values_Rv.gather(1, columns_RK).sort(dim=1, descending=True, stable=True)
     return values_RK, columns_RK.gather(1, order_RK)
 
