@@ -12,7 +12,7 @@ from torch import Tensor
 from worlds import Worlds
 
 from megakd.errors import UsageError
-from megakd.losses.read import HeadReading, read_head
+from megakd.losses.read import HeadReading, _stable_top, read_head
 from megakd.losses.vocab_parallel import VocabShard
 
 
@@ -131,3 +131,21 @@ def test_wrong_requests_are_refused() -> None:
         _read(problem, None, 252, None)
     with pytest.raises(UsageError, match=r"weight_vH has shape \(256, 13\)"):
         read_head(problem.hidden_TH, problem.weight_VH, shard=VocabShard(0, 128, 251, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_best_ids_are_a_stable_sorts(dtype: torch.dtype) -> None:
+    for size, k in ((7, 7), (13, 5), (251, 1), (4096, 100), (4096, 0)):
+        values_Rv = torch.randn(32, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        values_Rv[:4] = 0.0
+        values_Rv[4:12] = (values_Rv[4:12] * 2).round()  # ties by the hundreds, at the edge too
+        values_Rv[12, : size // 2] = -torch.inf
+        values_Rv[13] = torch.inf
+        values_Rv[14, 3] = torch.nan  # has no order
+        values_Rv = values_Rv.to(dtype)
+        expected = values_Rv.nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf)
+        expected[14] = 0.0
+        in_order = expected.sort(dim=1, descending=True, stable=True)
+        best_RK, columns_RK = _stable_top(values_Rv, k)
+        assert torch.equal(columns_RK, in_order.indices[:, :k])
+        assert torch.equal(best_RK, in_order.values[:, :k])
