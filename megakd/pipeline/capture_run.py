@@ -5,7 +5,7 @@ Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,14 +56,6 @@ def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> 
     return Capturer(config, plan, build_frozen(config, plan.record, plan.shape, groups), groups)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What the head says about one microbatch: the rows of all its positions, and the labels' log-probabilities."""
-
-    rows: Rows
-    reading: HeadReading
-
-
 class Capturer:
     """One copy of the teacher, and the shards it fills."""
 
@@ -102,12 +94,12 @@ class Capturer:
             some = ids[first : first + _SAMPLES_AT_ONCE]
             held: dict[int, tuple[NDArray[np.int64], Rows]] = {}
             for part, microbatch, targets, share in self._model.outputs(some):
-                answer = self._read(microbatch, targets)
+                reading = self._read(microbatch, targets)
                 if shard is not None:
-                    held |= _by_sample(part, microbatch, answer.rows)
+                    held |= _by_sample(part, microbatch, self._reader.rows(reading))
                     if columns is not None:
-                        moved = Stretches(part.places + first, part.starts, part.lengths)
-                        columns.add(moved, log_prob_columns(answer.reading, microbatch, self._config.load))
+                        moved = replace(part, places=part.places + first)
+                        columns.add(moved, log_prob_columns(reading, microbatch, self._config.load))
                 if progress is not None:
                     progress.tick(first + int(len(some) * share))
             if shard is not None:
@@ -115,7 +107,7 @@ class Capturer:
                     shard.add(sample, *held[sample])
         return None if shard is None else Captured(shard, {} if columns is None else columns.finish())
 
-    def _read(self, microbatch: Microbatch, targets: DenseTargets) -> _Answer:
+    def _read(self, microbatch: Microbatch, targets: DenseTargets) -> HeadReading:
         labels_T = None
         if self._plan.work.scores is not None:
             labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
@@ -127,7 +119,7 @@ class Capturer:
                 f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[~finite_B][:8].tolist()} are not "
                 "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
-        return _Answer(self._reader.rows(reading), reading)
+        return reading
 
     def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
         """``[T, N]`` float64."""
