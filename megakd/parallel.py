@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megakd import cpu
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
+from megakd.losses.vocab_parallel import VocabShard
 
 if cpu.needed():
     cpu.install()
@@ -75,6 +76,13 @@ class Groups:
     def has_input(self, virtual_stage: int | None) -> bool:
         """Whether model chunk ``virtual_stage`` of this rank begins the model."""
         return self.is_first_stage and virtual_stage in (None, 0)
+
+    def vocab_shard(self, vocab_size: int, *, padded_vocab_size: int) -> VocabShard:
+        """This rank's rows of an output weight of ``padded_vocab_size``, of which ``vocab_size`` are ids."""
+        size = self.parallel.tensor_model_parallel_size
+        rows = padded_vocab_size // size
+        group = self.tensor if size > 1 else None
+        return VocabShard(start=self.tensor_rank * rows, num_rows=rows, vocab_size=vocab_size, group=group)
 
 
 def init_parallel(parallel: ParallelConfig, *, seed: int) -> Groups:

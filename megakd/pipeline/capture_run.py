@@ -15,14 +15,13 @@ from megakd.data.loader import Microbatch
 from megakd.errors import CorruptError, ExitStatus
 from megakd.logits.codec import Rows
 from megakd.losses.read import HeadReading
-from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
 from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.capture_plan import CaptureConfig, CapturePlan
 from megakd.pipeline.capture_work import Captured
 from megakd.pipeline.range_batches import Stretches
-from megakd.pipeline.range_config import padded_rows
+from megakd.pipeline.range_config import padded_vocab
 from megakd.pipeline.range_model import RangeModel, build_frozen, computed_by
 from megakd.pipeline.range_progress import RangeProgress
 from megakd.pipeline.range_run import work_through
@@ -64,13 +63,8 @@ class Capturer:
         self._model = RangeModel(
             config, plan.samples, teacher, vocab_size=plan.record.vocab_size, eod_token=plan.eod_token
         )
-        rows = padded_rows(config, plan.record, plan.shape)
-        shard = VocabShard(
-            start=groups.tensor_rank * rows,
-            num_rows=rows,
-            vocab_size=plan.record.vocab_size,
-            group=groups.tensor if config.tensor_model_parallel_size > 1 else None,
-        )
+        padded = padded_vocab(config, plan.record, plan.shape)
+        shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
         self._reader = RowReader(
             plan.spec,
             shard=shard,

@@ -79,8 +79,7 @@ def precision(shape: ModelShape) -> str:
     return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide
 
 
-def padded_rows(config: RangeRunConfig, record: CheckpointRecord, shape: ModelShape) -> int:
-    """Rows of the output weight on one rank."""
-    size = config.tensor_model_parallel_size
-    divisible_by = shape.make_vocab_size_divisible_by
-    return padded_vocab_size(record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size) // size
+def padded_vocab(config: RangeRunConfig, record: CheckpointRecord, shape: ModelShape) -> int:
+    """Rows of the output weight, over all ranks that share it."""
+    size, divisible_by = config.tensor_model_parallel_size, shape.make_vocab_size_divisible_by
+    return padded_vocab_size(record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size)

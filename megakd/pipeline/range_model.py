@@ -27,7 +27,7 @@ from megakd.model.record import CheckpointRecord
 from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups
 from megakd.pipeline.range_batches import Stretches, batch_pieces, cut_range, read_piece
-from megakd.pipeline.range_config import RangeRunConfig, padded_rows
+from megakd.pipeline.range_config import RangeRunConfig, padded_vocab
 from megakd.targets import DenseTargets
 
 _STAGE_MICROBATCHES = 8  # in flight for each pipeline stage: fills it, and bounds the hidden states that are held
@@ -131,7 +131,8 @@ def build_frozen(config: RangeRunConfig, record: CheckpointRecord, shape: ModelS
     """A checkpoint's model in the layout of ``groups``, ready to be read. All ranks call it."""
     check_weights(record.path, record.shape, "--load")
     chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=config.seq_length, with_head=False)
-    head_weight_vH = load_teacher(record, chunks, groups, groups, rows=padded_rows(config, record, shape))
+    rows = padded_vocab(config, record, shape) // config.tensor_model_parallel_size
+    head_weight_vH = load_teacher(record, chunks, groups, groups, rows=rows)
     return ModelTeacher(chunks, head_weight_vH, groups, groups)
 
 

@@ -16,10 +16,9 @@ from megakd.data.loader import Microbatch
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.errors import CorruptError
 from megakd.losses.read import HeadReading, read_head
-from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.value_head import ValueHead
 from megakd.parallel import Groups
-from megakd.pipeline.range_config import padded_rows
+from megakd.pipeline.range_config import padded_vocab
 from megakd.pipeline.score_plan import ScoreConfig, ScorePlan
 from megakd.targets import DenseTargets
 
@@ -31,13 +30,8 @@ class LogProbColumns:
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, groups: Groups) -> None:
         self._config, self._columns, self._model, self._groups = config, plan.parts.columns, plan.record.path, groups
-        rows = padded_rows(config, plan.record, plan.shape)
-        self._shard = VocabShard(
-            start=groups.tensor_rank * rows,
-            num_rows=rows,
-            vocab_size=plan.record.vocab_size,
-            group=groups.tensor if config.tensor_model_parallel_size > 1 else None,
-        )
+        padded = padded_vocab(config, plan.record, plan.shape)
+        self._shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
         """By file name, a row for each stretch, as `RangeColumns.add` takes them."""

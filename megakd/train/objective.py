@@ -250,13 +250,7 @@ def make_objective(
     schedule: KDSchedule | None,
 ) -> Objective:
     """The objective for this rank's slice of the vocabulary."""
-    rows = padded_vocab_size // groups.parallel.tensor_model_parallel_size
-    shard = VocabShard(
-        start=groups.tensor_rank * rows,
-        num_rows=rows,
-        vocab_size=vocab_size,
-        group=groups.tensor if groups.parallel.tensor_model_parallel_size > 1 else None,
-    )
+    shard = groups.vocab_shard(vocab_size, padded_vocab_size=padded_vocab_size)
     with_kd = with_teacher and config.kd_alpha > 0
     chunk_bytes = config.head_chunk_mbytes << 20
     taid = Taid(
