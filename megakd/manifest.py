@@ -64,6 +64,17 @@ class Manifest:
         }
         object.__setattr__(self, "fingerprint", _hash_json(content))
 
+    def differences(
+        self, parameters: Mapping[str, Any], parents: Mapping[str, str], tokenizer: Mapping[str, Any] | None
+    ) -> list[str]:
+        """What is other in this artefact than in one that would be made with these, both values for each; parameters
+        and parents that are not given may be anything. Tokenizers are compared by their hash."""
+        there = {**self.parents, "tokenizer": _tokenizer_hash(self.tokenizer), **self.parameters}
+        here = {**parents, "tokenizer": _tokenizer_hash(tokenizer), **parameters}
+        return [
+            f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value
+        ]
+
 
 def write_manifest(
     path: str | os.PathLike[str],
@@ -201,6 +212,10 @@ def _body(manifest: Manifest) -> dict[str, Any]:
             for f in manifest.files
         ],
     }
+
+
+def _tokenizer_hash(tokenizer: Mapping[str, Any] | None) -> Any:
+    return None if tokenizer is None else tokenizer.get("hash")
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

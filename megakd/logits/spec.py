@@ -187,11 +187,5 @@ def finish_store(
 
 
 def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec, what: str) -> None:
-    def hashed(tokenizer: Mapping[str, Any] | None) -> Any:
-        return None if tokenizer is None else tokenizer.get("hash")
-
-    there = {**manifest.parents, "tokenizer": hashed(manifest.tokenizer), **manifest.parameters}
-    here = {**spec.parents, "tokenizer": hashed(spec.tokenizer), **parameters}
-    wrong = [f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value]
-    if wrong:
+    if wrong := manifest.differences(parameters, spec.parents, spec.tokenizer):
         raise MismatchError(f"{manifest.path} {what}: {'; '.join(wrong)}. Give another --output")

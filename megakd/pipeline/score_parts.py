@@ -193,18 +193,11 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         return manifest
 
     def _check_identity(self, manifest: Manifest) -> None:
-        def hashed(tokenizer: Mapping[str, Any] | None) -> Any:
-            return None if tokenizer is None else tokenizer.get("hash")
-
-        there = {**manifest.parents, "tokenizer": hashed(manifest.tokenizer), **manifest.parameters}
-        here = {**self._parents, "tokenizer": hashed(self._tokenizer), **self._parameters}
-        here |= {"num_samples": self.num_samples, **{key: self._parameters.get(key) for key in _OPTIONAL}}
+        here = {**self._parameters, "num_samples": self.num_samples}
+        here |= {key: self._parameters.get(key) for key in _OPTIONAL}
         if manifest.format == FORMAT:
             here |= {"range_samples": self.range_samples, "columns": list(self.columns)}
-        wrong = [
-            f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value
-        ]
-        if wrong:
+        if wrong := manifest.differences(here, self._parents, self._tokenizer):
             raise MismatchError(
                 f"{manifest.path} holds other scores than these: {'; '.join(wrong)}. Give another --output, or remove "
                 f"{self.folder} to score anew"
