@@ -6,6 +6,7 @@ Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from megakd.logits.codec import Rows
 from megakd.losses.read import HeadReading
 from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
 from megakd.model.teacher import ModelTeacher
-from megakd.parallel import Groups, init_parallel
+from megakd.parallel import Groups
 from megakd.pipeline.capture_plan import CaptureConfig, CapturePlan
 from megakd.pipeline.capture_work import Captured
 from megakd.pipeline.range_batches import Stretches
@@ -39,15 +40,7 @@ def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
 
     Raises CorruptError where the model gives no finite log-probabilities.
     """
-    groups = init_parallel(config.parallel(), seed=0)
-    return work_through(
-        plan.work,
-        lambda: build_capturer(config, plan, groups),
-        groups,
-        seq_length=config.seq_length,
-        log_interval=config.log_interval,
-        done="captured",
-    )
+    return work_through(plan.work, partial(build_capturer, config, plan), config, done="captured")
 
 
 def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> Capturer:

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from megakd.errors import ExitStatus
 from megakd.layout import Coordinates, rank_of
 from megakd.manifest import Manifest
-from megakd.parallel import Groups
+from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
+from megakd.pipeline.range_config import RangeRunConfig
 from megakd.pipeline.range_progress import RangeProgress
 from megakd.pipeline.range_work import Claim, RangeWork
 
@@ -46,29 +47,28 @@ class Maker(Protocol[MadeCo]):
 
 
 def work_through(
-    work: RangeWork[Made],
-    build: Callable[[], Maker[Made]],
-    groups: Groups,
-    *,
-    seq_length: int,
-    log_interval: float,
-    done: str,
+    work: RangeWork[Made], build: Callable[[Groups], Maker[Made]], config: RangeRunConfig, *, done: str
 ) -> ExitStatus:
     """Make what is missing of ``work``, with all other ranks and jobs that do.
 
     All ranks call it. build: the maker, if there is anything to do. done: of the samples, for progress, as "scored".
     Returns COMPLETE once the whole is there, STOPPED if a signal came first.
     """
+    groups = init_parallel(config.parallel(), seed=0)
     copy = _Copy(groups)
     if copy.first_word(work.finished()):
         _say(groups, f"{work.folder}: finished already")
         _tidy(work, copy)
         return ExitStatus.COMPLETE
-    maker = build()
+    maker = build(groups)
     progress = None
     if copy.leads and groups.data_rank == 0:
         progress = RangeProgress(
-            work.num_wanted, seq_length=seq_length, samples_done=work.samples_done, interval=log_interval, done=done
+            work.num_wanted,
+            seq_length=config.seq_length,
+            samples_done=work.samples_done,
+            interval=config.log_interval,
+            done=done,
         )
     with RankStopFlag() as stop:
         while True:

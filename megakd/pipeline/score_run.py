@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.errors import ExitStatus
 from megakd.model.teacher import ModelTeacher
-from megakd.parallel import Groups, init_parallel
+from megakd.parallel import Groups
 from megakd.pipeline.range_model import RangeModel, build_frozen, computed_by
 from megakd.pipeline.range_progress import RangeProgress
 from megakd.pipeline.range_run import work_through
@@ -28,15 +29,7 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
 
     Raises CorruptError where the model gives no finite log-probabilities, or finished ranges were damaged.
     """
-    groups = init_parallel(config.parallel(), seed=0)
-    return work_through(
-        plan.parts,
-        lambda: build_scorer(config, plan, groups),
-        groups,
-        seq_length=config.seq_length,
-        log_interval=config.log_interval,
-        done="scored",
-    )
+    return work_through(plan.parts, partial(build_scorer, config, plan), config, done="scored")
 
 
 class Scorer:
