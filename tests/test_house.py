@@ -16,7 +16,21 @@ SOURCES = sorted(path for folder in ("megakd", "tools") for path in (ROOT / fold
 
 # From the ground up. A module imports from lower rows or from its own entry, never upwards, never from a neighbour.
 LAYERS = (
-    ("config", "manifest", "durable", "errors", "targets", "layout", "mortal", "_csrc", ""),  # "" is megakd/__init__.py
+    (
+        *(
+            "config",
+            "manifest",
+            "durable",
+            "errors",
+            "targets",
+            "layout",
+            "hashing",
+            "known_warnings",
+            "mortal",
+            "_csrc",
+        ),
+        "",  # megakd/__init__.py
+    ),
     ("data", "logits", "losses"),
     ("cpu", "parallel"),
     ("model",),

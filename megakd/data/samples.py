@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megakd.data.indexed import IndexedDataset
 from megakd.errors import UsageError
+from megakd.hashing import mix64
 
 _ROUNDS = 8
 
@@ -120,13 +121,6 @@ def _encrypt(value: NDArray[np.uint64], radix_low: int, radix_high: int, keys: l
     low, high = np.uint64(radix_low), np.uint64(radix_high)
     y, x = np.divmod(value, low)
     for key_x, key_y in zip(keys[::2], keys[1::2]):
-        x = (x + _hash(y ^ key_x) % low) % low
-        y = (y + _hash(x ^ key_y) % high) % high
+        x = (x + mix64(y ^ key_x) % low) % low
+        y = (y + mix64(x ^ key_y) % high) % high
     return y * low + x
-
-
-def _hash(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of MurmurHash3 in Stafford's variant 13 (as in splitmix64)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.errors import UsageError
+from megakd.hashing import mix64
 from megakd.logits.codec import Rows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -82,15 +83,9 @@ def uniform_numbers(
     generators") whose state is the hash of the rest.
     """
     key = np.uint64(xxhash.xxh3_64_intdigest(f"draws {seed} {dataset}".encode()))
-    states = _mix(_mix(np.asarray(token_positions, np.int64).astype(np.uint64) ^ key) + key)
+    states = mix64(mix64(np.asarray(token_positions, np.int64).astype(np.uint64) ^ key) + key)
     steps = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
-    return (_mix(states[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    return (mix64(states[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _order(drawn: NDArray[np.int64]) -> NDArray[np.int64]:
