@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 
 from megakd.config import parse
+from megakd.known_warnings import ignore_known_warnings
 from megakd.pipeline.capture_plan import CaptureConfig, check_capture
-from megakd.pipeline.score import KNOWN_WARNINGS
 
 HELP = "a teacher's output distribution over a dataset, to a logits store (under torchrun or alone)"
 
@@ -26,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "or killed at any time, continue it, and the result does not depend on how many there were. "
         "Alone: python -m megakd capture ...; on several ranks: torchrun --nproc-per-node N -m megakd capture ...",
     )
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    ignore_known_warnings()
     plan = check_capture(config, int(os.environ.get("WORLD_SIZE", "1")))
     from megakd.pipeline.capture_run import (
         capture,  # late: torch and megatron load for seconds, a wrong flag should not

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from megakd.config import parse
+from megakd.known_warnings import ignore_known_warnings
 from megakd.pipeline.proxy_plan import ProxyConfig, check_proxy
-from megakd.pipeline.score import KNOWN_WARNINGS
 
 HELP = "fit a small model to the score differences of a sample (under torchrun or alone)"
 
@@ -27,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "on one device saves nothing (scoring with it has both). The same command continues a fit that was stopped or "
         "killed. Alone: python -m megakd proxy ...; on several ranks: torchrun --nproc-per-node N -m megakd proxy ...",
     )
-    for message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    ignore_known_warnings()
     plan = check_proxy(config)
     from megakd.pipeline.proxy_fit import fit  # late: torch and megatron load for seconds, a wrong flag should not
 
