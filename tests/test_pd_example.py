@@ -118,7 +118,7 @@ def test_figures_of_the_recipes(tmp_path: Path) -> None:
     assert alphas == pytest.approx([0.45, 0.9, 0.0])
     cuts = [read_capture(tmp_path, name) for name in ("pd-first", "pd-star")]
     assert [(cut.top_p, cut.top_k) for cut in cuts] == [(0.95, 100), (0.95, 50)]
-    draws = [read_capture(tmp_path, name).num_draws for name in ("rs-kd", "miniplm-kd", "gemma-3")]
+    draws = [read_capture(tmp_path, name).rows()["draws"] for name in ("rs-kd", "miniplm-kd", "gemma-3")]
     assert draws == [50, 50, 256]
 
 

@@ -61,6 +61,24 @@ class StoreSpec:
             raise UsageError(f"parents {sorted(self.parents)}: expected dataset and model")
         _ = self.row_format  # refuses what it cannot hold
 
+    @staticmethod
+    def rows(
+        kind: SparseKind, *, value_bits: str, draws: int | None, top_k: int, top_p: float, seed: int
+    ) -> dict[str, Any]:
+        """The fields that say what a row is, from settings of which some mean nothing for the kind.
+
+        value_bits: as flags have it, "8", "16" or "32". draws: None: the default of the kind.
+        """
+        best = kind == "top_p_k"
+        return {
+            "kind": kind,
+            "value_bits": bits_of(kind, value_bits),
+            "draws": DEFAULT_DRAWS[kind] if draws is None else draws,
+            "top_k": top_k if best else 0,
+            "top_p": top_p if best else 1.0,
+            "seed": 0 if best else seed,
+        }
+
     @property
     def row_format(self) -> RowFormat:
         return RowFormat(self.kind, self.value_bits, self.draws)
@@ -91,6 +109,12 @@ class StoreSpec:
             raise CorruptError(f"{manifest.path}: parameters without {', '.join(sorted(missing))}")
         given = {name: manifest.parameters[name] for name in names}
         return StoreSpec(**given, parents=manifest.parents, tokenizer=manifest.tokenizer)
+
+
+def bits_of(kind: SparseKind, flag: str) -> ValueBits:
+    """Of a stored log-probability, from a flag's "8", "16" or "32"; counts have none, and 8 stands there."""
+    bits: dict[str, ValueBits] = {"8": 8, "16": 16, "32": 32}
+    return 8 if kind == "samples" else bits[flag]
 
 
 def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:

@@ -20,7 +20,7 @@ from megakd.data.scores import COUNTS, LOG_PROBS
 from megakd.data.selection import Selection
 from megakd.errors import UsageError
 from megakd.logits.codec import frequency_ranks
-from megakd.logits.spec import DEFAULT_DRAWS, StoreSpec
+from megakd.logits.spec import StoreSpec
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.capture_work import StoreWork
@@ -107,10 +107,12 @@ class CaptureConfig(RangeRunConfig):
         """Ids of a row of top_p_k at most, and the mass at which it ends."""
         return 100 if self.top_k is None else self.top_k, 0.95 if self.top_p is None else self.top_p
 
-    @property
-    def num_draws(self) -> int:
-        """Draws of a row; 0 where none are."""
-        return DEFAULT_DRAWS[self.kind] if self.draws is None else self.draws
+    def rows(self) -> dict[str, Any]:
+        """The fields of a StoreSpec that say what a row is."""
+        top_k, top_p = self.cut
+        return StoreSpec.rows(
+            self.kind, value_bits=self.value_bits or "8", draws=self.draws, top_k=top_k, top_p=top_p, seed=self.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,7 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
     parents = {"dataset": dataset.fingerprint, "model": record.fingerprint}
     if selection is not None:
         parents["selection"] = selection.fingerprint
-    top = config.kind == "top_p_k"
     spec = StoreSpec(
-        kind=config.kind,
         vocab_size=record.vocab_size,
         packing=samples.packing,
         seq_length=config.seq_length,
@@ -162,11 +162,7 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
         shard_samples=config.shard_samples or default_shard_samples(samples.num_samples, config.seq_length),
         parents=parents,
         tokenizer=tokenizer,
-        value_bits=8 if config.kind == "samples" else VALUE_BITS[config.value_bits or "8"],
-        draws=config.num_draws,
-        top_k=config.cut[0] if top else 0,
-        top_p=config.cut[1] if top else 1.0,
-        seed=0 if top else config.seed,
+        **config.rows(),
         details={"precision": precision(shape), "teacher_iteration": record.iteration},
     )
     ids = None if selection is None else np.asarray(selection.ids)
@@ -180,9 +176,6 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
     work = StoreWork(Path(config.output), spec, ranks, ids=ids, scores=scores)
     work.check_all()
     return CapturePlan(record, shape, samples, spec, work, eod_token)
-
-
-VALUE_BITS: dict[str, Literal[8, 16, 32]] = {"8": 8, "16": 16, "32": 32}
 
 
 def _scores(

@@ -17,8 +17,8 @@ from megakd.data.samples import Samples
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import MismatchError, UsageError
 from megakd.logits.journal import STEPS, Journal
-from megakd.logits.spec import StoreSpec
-from megakd.pipeline.capture_plan import VALUE_BITS, default_shard_samples, token_ranks
+from megakd.logits.spec import StoreSpec, bits_of
+from megakd.pipeline.capture_plan import default_shard_samples, token_ranks
 from megakd.pipeline.capture_work import Captured, StoreWork
 from megakd.pipeline.range_progress import RangeProgress
 
@@ -103,7 +103,7 @@ def open_collection(
         raise UsageError(f"{folder}: no rows from step {from_step} on (--from-step)")
     store = replace(
         spec,
-        value_bits=8 if spec.kind == "samples" else VALUE_BITS[value_bits],
+        value_bits=bits_of(spec.kind, value_bits),
         shard_samples=shard_samples or default_shard_samples(spec.num_samples, spec.seq_length),
         parents={"dataset": dataset.fingerprint, "model": opened.fingerprint},
         details={"online": True, "first_step": int(found.min()), "last_step": int(found.max())},

@@ -10,11 +10,8 @@ from megakd.config import option
 from megakd.data.blend import Blend
 from megakd.data.selection import whole
 from megakd.errors import UsageError
-from megakd.logits.codec import ValueBits
 from megakd.logits.journal import check_journal, segment_samples, training_spec
-from megakd.logits.spec import DEFAULT_DRAWS, StoreSpec
-
-_VALUE_BITS: dict[str, ValueBits] = {"8": 8, "16": 16, "32": 32}
+from megakd.logits.spec import StoreSpec
 
 
 @dataclass
@@ -68,10 +65,17 @@ def journal_specs(
         raise UsageError(f"--logits-save-top-k {config.top_k}: the vocabulary has {vocab_size} ids")
     if Path(config.dir).exists() and not Path(config.dir).is_dir():
         raise UsageError(f"--logits-save-dir {config.dir}: a file is there; expected a folder, new or there")
-    top, found = config.kind == "top_p_k", []
+    rows = StoreSpec.rows(
+        config.kind,
+        value_bits=config.value_bits,
+        draws=config.draws,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    found = []
     for samples in map(whole, blend.datasets):
         spec = StoreSpec(
-            kind=config.kind,
             vocab_size=vocab_size,
             packing=samples.packing,
             seq_length=samples.seq_length,
@@ -79,11 +83,7 @@ def journal_specs(
             shard_samples=segment_samples(samples.seq_length),
             parents={"dataset": samples.dataset.fingerprint, "model": ""},
             tokenizer=tokenizer,
-            value_bits=8 if config.kind == "samples" else _VALUE_BITS[config.value_bits],
-            draws=DEFAULT_DRAWS[config.kind] if config.draws is None else config.draws,
-            top_k=config.top_k if top else 0,
-            top_p=config.top_p if top else 1.0,
-            seed=0 if top else config.seed,
+            **rows,
         )
         folder = journal_folder(config.dir, spec)
         found.append(training_spec(spec, folder, save))

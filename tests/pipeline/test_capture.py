@@ -342,8 +342,6 @@ def test_a_flipped_byte_is_found(made: dict[str, Any], tmp_path: Path) -> None:
         store.read(0, inputs[1])
 
 
-
-
 def test_show_and_verify_know_a_store(made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "s"
     shutil.copytree(made["folder"] / "top_p_k", folder)
