@@ -60,17 +60,17 @@ def test_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
         assert processor.decode(processor.encode(text)) == text
 
 
-def test_halves_share_no_document(tmp_path: Path) -> None:
+def test_parts_share_no_document(tmp_path: Path) -> None:
     corpus = load("corpus")
     lines = [json.dumps({"text": "x", "source": f"package/module_{n}.py"}) + "\n" for n in range(400)]
     (tmp_path / "train.jsonl").write_text("".join(lines))
-    halves = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
-    assert "documents" in corpus.write_halves(tmp_path / "train.jsonl", *halves)
-    found = [half.read_text().splitlines(keepends=True) for half in halves]
+    parts = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert "documents" in corpus.write_parts(tmp_path / "train.jsonl", *parts, of=2)
+    found = [part.read_text().splitlines(keepends=True) for part in parts]
     assert sorted(found[0] + found[1]) == sorted(lines) and 150 < len(found[0]) < 250
     (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))  # what else there is decides nothing
-    corpus.write_halves(tmp_path / "train.jsonl", *halves)
-    assert sorted(found[0]) == sorted(halves[0].read_text().splitlines(keepends=True))
+    corpus.write_parts(tmp_path / "train.jsonl", *parts, of=2)
+    assert sorted(found[0]) == sorted(parts[0].read_text().splitlines(keepends=True))
 
 
 def write_run(folder: Path, lm: list[float], valid: dict[str, float]) -> None:
@@ -135,7 +135,7 @@ def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tm
     commands: list[list[str]] = []
     monkeypatch.setattr(demo, "begin", lambda: None)
     monkeypatch.setattr(demo, "prepare_text", lambda text: None)
-    monkeypatch.setattr(demo, "prepare_halves", lambda text: None)
+    monkeypatch.setattr(demo, "prepare_parts", lambda text: None)
     monkeypatch.setattr(demo.report, "largest_difference", lambda one, other: 0.0)
     monkeypatch.setattr(demo.report, "write", lambda runs, *, seed: f"seed {seed}")
     for runner in ("megakd", "megakd_on_two_ranks"):

@@ -55,15 +55,16 @@ def write_corpus(train: Path, held_out: Path) -> str:
     return "; ".join(f"{path.stem}: {count} documents, {size / 1e6:.1f} MB" for path, (count, size) in sizes.items())
 
 
-def write_halves(corpus: Path, first: Path, second: Path) -> str:
-    """Deal the documents of one file of JSON lines out to two; returns a line that says how much there is in each."""
-    parts = {first: list[str](), second: list[str]()}
+def write_parts(corpus: Path, *parts: Path, of: int) -> str:
+    """Deal the documents of one file of JSON lines out to ``of`` files, of which the first are written; returns a line
+    that says how much there is in each."""
+    dealt: list[list[str]] = [[] for _ in range(of)]
     for line in corpus.open():
-        parts[(first, second)[_number(json.loads(line)["source"], "half") % 2]].append(line)
-    for path, lines in parts.items():
+        dealt[_number(json.loads(line)["source"], "part") % of].append(line)
+    for path, lines in zip(parts, dealt):
         Path(f"{path}.part").write_text("".join(lines))
         os.replace(f"{path}.part", path)
-    return "; ".join(f"{path.stem}: {len(lines)} documents" for path, lines in parts.items())
+    return "; ".join(f"{path.stem}: {len(lines)} documents" for path, lines in zip(parts, dealt))
 
 
 def train_tokenizer(corpus: Path, model: Path) -> None:

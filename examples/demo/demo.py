@@ -1,6 +1,6 @@
 """The demo: one student trained six ways on the same number of tokens of real text. ``main`` is the whole of it.
 
-Environment: DEMO_SEED (1234), DEMO_STEPS (200, a student's; the teacher gets 5/4 and MiniPLM's reference 5/8 of them),
+Environment: DEMO_SEED (1234), DEMO_STEPS (160, a student's; the teacher gets 5/4 and MiniPLM's reference 5/8 of them),
 DEMO_OUT (demo-out). A stage whose result is there is skipped, so that a second call continues where the first one
 stopped.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import report
 from stages import Word, begin, megakd, megakd_on_two_ranks, trained
-from text import FOR_STUDENTS, FOR_TEACHER, HELD_OUT, prepare_halves, prepare_text
+from text import FOR_STUDENTS, FOR_TEACHER, HELD_OUT, prepare_parts, prepare_text
 
 HERE = Path("examples/demo")
 SEQ_LENGTH = 256
@@ -28,6 +28,7 @@ LAYOUTS = {
 LAYOUT_STEPS = 20
 LAYOUT_TOLERANCE = 1e-4  # nats, of losses near 8: about 1e-5 relative
 # 44 batches of 16 samples of 256 tokens are nearly the whole split, each sample once.
+DATA_PARALLEL: list[Word] = ["--tensor-model-parallel-size", 1, "--micro-batch-size", 8]
 WHOLE_SPLIT: list[Word] = ["--eval-iters", 44]
 
 
@@ -63,19 +64,19 @@ def main() -> None:
     begin()
     demo = Demo(
         seed=int(os.environ.get("DEMO_SEED", "1234")),
-        steps=int(os.environ.get("DEMO_STEPS", "200")),
+        steps=int(os.environ.get("DEMO_STEPS", "160")),
         out=Path(os.environ.get("DEMO_OUT", "demo-out")),
     )
     runs, steps = demo.runs, demo.steps
     prepare_text(demo.text)
-    prepare_halves(demo.text)
+    prepare_parts(demo.text)
 
-    # The teacher learns from one half of the text, the students from the other, so that they never share a sample.
+    # Teacher and students learn from parts of their own, so that they never share a sample.
     schedule: list[Word] = ["--lr-warmup-iters", steps // 10, "--lr-wsd-decay-iters", steps // 2]
     train(demo, "teacher", FOR_TEACHER, demo.teacher_steps, *schedule, *held_out(demo), *WHOLE_SPLIT)
     train(demo, "reference", FOR_TEACHER, demo.reference_steps, "--lr-warmup-iters", steps // 20)
 
-    # What it says about the students' half, once: its best ids with MiniPLM's scores, and draws.
+    # What it says about the students' part, once: its best ids with MiniPLM's scores, and draws.
     scores = runs / "scores-teacher", runs / "scores-reference"
     draws: list[Word] = ["--draws", DRAWS, "--seed", demo.seed]
     read(demo, "capture", "teacher", "store-top-k", "--kind", "top_p_k", "--scores-output", scores[0])
@@ -89,11 +90,11 @@ def main() -> None:
         schedule = ["--lr-warmup-iters", steps // 20, *held_out(demo)]
         train(demo, name, FOR_STUDENTS, steps, *schedule, *flags, config="student")
     check_layouts(demo)
-    # On the whole held-out split, beside the teacher; the weights alone, whatever they were trained on.
+    # On the whole held-out split, beside the teacher; the weights alone, whatever data and layout they were trained on.
     for name in students(demo):
         result = runs / f"{name}-held-out"
         done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
-        weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / name]
+        weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / name, *DATA_PARALLEL]
         beside: list[Word] = ["--teacher-load", runs / "teacher", *WHOLE_SPLIT, *held_out(demo)]
         launch(demo, result.name, FOR_STUDENTS, done, *weights, *beside, config="student")
     print("\n" + report.write(runs, seed=demo.seed))

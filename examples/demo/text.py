@@ -22,11 +22,11 @@ def prepare_text(text: Path) -> None:
         tokenize(file, text / file.stem, model)
 
 
-def prepare_halves(text: Path) -> None:
-    """Deal the documents to train on out to the teacher and to the students."""
-    halves = text / FOR_TEACHER, text / FOR_STUDENTS
-    stage(halves[1].exists(), "halves", lambda: print(corpus.write_halves(text / TRAIN, *halves)))
-    for file in halves:
+def prepare_parts(text: Path) -> None:
+    """A third of the documents to train on for the teacher, a third for the students: more than they get to read."""
+    parts = text / FOR_TEACHER, text / FOR_STUDENTS
+    stage(parts[1].exists(), "parts", lambda: print(corpus.write_parts(text / TRAIN, *parts, of=3)))
+    for file in parts:
         tokenize(file, text / file.stem, text / TOKENIZER)
 
 
