@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megakd.errors import UsageError
 from megakd.pipeline.distillation_law import DistillationLaw, SupervisedLaw
+from megakd.pipeline.plan_csv import open_table, positive
 from megakd.pipeline.robust_fit import Floats, Model, descend
 
 MIN_ALONE, MIN_DISTILLED = 8, 12  # six and nine constants, and something left over
@@ -60,17 +61,14 @@ def read_runs(paths: Sequence[str]) -> Runs:
     run without a teacher. Raises UsageError for what is none."""
     rows: list[list[float]] = []
     for path in map(Path, paths):
-        try:
-            reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), skipinitialspace=True)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--distill-fit {path}: {error}; expected a CSV file") from None
-        missing = set(_COLUMNS) - set(reader.fieldnames or ())
+        table = open_table("--distill-fit", path)
+        missing = set(_COLUMNS) - set(table.fieldnames or ())
         if missing:
             raise UsageError(
                 f"--distill-fit {path}: no column {', '.join(sorted(missing))}; expected {', '.join(_COLUMNS)}"
             )
-        for row in reader:
-            rows.append([_number(path, reader.line_num, column, row[column]) for column in _COLUMNS])
+        for row in table:
+            rows.append([_value(path, table, column, row[column]) for column in _COLUMNS])
     return Runs(*np.array(rows, dtype=np.float64).reshape(-1, len(_COLUMNS)).T)
 
 
@@ -213,13 +211,7 @@ def _check(what: str, runs: Runs, least: int, columns: Sequence[str]) -> None:
             raise UsageError(f"--distill-fit: {what} have fewer than 3 different values of {column}: no law to fit")
 
 
-def _number(path: Path, line: int, column: str, text: str | None) -> float:
+def _value(path: Path, table: csv.DictReader[str], column: str, text: str | None) -> float:
     if column == "teacher_loss" and not (text or "").strip():
         return math.nan
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UsageError(f"--distill-fit {path}: line {line}: {column} is {text!r}; expected a positive number")
-    return value
+    return positive("--distill-fit", path, table, column, text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,13 @@ from numpy.typing import NDArray
 from megakd.errors import CorruptError, UsageError
 from megakd.model.record import read_record
 from megakd.pipeline.plan_costs import shape_parameters
+from megakd.pipeline.plan_csv import open_table, positive
 
 Points = Literal["all", "last"]
 METRICS = "metrics.jsonl"
+
+
+_NUMBERS = {"loss", "flops", "tokens", "parameters"}
 
 
 @dataclass(frozen=True)
@@ -110,34 +112,17 @@ def _read_run(folder: Path, name: str, points: Points, from_tokens: float) -> li
 
 
 def _read_csv(path: Path, name: str) -> list[_Point]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--fit {path}: not a text file: {error}") from None
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    columns = set(reader.fieldnames or ())
+    table = open_table("--fit", path)
+    columns = set(table.fieldnames or ())
     if not ("loss" in columns and ("flops" in columns or {"tokens", "parameters"} <= columns)):
         raise UsageError(
             f"--fit {path}: columns {', '.join(sorted(columns)) or 'none'}; expected loss and flops, or loss, tokens "
             "and parameters (and curve, where there are several)"
         )
     points = []
-    for row in reader:
-        values = {key: _number(path, reader.line_num, key, row.get(key)) for key in columns & _NUMBERS}
+    for row in table:
+        values = {key: positive("--fit", path, table, key, row.get(key)) for key in columns & _NUMBERS}
         flops = values["flops"] if "flops" in values else 6 * values["parameters"] * values["tokens"]
         label = " ".join(part for part in (name, row.get("curve") or "") if part) or path.stem
         points.append(_Point(label, values.get("parameters"), flops, values["loss"]))
     return points
-
-
-_NUMBERS = {"loss", "flops", "tokens", "parameters"}
-
-
-def _number(path: Path, line: int, column: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise UsageError(f"--fit {path}: line {line}: {column} is {text!r}; expected a positive number")
-    return value
