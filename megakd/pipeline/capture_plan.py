@@ -203,7 +203,7 @@ def _scores(
         tokenizer=tokenizer,
         ids=ids,
     )
-    parts.check_all()
+    parts.check_all("--scores-output")
     return parts
 
 

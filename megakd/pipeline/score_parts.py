@@ -55,9 +55,12 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         self._seq_length = int(parameters["seq_length"])
         self._parameters, self._parents, self._tokenizer = dict(parameters), dict(parents), tokenizer
 
-    def check_all(self) -> None:
-        """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing."""
-        check_output(self.folder, "--output", scores.MANIFEST)
+    def check_all(self, flag: str = "--output") -> None:
+        """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing.
+
+        flag: which named the folder. Raises UsageError where something else lies there.
+        """
+        check_output(self.folder, flag, scores.MANIFEST)
         if not self.finished():
             for path in sorted(self._ranges.glob("[0-9]*.json")):
                 self._read(path)
