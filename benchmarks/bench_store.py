@@ -1,16 +1,18 @@
 """A logits store: bytes a token, error, and the rates of writing and reading, beside other layouts.
 
     python benchmarks/bench_store.py [--rows 16384] [--vocab 32000] [--corpus-mb 60] [--json PATH]
+    python benchmarks/bench_store.py --top-k-store DIR --samples-store DIR --data-path PREFIX [--json PATH]
 
 Rows are those of a trigram model of the Python sources on this machine (store_teacher.py; the table begins with what it
-is like) at whole samples of 1,024 positions. Writing begins with the listed ids and ends with committed shards; reading
-ends with the int64 ids and fp32 log-probabilities that a loss takes, of samples in random order, hashes checked. One
-thread; rates are of CPU seconds, the best of repeats that take turns. Peers:
+is like) at whole samples of 1,024 positions, or those that two captures of a trained model have:
 
-- naive: fp16 log-probabilities and int32 ids;
-- Megatron: fp16, the low 16 bits of the ids, one bool for bit 17, 1,024 rows a file, zstd level 3 over all of it;
-- RS-KD: 17 bits of id and 7 of count an entry;
-- bound: the decoded arrays, copied.
+    python -m megakd capture --load ... --data-path PREFIX --seq-length 256 --top-k 128 --top-p 1 --value-bits 32 ...
+    python -m megakd capture --load ... --data-path PREFIX --seq-length 256 --kind samples ...
+
+Writing begins with the listed ids and ends with committed shards; reading ends with the int64 ids and fp32
+log-probabilities that a loss takes, of samples in random order, hashes checked. One thread; rates are of CPU seconds,
+the best of repeats that take turns. Peers are in store_peers.py; RS-KD: 17 bits of id and 7 of count an entry; bound:
+the decoded arrays, copied, and the store's own bytes, copied from the memory map.
 
 KL error is that of the K + 1 buckets, from the exact row to the stored one.
 """
@@ -27,31 +29,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
-from store_teacher import Trigram, tokenize
+from store_peers import Copy, DistillKit, Megatron, Naive, rows_at
+from store_teacher import DRAWS, Teacher, captured_teacher, trigram_teacher
 
 from megakd.logits.codec import Rows, frequency_ranks
-from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.logits.spec import StoreSpec, finish_store, shard_path, write_shard
 from megakd.logits.store import LogitsStore
 
-SEQ_LENGTH, TOP_K, DRAWS, BATCH = 1024, 100, 50, 4
+BATCH = 4
 
 
 def main() -> None:
     """Measure in turn, print the table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16384, help="rounded down to whole samples")
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--corpus-mb", type=float, default=60)
+    parser.add_argument("--vocab", type=int, default=32000, help="of the trigram model")
+    parser.add_argument("--corpus-mb", type=float, default=60, help="of the trigram model")
+    parser.add_argument("--top-k-store", type=Path, help="rows of a trained model instead: 128 best ids, 32 bits")
+    parser.add_argument("--samples-store", type=Path, help="and 50 draws of it")
+    parser.add_argument("--data-path", help="and what both were captured from")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--cache", type=Path, help="a .npz that keeps the teacher's rows for the next time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
     options = parser.parse_args()
     if options.quick:
         options.rows, options.vocab, options.corpus_mb, options.repeats = 4096, 2000, 1, 1
-    teacher = load_teacher(options)
+    given = options.top_k_store, options.samples_store, options.data_path
+    if any(given) and not all(given):
+        parser.error("--top-k-store, --samples-store and --data-path go together")
+    if options.data_path:
+        teacher = captured_teacher(*given, options.rows)
+    else:
+        corpus_bytes = int(options.corpus_mb * 1e6)
+        teacher = trigram_teacher(options.rows, vocab_size=options.vocab, corpus_bytes=corpus_bytes)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(teacher, Path(folder), options.repeats)
     for row in rows:
@@ -61,75 +72,38 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """ids, log_probs: ``[T, 100]``, best first. draws: ``[T, 50]``. input_ids: ``[T]``. counts: of each id."""
-
-    ids: NDArray[np.int64]
-    log_probs: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    draws: NDArray[np.int64]
-    input_ids: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-
-def load_teacher(options: argparse.Namespace) -> Teacher:
-    if options.cache and options.cache.exists():
-        return Teacher(**np.load(options.cache))
-    tokens = tokenize(options.vocab, int(options.corpus_mb * 1e6))
-    model = Trigram(tokens, options.vocab)
-    rng = np.random.default_rng(1)
-    firsts = rng.integers(1, len(tokens) - SEQ_LENGTH, options.rows // SEQ_LENGTH)
-    positions = (firsts[:, None] + np.arange(SEQ_LENGTH)).ravel()
-    parts: list[dict[str, Any]] = []
-    for seed, chunk in enumerate(np.array_split(positions, len(positions) // 256)):
-        log_probs = model.log_probs(chunk, seed)
-        best = np.argpartition(-log_probs, TOP_K, 1)[:, :TOP_K]
-        values = np.take_along_axis(log_probs, best, 1)
-        order = np.argsort(-values, 1, kind="stable")
-        probs = np.exp(log_probs, dtype=np.float64)
-        mass = probs.cumsum(1)
-        uniform = rng.random((len(chunk), DRAWS)) * mass[:, -1:]
-        parts.append(
-            {
-                "ids": np.take_along_axis(best, order, 1),
-                "log_probs": np.take_along_axis(values, order, 1),
-                "entropy": -(probs * log_probs).sum(1, dtype=np.float32),
-                "draws": np.stack([np.searchsorted(m, u, side="right") for m, u in zip(mass, uniform)]),
-                "input_ids": tokens[chunk],
-            }
-        )
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    teacher = Teacher(**joined, counts=np.bincount(tokens, minlength=options.vocab))
-    if options.cache:
-        np.savez(options.cache, **vars(teacher))
-    return teacher
-
-
 def measure(teacher: Teacher, work: Path, repeats: int) -> list[dict[str, Any]]:
-    num_rows = len(teacher.ids)
-    mass = np.exp(teacher.log_probs.astype(np.float64))
-    nucleus = np.where(mass.cumsum(1) - mass < 0.95, teacher.log_probs, np.float32(-np.inf))[:, :50]
-    ids, counts = count(teacher.draws)
-    unique = (counts > 0).sum(1)
+    num_rows = len(teacher.entropy_T)
+    widest = Rows(teacher.ids_TK, teacher.log_probs_TK, teacher.entropy_T)
+    top, top_50 = first_ids(widest, 100), first_ids(widest, 50)
+    mass = np.exp(top.log_probs_TK.astype(np.float64))
+    nucleus = np.where(mass.cumsum(1) - mass < 0.95, top.log_probs_TK, np.float32(-np.inf))[:, :50]
+    unique = (teacher.drawn_counts_TD > 0).sum(1)
     order = np.argsort(unique, kind="stable")
     few = np.sort(order[: np.searchsorted(unique[order].cumsum() / np.arange(1, num_rows + 1), 12, side="right")])
-    top = Rows(teacher.ids, teacher.log_probs, teacher.entropy)
-    sampled = Rows.from_counts(ids, counts, teacher.entropy, draws=DRAWS)
+    sampled = Rows.from_counts(teacher.drawn_ids_TD, teacher.drawn_counts_TD, teacher.entropy_T, draws=DRAWS)
     cases = {
         "top-100, 8 bits": Case("top_p_k", 8, top),
         "top-100, 16 bits": Case("top_p_k", 16, top),
         "top-100, 32 bits": Case("top_p_k", 32, top),
-        "top-p 0.95, k 50": Case("top_p_k", 8, Rows(teacher.ids[:, :50], nucleus, teacher.entropy)),
+        "top-p 0.95, k 50": Case("top_p_k", 8, Rows(top_50.ids_TK, nucleus, top.entropy_T)),
         "50 draws": Case("samples", 8, sampled),
         "50 draws, the rows with 12 unique ids on average": Case("samples", 8, rows_at(sampled, few)),
     }
     ours = {name: Ours(case, teacher, work / str(at)) for at, (name, case) in enumerate(cases.items())}
+    kit = {
+        "DistillKit, 128 ids, 16 exact": (widest, DistillKit(widest, exact=16, degrees=(0, 1, 2, 3, 4, 0.5))),
+        "DistillKit, 50 ids, 1 exact": (top_50, DistillKit(top_50, exact=1, degrees=(0, 1, 0.5))),
+        "DistillKit, 100 ids, 4 exact, 8 bits": (top, DistillKit(top, exact=4, residual_bits=8)),
+    }
+    peers: dict[str, Any] = {"naive": Naive(top), "Megatron": Megatron(top)} | {
+        name: peer for name, (_, peer) in kit.items()
+    }
     actions: dict[str, Callable[[], object]] = {}
     for name, case in ours.items():
         actions[f"write {name}"], actions[f"read {name}"] = case.write, case.read
-    peers = {"naive": Naive(top), "Megatron": Megatron(top), "bound": Copy(top)}
     actions |= {f"read {name}": peer.read for name, peer in peers.items()}
+    actions |= {"arrays": Copy(top).read, "bytes": ours["top-100, 8 bits"].copy_bytes}
     cpu = {name: float("inf") for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
@@ -141,8 +115,9 @@ def measure(teacher: Teacher, work: Path, repeats: int) -> list[dict[str, Any]]:
         met = goal is None or (value <= goal if at_most else value >= goal)
         return {"name": name, "value": float(value), "unit": unit, "goal": goal, "met": bool(met)}
 
-    entropy, listed = float(teacher.entropy.mean()), float(mass.sum(1).mean())
+    entropy, listed = float(teacher.entropy_T.mean()), float(mass.sum(1).mean())
     table = [
+        row("teacher: vocabulary", len(teacher.counts_V), "ids"),
         row("teacher: entropy", entropy, "nats"),
         row("teacher: mass of the top 100", listed, ""),
         row("teacher: unique ids of 50 draws", float(unique.mean()), "ids"),
@@ -152,21 +127,27 @@ def measure(teacher: Teacher, work: Path, repeats: int) -> list[dict[str, Any]]:
     for name, case in ours.items():
         table.append(row(f"{name}: size", case.bytes_a_row, "B/token", goals[name], at_most=True))
         if case.kind == "top_p_k":
-            kl, worst = case.errors()
+            kl, worst = errors(case.rows, case.stored())
             table.append(row(f"{name}: KL error, mean", kl, "nats", 1e-3, at_most=True))
             table.append(row(f"{name}: largest error of a log-probability", worst, "nats"))
         size = len(case.rows.entropy_T) / 1e3
         is_goal = name == "top-100, 8 bits"
         table.append(row(f"{name}: write", size / cpu[f"write {name}"], "ktoken/s", 200.0 if is_goal else None))
         table.append(row(f"{name}: read", size / cpu[f"read {name}"], "ktoken/s", 1000.0 if is_goal else None))
-    for name in ("naive", "Megatron"):
-        table.append(row(f"top-100, {name}: size", peers[name].bytes_a_row, "B/token"))
-        table.append(row(f"top-100, {name}: read", num_rows / 1e3 / cpu[f"read {name}"], "ktoken/s"))
-        ratio = peers[name].bytes_a_row / ours["top-100, 8 bits"].bytes_a_row
-        table.append(row(f"top-100: size of {name} over ours", ratio, "x"))
+    table.append(row("top-100, Megatron, not compressed: size", peers["Megatron"].raw_bytes_a_row, "B/token"))
+    table.append(row("128 ids, Megatron, not compressed, bit 17 packed: size", 128 * (2 + 2 + 1 / 8), "B/token"))
+    for name, peer in peers.items():
+        title = name if name in kit else f"top-100, {name}"
+        table.append(row(f"{title}: size", peer.bytes_a_row, "B/token"))
+        if name in kit:
+            table.append(row(f"{title}: KL error, mean", errors(kit[name][0], peer.read())[0], "nats"))
+        table.append(row(f"{title}: read", num_rows / 1e3 / cpu[f"read {name}"], "ktoken/s"))
+        beside = "top-p 0.95, k 50" if "50 ids" in name else "top-100, 8 bits"
+        table.append(row(f"{title}: size over ours of {beside}", peer.bytes_a_row / ours[beside].bytes_a_row, "x"))
     table.append(row("50 draws, RS-KD: size", 3 * float(unique.mean()), "B/token"))
     table.append(row("50 draws: size of RS-KD over ours", 3 * float(unique.mean()) / ours["50 draws"].bytes_a_row, "x"))
-    table.append(row("top-100, bound: copy of the arrays", num_rows / 1e3 / cpu["read bound"], "ktoken/s"))
+    table.append(row("top-100, bound: copy of the arrays", num_rows / 1e3 / cpu["arrays"], "ktoken/s"))
+    table.append(row("top-100, bound: copy of the store's bytes", num_rows / 1e3 / cpu["bytes"], "ktoken/s"))
     return table
 
 
@@ -182,16 +163,17 @@ class Ours:
 
     def __init__(self, case: Case, teacher: Teacher, folder: Path) -> None:
         self.kind, self.rows, self._folder = case.kind, case.rows, folder
-        samples = -(-case.rows.num_rows // SEQ_LENGTH)
-        self._inputs = teacher.input_ids[: samples * SEQ_LENGTH].reshape(samples, SEQ_LENGTH)
-        self._ranks = frequency_ranks(teacher.counts)
+        self._length = teacher.seq_length
+        samples = -(-case.rows.num_rows // self._length)
+        self._inputs = teacher.input_ids_T[: samples * self._length].reshape(samples, self._length)
+        self._ranks = frequency_ranks(teacher.counts_V)
         self._spec = StoreSpec(
             kind=case.kind,
             value_bits=case.value_bits,
             draws=DRAWS if case.kind == "samples" else 0,
-            vocab_size=len(teacher.counts),
+            vocab_size=len(teacher.counts_V),
             packing="concat",
-            seq_length=SEQ_LENGTH,
+            seq_length=self._length,
             num_samples=samples,
             shard_samples=samples,
             parents={"dataset": "bench", "model": "bench"},
@@ -200,12 +182,13 @@ class Ours:
         self._store = LogitsStore(folder)
         record = self._store.manifest.parameters["shards"][0]
         self.bytes_a_row = (record[1] + record[2]) / self.rows.num_rows
+        first = shard_path(folder, 0)
+        self._files = [path for path in first.parent.iterdir() if path != first]
 
     def write(self) -> None:
         writer = write_shard(self._folder, self._spec, self._ranks, 0)
         for sample in range(self._spec.num_samples):
-            part = slice(sample * SEQ_LENGTH, (sample + 1) * SEQ_LENGTH)
-            own = rows_at(self.rows, part)
+            own = rows_at(self.rows, slice(sample * self._length, (sample + 1) * self._length))
             writer.add(sample, self._inputs[sample][: own.num_rows], own)
         writer.commit()
         finish_store(self._folder, self._spec, self._ranks)
@@ -215,78 +198,37 @@ class Ours:
         for at in range(0, len(order), BATCH):
             self._store.read_batch(order[at : at + BATCH], self._inputs[order[at : at + BATCH]])
 
-    def errors(self) -> tuple[float, float]:
-        """Mean KL error and the largest error of a value."""
-        kl, worst = [], 0.0
-        for sample in range(self._spec.num_samples):
-            own = rows_at(self.rows, slice(sample * SEQ_LENGTH, (sample + 1) * SEQ_LENGTH))
-            found = self._store.read(sample, self._inputs[sample])
-            assert found is not None
-            x, y = by_id(own), by_id(found)
-            listed = x > -np.inf
-            p, q = np.exp(x), np.exp(y)
-            difference = np.where(listed, x, 0) - np.where(listed, y, 0)
-            tail_p, tail_q = (np.maximum(1 - mass.sum(1), 1e-12) for mass in (p, q))
-            kl.append((p * difference).sum(1) + tail_p * np.log(tail_p / tail_q))
-            worst = max(worst, float(np.abs(difference).max()))
-        return float(np.concatenate(kl).mean()), worst
+    def stored(self) -> Rows:
+        """All rows as they come back."""
+        ids = np.arange(self._spec.num_samples)
+        found = self._store.read_batch(ids, self._inputs)
+        flat = (array.reshape(self._inputs.size, -1) for array in (found.ids_BSK, found.log_probs_BSK))
+        return rows_at(Rows(*flat, found.entropy_BS.ravel()), slice(0, self.rows.num_rows))
+
+    def copy_bytes(self) -> object:
+        """What reading cannot do without: the shard's bytes out of the memory map, in order."""
+        return [np.array(np.memmap(path, np.uint8, "r")) for path in self._files]
 
 
-class Naive:
-    def __init__(self, rows: Rows) -> None:
-        self._shape = rows.ids_TK.shape
-        self._values, self._ids = rows.log_probs_TK.astype(np.float16).tobytes(), rows.ids_TK.astype("<i4").tobytes()
-        self.bytes_a_row = (len(self._values) + len(self._ids)) / rows.num_rows
-
-    def read(self) -> object:
-        values = np.frombuffer(self._values, np.float16).reshape(self._shape).astype(np.float32)
-        return values, np.frombuffer(self._ids, "<i4").reshape(self._shape).astype(np.int64)
-
-
-class Megatron:
-    def __init__(self, rows: Rows) -> None:
-        self._files = []
-        for at in range(0, rows.num_rows, SEQ_LENGTH):
-            part = rows_at(rows, slice(at, at + SEQ_LENGTH))
-            columns = (part.log_probs_TK.astype(np.float16), part.ids_TK.astype(np.uint16), part.ids_TK > 0xFFFF)
-            self._files.append(zstandard.compress(b"".join(column.tobytes() for column in columns), 3))
-        self.bytes_a_row = sum(map(len, self._files)) / rows.num_rows
-
-    def read(self) -> object:
-        for file in self._files:
-            raw = zstandard.decompress(file)
-            size = len(raw) // 5
-            values = np.frombuffer(raw, np.float16, size).astype(np.float32)
-            ids = np.frombuffer(raw, np.uint16, size, 2 * size).astype(np.int64)
-            ids |= np.frombuffer(raw, np.bool_, size, 4 * size).astype(np.int64) << 16
-        return values, ids
+def errors(exact: Rows, stored: Rows) -> tuple[float, float]:
+    """Mean KL error and the largest error of a value."""
+    kl, worst = [], 0.0
+    for at in range(0, exact.num_rows, 1024):
+        part = slice(at, at + 1024)
+        x, y = by_id(rows_at(exact, part)), by_id(rows_at(stored, part))
+        width = max(x.shape[1], y.shape[1])
+        x, y = (np.pad(z, ((0, 0), (0, width - z.shape[1])), constant_values=-np.inf) for z in (x, y))
+        listed = x > -np.inf
+        p, q = np.exp(x), np.exp(y)
+        difference = np.where(listed, x, 0) - np.where(listed, y, 0)
+        tail_p, tail_q = (np.maximum(1 - mass.sum(1), 1e-12) for mass in (p, q))
+        kl.append((p * difference).sum(1) + tail_p * np.log(tail_p / tail_q))
+        worst = max(worst, float(np.abs(difference).max()))
+    return float(np.concatenate(kl).mean()), worst
 
 
-class Copy:
-    bytes_a_row = float("nan")
-
-    def __init__(self, rows: Rows) -> None:
-        self._from = rows.ids_TK, rows.log_probs_TK
-        self._to = np.empty_like(rows.ids_TK), np.empty_like(rows.log_probs_TK)
-
-    def read(self) -> object:
-        for source, target in zip(self._from, self._to):
-            np.copyto(target, source)
-        return self._to
-
-
-def count(draws: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Ids ``[T, K]`` and how often each was drawn."""
-    found = [np.unique(row, return_counts=True) for row in draws]
-    width = max(len(ids) for ids, _ in found)
-    ids, counts = np.zeros((len(draws), width), np.int64), np.zeros((len(draws), width), np.int32)
-    for row, (own, times) in enumerate(found):
-        ids[row, : len(own)], counts[row, : len(own)] = own, times
-    return ids, counts
-
-
-def rows_at(rows: Rows, at: Any) -> Rows:
-    return Rows(rows.ids_TK[at], rows.log_probs_TK[at], rows.entropy_T[at])
+def first_ids(rows: Rows, number: int) -> Rows:
+    return Rows(rows.ids_TK[:, :number], rows.log_probs_TK[:, :number], rows.entropy_T)
 
 
 def by_id(rows: Rows) -> NDArray[np.float64]:
