@@ -44,7 +44,7 @@ class Sweep:
         100, "batches of held-out text a student is evaluated on; 100 are all of it, of fewer each seed takes others"
     )
     teacher: Path | None = option(
-        None, "a trained teacher with the demo's tokenizer (default: train one as the demo's, in OUTPUT)", common=True
+        None, "a trained teacher with the demo's tokenizer (default: train one, of the demo's shape, in OUTPUT)", common=True
     )
     output: Path = option(Path("demo-out"), "folder; its text is shared with the demo", common=True)
 
@@ -117,7 +117,7 @@ def report(sweep: Sweep) -> None:
 
 
 def train_teacher(sweep: Sweep) -> None:
-    """As the demo trains its own for 400 steps of students."""
+    """The demo's, on more text and for longer."""
     words: list[Word] = ["--config", HERE.parent / "demo" / "teacher.yaml", "--data-path", sweep.dataset]
     words += ["--valid-data-path", sweep.output / "text" / "held-out_text_document", "--save", sweep.teacher_run]
     words += ["--train-iters", 500, "--lr-warmup-iters", 40, "--lr-wsd-decay-iters", 200]
