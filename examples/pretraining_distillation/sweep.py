@@ -44,7 +44,9 @@ class Sweep:
         100, "batches of held-out text a student is evaluated on; 100 are all of it, of fewer each seed takes others"
     )
     teacher: Path | None = option(
-        None, "a trained teacher with the demo's tokenizer (default: train one, of the demo's shape, in OUTPUT)", common=True
+        None,
+        "a trained teacher with the demo's tokenizer (default: train one, of the demo's shape, in OUTPUT)",
+        common=True,
     )
     output: Path = option(Path("demo-out"), "folder; its text is shared with the demo", common=True)
 
