@@ -46,7 +46,7 @@ class SparseTargets:
     kind: what that mass is.
         ``top_p_k``: probabilities under the whole softmax; what is not listed is the tail, ``1 - sum``.
         ``samples``: shares ``count / N`` of N draws, an unbiased estimate that sums to 1 (Sparse Logit Sampling,
-        arXiv 2503.16870).
+        arXiv 2503.16870); of draws from another distribution q, ``count / N · p / q``, which sums to 1 on average.
         ``renormalised_samples``: probabilities of the ids that were drawn, renormalised to 1 (Gemma 3).
     entropy_T: ``[T]`` fp32, the entropy in nats of the whole distribution, if it is known.
     has_targets_T: ``[T]`` bool, the tokens about which anything is said; None where that is all of them. The slots of

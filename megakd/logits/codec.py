@@ -5,6 +5,7 @@ Axes: ``T`` token positions of a sample, ``K`` slots for ids, ``V`` the vocabula
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ mass is above 1.4e-10."""
 ROWS_FOR_CODES = 65536
 """A shard's codes are made for so many of its first rows, which are held in memory until then."""
 MAX_ENTROPY = 65535 * ENTROPY_STEP
+WEIGHT_UNIT = 64.0
+"""The mass of weighted draws is stored in this unit: by chance it may be above 1, of an id and of a row."""
 
 READ_AHEAD = _csrc.ROW_READ_AHEAD
 CODE_LENGTHS = _csrc.ROW_CODE_LENGTHS
@@ -40,11 +43,14 @@ class RowFormat:
     value_bits: of a log-probability. 8: the nearest of 129 levels, which are equal steps of p^(1/8), entropy-coded to
         about 5 bits. 16: the level, and one of 256 places inside it. 32: the float itself. No matter for ``samples``.
     draws: how many samples were drawn for a row; for ``samples`` only, whose counts are exact.
+    weighted: of ``samples``: the draws are of another distribution than the teacher's, and each id carries its share of
+        them times a weight, a log-probability of ``value_bits``, instead of a count.
     """
 
     kind: SparseKind
     value_bits: ValueBits = 8
     draws: int = 0
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("top_p_k", "samples", "renormalised_samples"):
@@ -57,9 +63,19 @@ class RowFormat:
     @property
     def value(self) -> Literal["8", "16", "32", "count"]:
         """The name of what an id carries, for the native codec."""
-        if self.kind == "samples":
+        if self.kind == "samples" and not self.weighted:
             return "count"
         return "8" if self.value_bits == 8 else "16" if self.value_bits == 16 else "32"
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether a row says how much mass its ids have together."""
+        return self.kind == "top_p_k" or self.weighted
+
+    @property
+    def log_unit(self) -> float:
+        """Of stored masses, in nats."""
+        return math.log(WEIGHT_UNIT) if self.weighted else 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ class RowEncoder:
         self._native = _csrc.RowEncoder(
             np.ascontiguousarray(ranks, np.int32),
             value=row_format.value,
-            has_tail=row_format.kind == "top_p_k",
+            has_tail=row_format.has_tail,
             draws=row_format.draws,
             rows_for_codes=rows_for_codes,
         )
@@ -167,10 +183,10 @@ class RowEncoder:
             self._native.add(None, None, None)
             return
         values: NDArray[Any]
-        if self.row_format.kind == "samples":
+        if self.row_format.value == "count":
             values = rows.counts(self.row_format.draws)
         else:
-            values = np.ascontiguousarray(rows.log_probs_TK, np.float32)
+            values = np.ascontiguousarray(rows.log_probs_TK - np.float32(self.row_format.log_unit), np.float32)
         ids, entropies = np.ascontiguousarray(rows.ids_TK, np.int64), np.ascontiguousarray(rows.entropy_T, np.float32)
         try:
             self._native.add(ids, values, entropies)
@@ -191,12 +207,12 @@ class RowDecoder:
     """
 
     def __init__(self, row_format: RowFormat, ids_of_ranks: NDArray[np.int32], code_lengths: NDArray[np.uint8]) -> None:
-        self._vocab_size = len(ids_of_ranks)
+        self._vocab_size, self._log_unit = len(ids_of_ranks), np.float32(row_format.log_unit)
         try:
             self._native = _csrc.RowDecoder(
                 ids_of_ranks,
                 value=row_format.value,
-                has_tail=row_format.kind == "top_p_k",
+                has_tail=row_format.has_tail,
                 draws=row_format.draws,
                 lengths=np.ascontiguousarray(code_lengths, np.uint8),
             )
@@ -232,6 +248,8 @@ class RowDecoder:
         wrong = self._native.decode(record, out.ids_TK, out.log_probs_TK, out.entropy_T)
         if wrong >= 0:
             raise CorruptError(f"row {wrong} is not what was written")
+        if self._log_unit:
+            out.log_probs_TK[...] += self._log_unit
 
 
 def empty_rows(shape: tuple[int, ...], width: int) -> Rows:

@@ -46,6 +46,23 @@ def sampled_counts(drawn_ids_TN: Tensor, entropy_T: Tensor) -> Rows:
     return Rows.from_counts(ids, counts, _array(entropy_T).astype(np.float32), draws=drawn.shape[1])
 
 
+def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN: Tensor, entropy_T: Tensor) -> Rows:
+    """Draws from another distribution q than the teacher's p: each id carries count/N · p/q (arXiv 2503.16870), so that
+    its mass is p on average; a row sums to 1 on average only. Rows of the kind ``samples``.
+
+    log_probs_TN, log_proposal_TN: of the drawn ids under p and q.
+    """
+    drawn = _array(drawn_ids_TN)
+    ids, counts, slots = _runs(drawn)
+    order = _order(drawn)
+    weights = _array(log_probs_TN).astype(np.float64) - _array(log_proposal_TN).astype(np.float64)
+    log_weights = np.zeros(counts.shape)
+    np.put_along_axis(log_weights, slots, np.take_along_axis(weights, order, 1), 1)
+    with np.errstate(divide="ignore"):
+        shares = np.log(counts / drawn.shape[1]) + log_weights
+    return Rows(ids, shares.astype(np.float32), _array(entropy_T).astype(np.float32))
+
+
 def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: Tensor) -> Rows:
     """The ids that were drawn, each once, with their probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786).
 
@@ -58,19 +75,6 @@ def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: 
     largest = log_probs.max(1, keepdims=True)
     log_probs -= largest + np.log(np.exp(log_probs - largest).sum(1, keepdims=True))
     return Rows(ids, log_probs.astype(np.float32), _array(entropy_T).astype(np.float32))
-
-
-def refuse_proposal(temperature: float) -> None:
-    """Raise UsageError for a proposal other than the teacher's own distribution.
-
-    Draws from softmax(z / τ) with τ other than 1 are unbiased only with the weights p/q beside the counts; a row of
-    counts has no room for them, and left out they would make it a tempered teacher without a word.
-    """
-    if temperature != 1.0:
-        raise UsageError(
-            f"proposal temperature {temperature}: expected 1. Counts are stored without importance weights; temper the "
-            "teacher in the loss instead (--kd-temperature, with kind top_p_k)"
-        )
 
 
 def uniform_numbers(

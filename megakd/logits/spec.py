@@ -32,7 +32,7 @@ class StoreSpec:
 
     kind, value_bits, draws: see ``codec.RowFormat``.
     top_k, top_p: how a row was cut (``sparsify``); 0 and 1.0 where it was not.
-    seed: of the draws.
+    seed: of the draws. proposal_exponent: of ``samples``: the power of the teacher's probabilities they come from.
     vocab_size: ids of the teacher's distribution, padding left out.
     packing, seq_length, num_samples: of the dataset. shard_samples: how many samples a shard's range has.
     parents: fingerprints of ``dataset`` and ``model``. tokenizer: the manifest's.
@@ -52,6 +52,7 @@ class StoreSpec:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    proposal_exponent: float = 1.0
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +64,14 @@ class StoreSpec:
 
     @staticmethod
     def rows(
-        kind: SparseKind, *, value_bits: str, draws: int | None, top_k: int, top_p: float, seed: int
+        kind: SparseKind,
+        *,
+        value_bits: str,
+        draws: int | None,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        proposal_exponent: float = 1.0,
     ) -> dict[str, Any]:
         """The fields that say what a row is, from settings of which some mean nothing for the kind.
 
@@ -72,16 +80,17 @@ class StoreSpec:
         best = kind == "top_p_k"
         return {
             "kind": kind,
-            "value_bits": bits_of(kind, value_bits),
+            "value_bits": bits_of(kind, value_bits, weighted=proposal_exponent != 1),
             "draws": DEFAULT_DRAWS[kind] if draws is None else draws,
             "top_k": top_k if best else 0,
             "top_p": top_p if best else 1.0,
             "seed": 0 if best else seed,
+            "proposal_exponent": proposal_exponent,
         }
 
     @property
     def row_format(self) -> RowFormat:
-        return RowFormat(self.kind, self.value_bits, self.draws)
+        return RowFormat(self.kind, self.value_bits, self.draws, weighted=self.proposal_exponent != 1)
 
     @property
     def num_shards(self) -> int:
@@ -111,10 +120,10 @@ class StoreSpec:
         return StoreSpec(**given, parents=manifest.parents, tokenizer=manifest.tokenizer)
 
 
-def bits_of(kind: SparseKind, flag: str) -> ValueBits:
+def bits_of(kind: SparseKind, flag: str, *, weighted: bool = False) -> ValueBits:
     """Of a stored log-probability, from a flag's "8", "16" or "32"; counts have none, and 8 stands there."""
     bits: dict[str, ValueBits] = {"8": 8, "16": 16, "32": 32}
-    return 8 if kind == "samples" else bits[flag]
+    return 8 if kind == "samples" and not weighted else bits[flag]
 
 
 def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:

@@ -35,7 +35,8 @@ class HeadReading:
     log_z_T: log-sum-exp of the logits, always.
     log_prob_T: of ``ids_T``; 0 where the id is none of the vocabulary. entropy_T: of the softmax.
     top_ids_TK, top_log_probs_TK: the K best ids, best first; where logits tie, the smaller id first.
-    sample_ids_TN, sample_log_probs_TN: one draw from the softmax for each uniform number, and its log-probability.
+    sample_ids_TN, sample_log_probs_TN: one draw for each uniform number, and its log-probability under the softmax.
+    sample_log_proposal_TN: the same under the distribution it was drawn from.
     """
 
     log_z_T: Tensor
@@ -45,6 +46,7 @@ class HeadReading:
     top_log_probs_TK: Tensor | None = None
     sample_ids_TN: Tensor | None = None
     sample_log_probs_TN: Tensor | None = None
+    sample_log_proposal_TN: Tensor | None = None
 
 
 @torch.no_grad()
@@ -57,6 +59,7 @@ def read_head(
     entropy: bool = False,
     top_k: int = 0,
     uniforms_TN: Tensor | None = None,
+    proposal_exponent: float = 1.0,
     implementation: Implementation = "auto",
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> HeadReading:
@@ -67,6 +70,7 @@ def read_head(
     top_k: how many of the best ids, at most the vocabulary.
     uniforms_TN: float64 in [0, 1), the same on every rank; a draw is the first id, in their order, at which the
         cumulative probability exceeds the number. So draws depend on the numbers and the distribution alone.
+    proposal_exponent: draws come from softmax(exponent · z), in proportion to this power of the probabilities.
 
     One all-gather a chunk for log-probabilities and entropies; one more for best ids; for samples one more, and two
     all-reduces.
@@ -94,7 +98,9 @@ def read_head(
         labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows].long()
         uniforms_RN = None if uniforms_TN is None else uniforms_TN[rows]
         made_Rv = logits.logits(rows, buffer)
-        chunks.append(_read_chunk(made_Rv, labels_R, entropy, top_k, uniforms_RN, shard, implementation))
+        chunks.append(
+            _read_chunk(made_Rv, labels_R, entropy, top_k, uniforms_RN, proposal_exponent, shard, implementation)
+        )
     parts = {field.name: [getattr(chunk, field.name) for chunk in chunks] for field in fields(HeadReading)}
     joined: dict[str, Any] = {name: None if found[0] is None else torch.cat(found) for name, found in parts.items()}
     whole = HeadReading(**joined)
@@ -107,6 +113,7 @@ def _read_chunk(
     entropy: bool,
     top_k: int,
     uniforms_RN: Tensor | None,
+    proposal_exponent: float,
     shard: VocabShard,
     implementation: Implementation,
 ) -> HeadReading:
@@ -121,11 +128,14 @@ def _read_chunk(
     if top_k:
         top_ids_RK, top_logits_RK = _best(valid_Rv, top_k, shard)
         top_RK = (top_logits_RK.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
-    sample_ids_RN = sampled_RN = None
+    sample_ids_RN = sampled_RN = proposal_RN = None
     if uniforms_RN is not None:
-        sample_ids_RN = _draw(valid_Rv, rows, uniforms_RN, shard)
-        logits_RN = _logits_of(sample_ids_RN, valid_Rv, shard)
-        sampled_RN = (logits_RN.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
+        sample_ids_RN, proposal_sum_R = _draw(valid_Rv, rows, uniforms_RN, proposal_exponent, shard)
+        below_best_RN = _logits_of(sample_ids_RN, valid_Rv, shard).to(log_z_R.dtype) - column(rows["lm_max"])
+        sampled_RN = below_best_RN - column(log_sum_R)
+        proposal_RN = sampled_RN
+        if proposal_exponent != 1:
+            proposal_RN = proposal_exponent * below_best_RN - column(proposal_sum_R.log().to(log_z_R.dtype))
     return HeadReading(
         log_z_R,
         log_prob_R,
@@ -134,6 +144,7 @@ def _read_chunk(
         top_RK,
         sample_ids_RN,
         sampled_RN,
+        proposal_RN,
     )
 
 
@@ -200,15 +211,20 @@ def _top_among_many_ties(values_Rv: Tensor, edge_R1: Tensor, k: int) -> tuple[Te
     return values_RK, columns_RK.gather(1, order_RK)
 
 
-def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: VocabShard) -> Tensor:
-    """One id for each uniform number, by the inverse of the cumulative distribution, which is summed in float64."""
+def _draw(
+    valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, exponent: float, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """``[R, N]``: one id for each uniform number, by the inverse of the cumulative distribution, which is summed in
+    float64. ``[R]``: that sum, of exp(exponent · (logit - the best one))."""
     lm_max_R = pivot(rows["lm_max"]).to(torch.promote_types(valid_Rv.dtype, torch.float32))
-    mass_Rv = (valid_Rv - column(lm_max_R)).exp_()
+    mass_Rv = valid_Rv - column(lm_max_R)
+    mass_Rv = (mass_Rv if exponent == 1 else mass_Rv.mul_(exponent)).exp_()
     cumulative_Rv = mass_Rv.cumsum(1, dtype=torch.float64)
     own_R = cumulative_Rv[:, -1] if shard.num_valid else mass_Rv.sum(1, dtype=torch.float64)
     sums_Rn = _gather_columns(column(own_R), shard)
     before_R = sums_Rn[:, : shard.start // shard.num_rows].sum(1)
-    thresholds_RN = uniforms_RN.double() * column(sums_Rn.sum(1)) - column(before_R)
+    total_R = sums_Rn.sum(1)
+    thresholds_RN = uniforms_RN.double() * column(total_R) - column(before_R)
     mine_RN = (thresholds_RN >= 0) & (thresholds_RN < column(own_R))
     if shard.world_size == 1:
         mine_RN = torch.ones_like(mine_RN)
@@ -219,11 +235,11 @@ def _draw(valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, shard: Voc
         columns_RN = torch.minimum(columns_RN, last_R1)
     ids_RN = columns_RN + shard.start
     if shard.world_size == 1:
-        return ids_RN
+        return ids_RN, total_R
     # slices answer for disjoint intervals; a number that rounding leaves to none of them is the last id's
     answers_RN = torch.where(mine_RN, ids_RN, shard.vocab_size)
     dist.all_reduce(answers_RN, op=dist.ReduceOp.MIN, group=shard.group)
-    return answers_RN.clamp(max=shard.vocab_size - 1)
+    return answers_RN.clamp(max=shard.vocab_size - 1), total_R
 
 
 def _logits_of(ids_RN: Tensor, valid_Rv: Tensor, shard: VocabShard) -> Tensor:

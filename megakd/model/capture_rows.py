@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.logits.codec import Rows
-from megakd.logits.sparsify import renormalised_samples, sampled_counts, top_p_k, uniform_numbers
+from megakd.logits.sparsify import (
+    renormalised_samples,
+    sampled_counts,
+    top_p_k,
+    uniform_numbers,
+    weighted_samples,
+)
 from megakd.logits.spec import StoreSpec
 from megakd.losses.implementations import Implementation
 from megakd.losses.read import HeadReading, read_head
@@ -44,6 +50,7 @@ class RowReader:
             entropy=True,
             top_k=self._spec.top_k,
             uniforms_TN=uniforms_TN,
+            proposal_exponent=self._spec.proposal_exponent,
             implementation=self._implementation,
             chunk_bytes=self._chunk_bytes,
         )
@@ -55,6 +62,10 @@ class RowReader:
             assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
             return top_p_k(reading.top_ids_TK, reading.top_log_probs_TK, reading.entropy_T, top_p=self._spec.top_p)
         assert reading.sample_ids_TN is not None and reading.sample_log_probs_TN is not None
+        if self._spec.row_format.weighted:
+            assert reading.sample_log_proposal_TN is not None
+            drawn = reading.sample_ids_TN, reading.sample_log_probs_TN, reading.sample_log_proposal_TN
+            return weighted_samples(*drawn, reading.entropy_T)
         if self._spec.kind == "samples":
             return sampled_counts(reading.sample_ids_TN, reading.entropy_T)
         return renormalised_samples(reading.sample_ids_TN, reading.sample_log_probs_TN, reading.entropy_T)

@@ -63,6 +63,11 @@ class CaptureConfig(RangeRunConfig):
     draws: int | None = option(
         None, "of samples and renormalised_samples: draws of a row (default: 50, and 256 as Gemma 3)", common=True
     )
+    proposal_exponent: float = option(
+        1.0,
+        "of samples: draw from the teacher's probabilities to this power, renormalised: at temperature 1/power. Each "
+        "id then carries its share times p/q, which is unbiased too (arXiv 2503.16870: as good from 0.8 to 1.2)",
+    )
     seed: int = option(1234, "of the draws, which depend on it, the dataset and the token position alone", common=True)
     value_bits: Literal["8", "16", "32"] | None = option(
         None,
@@ -94,11 +99,18 @@ class CaptureConfig(RangeRunConfig):
         for name, kinds in (
             ("top_k", ["top_p_k"]),
             ("top_p", ["top_p_k"]),
-            ("value_bits", ["top_p_k", "renormalised_samples"]),
+            ("value_bits", ["top_p_k", "renormalised_samples", *(["samples"] if self.proposal_exponent != 1 else [])]),
         ):
             if getattr(self, name) is not None and self.kind not in kinds:
                 flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise UsageError(f"{flag} is for --kind {' or '.join(kinds)}; {self.kind} has no use for it")
+        if self.proposal_exponent != 1 and self.kind != "samples":
+            raise UsageError(f"--proposal-exponent {self.proposal_exponent} is for --kind samples; here: {self.kind}")
+        if not 0.5 <= self.proposal_exponent <= 1.5:
+            raise UsageError(
+                f"--proposal-exponent is {self.proposal_exponent}; expected 0.5 to 1.5: beyond, few draws carry most "
+                "of the weight"
+            )
         if self.shard_samples < 0:
             raise UsageError(f"--shard-samples is {self.shard_samples}; expected 0 or more")
 
@@ -111,7 +123,13 @@ class CaptureConfig(RangeRunConfig):
         """The fields of a StoreSpec that say what a row is."""
         top_k, top_p = self.cut
         return StoreSpec.rows(
-            self.kind, value_bits=self.value_bits or "8", draws=self.draws, top_k=top_k, top_p=top_p, seed=self.seed
+            self.kind,
+            value_bits=self.value_bits or "8",
+            draws=self.draws,
+            top_k=top_k,
+            top_p=top_p,
+            seed=self.seed,
+            proposal_exponent=self.proposal_exponent,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from megakd.logits.codec import (
     RowEncoder,
     RowFormat,
     Rows,
+    ValueBits,
     frequency_ranks,
     identity_ranks,
     invert,
@@ -89,6 +92,21 @@ def test_round_trip(vocab_size: int, ranks_of) -> None:
     for bits, row_format in ((8, TOP_P_K), (16, FINE)):
         check_values(rows, round_trip(row_format, ranks, rows), bits)
     assert as_dicts(round_trip(FLOATS, ranks, rows)) == as_dicts(rows)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_weighted_draws_may_weigh_more_than_one(bits: ValueBits) -> None:
+    rows = random_rows(251, 40, 251, 60)
+    heavy = replace(rows, log_probs_TK=rows.log_probs_TK + np.linspace(-2, 4, 40, dtype=np.float32)[:, None])
+    assert mass(heavy).max() > 30
+    found = round_trip(RowFormat("samples", bits, draws=50, weighted=True), random_ranks(251), heavy)
+    tolerance = {8: 0.2, 16: 2e-3, 32: 1e-5}[bits]  # of an id that has a thousandth of the mass
+    for before, after in zip(as_dicts(heavy), as_dicts(found)):
+        assert before.keys() == after.keys()
+        for token, value in before.items():
+            if value > np.log(1e-3):
+                assert abs(after[token] - value) < tolerance
+    np.testing.assert_allclose(mass(found), mass(heavy), rtol=TAIL_STEP)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)

@@ -10,7 +10,13 @@ import torch
 from logits.rows import as_dicts
 
 from megakd.errors import UsageError
-from megakd.logits.sparsify import refuse_proposal, renormalised_samples, sampled_counts, top_p_k, uniform_numbers
+from megakd.logits.sparsify import (
+    renormalised_samples,
+    sampled_counts,
+    top_p_k,
+    uniform_numbers,
+    weighted_samples,
+)
 
 
 def teacher(rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -104,7 +110,17 @@ def test_numbers_are_uniform_and_independent() -> None:
     assert np.abs(correlations - np.eye(16)).max() < 5 / np.sqrt(20000)
 
 
-def test_another_proposal_is_refused() -> None:
-    refuse_proposal(1.0)
-    with pytest.raises(UsageError, match="proposal temperature 0.8: expected 1.*importance weights"):
-        refuse_proposal(0.8)
+@pytest.mark.parametrize("exponent", [0.5, 0.8, 1.2])
+def test_weighted_draws_are_unbiased(exponent: float) -> None:
+    log_probs_V = teacher(3, 11)[1].double()
+    log_proposal_V = (exponent * log_probs_V).log_softmax(0)
+    numbers_TN = torch.from_numpy(uniform_numbers(np.arange(4000), 50, seed=1, dataset="d"))
+    drawn_TN = torch.searchsorted(log_proposal_V.exp().cumsum(0), numbers_TN, right=True).clamp(max=10)
+    rows = weighted_samples(drawn_TN, log_probs_V[drawn_TN], log_proposal_V[drawn_TN], torch.zeros(4000))
+    weights_V = (log_probs_V - log_proposal_V).exp()
+    for found, drawn_N in zip(as_dicts(rows)[:100], drawn_TN):
+        expected = {token: np.log(n / 50 * float(weights_V[token])) for token, n in Counter(drawn_N.tolist()).items()}
+        assert found == pytest.approx(expected, abs=1e-5)
+    shares_V = np.bincount(rows.ids_TK.ravel(), np.exp(rows.log_probs_TK.astype(np.float64)).ravel(), 11) / 4000
+    error_V = (log_probs_V.exp() * weights_V / (4000 * 50)).sqrt().numpy()
+    assert (np.abs(shares_V - log_probs_V.exp().numpy()) < 5 * error_V).all()

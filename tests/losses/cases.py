@@ -72,7 +72,10 @@ def sparse_targets(kind: str, teacher_TV: Tensor, seed: int = 0) -> SparseTarget
     if kind == "samples":
         counts_TK = torch.randint(0, 4, ids_TK.shape, generator=generator)
         counts_TK[:, 0] += 1
-        return SparseTargets.from_counts(ids_TK, counts_TK)
+        targets = SparseTargets.from_counts(ids_TK, counts_TK)
+        # weighted draws sum to 1 on average only
+        factors_T = torch.linspace(0.5, 2, len(ids_TK)).where(torch.arange(len(ids_TK)) % 2 == 0, 1.0)
+        return replace(targets, log_probs_TK=targets.log_probs_TK + factors_T.log().unsqueeze(1))
     if kind == "renormalised_samples":
         return SparseTargets(ids_TK, log_p_TK.log_softmax(-1).float(), "renormalised_samples")
     log_p_TK[len(log_p_TK) // 2 :, 6:] = -torch.inf

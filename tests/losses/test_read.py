@@ -17,7 +17,12 @@ from megakd.losses.vocab_parallel import VocabShard
 
 
 def _read(
-    problem: Problem, ids_T: Tensor | None, top_k: int, uniforms_TN: Tensor | None, implementation: str = "auto"
+    problem: Problem,
+    ids_T: Tensor | None,
+    top_k: int,
+    uniforms_TN: Tensor | None,
+    implementation: str = "auto",
+    proposal_exponent: float = 1.0,
 ) -> HeadReading:
     size = dist.get_world_size() if dist.is_initialized() else 1
     num_rows = problem.weight_VH.shape[0] // size
@@ -30,6 +35,7 @@ def _read(
         entropy=True,
         top_k=top_k,
         uniforms_TN=uniforms_TN,
+        proposal_exponent=proposal_exponent,
         implementation=implementation,
         chunk_bytes=3 * num_rows * 8,
     )
@@ -62,6 +68,23 @@ def test_reading_equals_the_whole(
         drawn = torch.searchsorted(log_q.exp().cumsum(1), uniforms_TN, right=True)
         assert torch.equal(reading.sample_ids_TN, drawn)
         assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < tolerance
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.4])
+@pytest.mark.parametrize("padded_size", [256, 512])
+def test_draws_from_another_power_of_the_probabilities(
+    world: Worlds, size: int, exponent: float, padded_size: int
+) -> None:
+    problem = Problem.make(torch.float64, padded_size=padded_size)
+    log_q = (problem.hidden_TH @ problem.weight_VH[:251].t()).log_softmax(-1)
+    proposal = (exponent * log_q).log_softmax(-1)
+    uniforms_TN = torch.rand(7, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    drawn = torch.searchsorted(proposal.exp().cumsum(1), uniforms_TN, right=True)
+    for reading in world(size).run(_read, problem, None, 0, uniforms_TN, "auto", exponent):
+        assert torch.equal(reading.sample_ids_TN, drawn)
+        assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < 1e-12
+        assert relative_error(reading.sample_log_proposal_TN, proposal.gather(1, drawn)) < 1e-12
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

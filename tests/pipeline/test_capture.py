@@ -96,6 +96,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "top_p_k": {"top_k": 20, "top_p": 0.15, "value_bits": "16"},
     "samples": {"draws": 50},
     "renormalised_samples": {"draws": 30, "value_bits": "32"},
+    "weighted": {"kind": "samples", "draws": 40, "proposal_exponent": 0.7, "value_bits": "32"},
 }
 
 
@@ -152,6 +153,27 @@ def test_counts_of_draws_at_the_numbers_of_their_positions(made: dict[str, Any])
         wrong += bool((found != expected).any())
     assert wrong <= len(numbers) // 1000
     assert np.abs(entropies - entropy(made["log_probs"])).max() < 1e-3
+
+
+def test_draws_of_a_flatter_teacher_are_weighted(made: dict[str, Any]) -> None:
+    ids, log_probs, _ = rows_of(made, made["folder"] / "weighted")
+    numbers = uniform_numbers(np.arange(SAMPLES * SEQ), 40, seed=1234, dataset=IndexedDataset(made["data"]).fingerprint)
+    proposal = np.exp(0.7 * made["log_probs"].reshape(-1, VOCAB))
+    proposal /= proposal.sum(-1, keepdims=True)
+    weights = np.exp(made["log_probs"].reshape(-1, VOCAB)) / proposal
+    wrong = 0
+    for row, (own_ids, own) in enumerate(zip(ids.reshape(-1, ids.shape[-1]), log_probs.reshape(len(numbers), -1))):
+        drawn = np.searchsorted(proposal[row].cumsum(), numbers[row], side="right")
+        expected = np.bincount(drawn, minlength=VOCAB) / 40 * weights[row]
+        found = np.zeros(VOCAB)
+        found[own_ids[own > -np.inf]] = np.exp(own[own > -np.inf].astype(np.float64))
+        wrong += not np.allclose(found, expected, rtol=1e-4, atol=0)
+    assert wrong <= len(numbers) // 1000
+    # unbiased: the mean over all positions is the teacher's
+    mean, spread = np.zeros(VOCAB), np.zeros(VOCAB)
+    np.add.at(mean, ids.ravel(), np.exp(log_probs.astype(np.float64)).ravel() / len(numbers))
+    spread = np.sqrt((np.exp(made["log_probs"].reshape(-1, VOCAB)) * weights).sum(0) / 40) / len(numbers)
+    assert (np.abs(mean - np.exp(made["log_probs"]).mean((0, 1))) < 5 * spread).all()
 
 
 def test_drawn_ids_renormalised(made: dict[str, Any]) -> None:
@@ -246,11 +268,12 @@ def test_documents_have_a_row_for_each_label(made: dict[str, Any], world: Worlds
         assert rows is not None and rows.num_rows == len(dataset[sample]) - 1
 
 
+UNUSED = {"top_k": None, "top_p": None, "value_bits": None}
 FOREIGN: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "dataset": ({"data_path": "other"}, MismatchError),
     "tokenizer": ({"data_path": "foreign"}, MismatchError),
     "seq_length": ({"seq_length": 8}, MismatchError),
-    "kind": ({"kind": "samples", "top_k": None, "top_p": None, "value_bits": None}, MismatchError),
+    "kind": ({"kind": "samples", **UNUSED}, MismatchError),
     "unused": ({"kind": "samples"}, UsageError),
     "top_k": ({"top_k": 21}, MismatchError),
     "value_bits": ({"value_bits": "8"}, MismatchError),
@@ -258,6 +281,8 @@ FOREIGN: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "bf16": ({"bf16": True}, MismatchError),
     "vocabulary": ({"top_k": VOCAB + 1}, UsageError),
     "draws": ({"draws": 5}, UsageError),
+    "proposal": ({"proposal_exponent": 0.9}, UsageError),
+    "flat": ({**KINDS["samples"], "kind": "samples", **UNUSED, "proposal_exponent": 0.1}, UsageError),
     "top_p": ({"top_p": 0.0}, UsageError),
     "scores": ({"scores_output": "output"}, UsageError),
 }
