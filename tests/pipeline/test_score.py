@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,52 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.score_runs import make_config, run_score, run_some
 from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
 
-from megakd.config import from_dict, validate
 from megakd.data.indexed import IndexedDataset
 from megakd.data.indexed_writer import IndexedWriter
 from megakd.data.samples import ConcatSamples
 from megakd.data.scores import DTYPES, Scores, write_scores
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.score_plan import ScoreConfig, check_score
+from megakd.pipeline.score_plan import check_score
 
 SEQ = 16
 SAMPLES = 118  # of 1900 tokens: no multiple of the ranges' 13, nor these of the microbatches' 4
-
-
-def make_config(tree: dict[str, Any]) -> ScoreConfig:
-    config = from_dict(ScoreConfig, tree)
-    validate(config)
-    return config
-
-
-def run_score(tree: dict[str, Any], threads: int = 1) -> int:
-    """A whole run in a world; the exit status."""
-    from megakd.pipeline.score_run import score
-
-    torch.set_num_threads(threads)
-    config = make_config(tree)
-    try:
-        return int(score(config, check_score(config, int(os.environ["WORLD_SIZE"]))))
-    finally:
-        torch.set_num_threads(1)
-
-
-def run_some(tree: dict[str, Any], count: int) -> int:
-    """Some of the ranges, as a run that was killed leaves them; the number of those in the folder."""
-    from megakd.parallel import init_parallel
-    from megakd.pipeline.score_run import build_scorer
-
-    config = make_config(tree)
-    plan = check_score(config, 1)
-    scorer = build_scorer(config, plan, init_parallel(config.parallel(), seed=0))
-    for _ in range(count):
-        claim = plan.parts.claim()
-        assert claim is not None
-        plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), computed=scorer.computed)
-    return len(list((Path(tree["output"]) / "parts").glob("*.json")))
 
 
 def build_twin(load: str) -> Any:
@@ -130,7 +96,7 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     everything = {"per_token_log_probs": True, "per_token_entropy": True}
     assert world(1).run(run_score, make_score_tree(made, folder / "everything", **everything)) == [0]
     assert world(1).run(run_score, make_score_tree(made, folder / "whole")) == [0]
-    assert world(1).run(run_some, make_score_tree(made, folder / "unfinished"), 4) == [4]
+    assert world(1).run(run_some, make_score_tree(made, folder / "unfinished"), 4) == [4 * 13]
     return made
 
 

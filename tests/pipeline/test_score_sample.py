@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.score_runs import make_config, run_score, run_some
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
-from megakd.config import from_dict, validate
 from megakd.data.scores import Scores
 from megakd.errors import MismatchError, UsageError
 from megakd.pipeline.report import main as report
-from megakd.pipeline.score_plan import ScoreConfig, check_score
+from megakd.pipeline.score_plan import check_score
 from megakd.pipeline.score_sample import draw_sample
 from megakd.pipeline.select import main as select
 
 SEQ = 16
 FRACTION, SEED = 0.2, 7
-
-
-def make_config(tree: dict[str, Any]) -> ScoreConfig:
-    config = from_dict(ScoreConfig, tree)
-    validate(config)
-    return config
-
-
-def run_score(tree: dict[str, Any]) -> int:
-    from megakd.pipeline.score_run import score
-
-    config = make_config(tree)
-    return int(score(config, check_score(config, int(os.environ["WORLD_SIZE"]))))
-
-
-def run_some(tree: dict[str, Any], count: int) -> int:
-    """The first ranges, as a run that was killed leaves them."""
-    from megakd.parallel import init_parallel
-    from megakd.pipeline.score_run import build_scorer
-
-    config = make_config(tree)
-    plan = check_score(config, 1)
-    scorer = build_scorer(config, plan, init_parallel(config.parallel(), seed=0))
-    for _ in range(count):
-        claim = plan.parts.claim()
-        assert claim is not None
-        columns = scorer.make(*plan.parts.bounds(claim.index), ids=plan.parts.ids_of(claim.index))
-        plan.parts.commit(claim, columns, computed=scorer.computed)
-    return plan.parts.samples_done()
 
 
 @pytest.fixture(scope="module")

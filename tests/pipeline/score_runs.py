@@ -1,0 +1,45 @@
+"""Runs of ``megakd score`` inside a world of the tests, whole or as a killed one leaves them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from megakd.config import from_dict, validate
+from megakd.pipeline.score_plan import ScoreConfig, check_score
+
+
+def make_config(tree: dict[str, Any]) -> ScoreConfig:
+    config = from_dict(ScoreConfig, tree)
+    validate(config)
+    return config
+
+
+def run_score(tree: dict[str, Any], threads: int = 1) -> int:
+    """A whole run in a world; the exit status."""
+    from megakd.pipeline.score_run import score
+
+    torch.set_num_threads(threads)
+    config = make_config(tree)
+    try:
+        return int(score(config, check_score(config, int(os.environ["WORLD_SIZE"]))))
+    finally:
+        torch.set_num_threads(1)
+
+
+def run_some(tree: dict[str, Any], count: int) -> int:
+    """The first ranges, as a run that was killed leaves them; the number of samples that are in the folder then."""
+    from megakd.parallel import init_parallel
+    from megakd.pipeline.score_run import build_scorer
+
+    config = make_config(tree)
+    plan = check_score(config, 1)
+    scorer = build_scorer(config, plan, init_parallel(config.parallel(), seed=0))
+    for _ in range(count):
+        claim = plan.parts.claim()
+        assert claim is not None
+        columns = scorer.make(*plan.parts.bounds(claim.index), ids=plan.parts.ids_of(claim.index))
+        plan.parts.commit(claim, columns, computed=scorer.computed)
+    return plan.parts.samples_done()
