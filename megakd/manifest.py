@@ -105,10 +105,12 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(path: str | os.PathLike[str], *, format: str | None = None, version: int | None = None) -> Manifest:
+def read_manifest(
+    path: str | os.PathLike[str], *, format: str | None = None, version: int | None = None, check_files: bool = True
+) -> Manifest:
     """Read a manifest and check that every file it names is there with the recorded size (not the hashes).
 
-    format, version: what the caller can read; None takes any.
+    format, version: what the caller can read; None takes any. check_files: False: the manifest alone.
 
     Raises UsageError where there is no manifest, CorruptError for a damaged manifest or a missing, cut or foreign file,
     MismatchError for another format or an unknown version.
@@ -122,7 +124,7 @@ def read_manifest(path: str | os.PathLike[str], *, format: str | None = None, ve
             f"{path}: {manifest.format} format version {manifest.version}, this megakd ({__version__}) reads version "
             f"{version}; it was written by megakd {manifest.megakd_version}"
         )
-    for record in manifest.files:
+    for record in manifest.files if check_files else ():
         size_bytes = os.path.getsize(_locate(path, record.name))
         if size_bytes != record.size_bytes:
             raise CorruptError(

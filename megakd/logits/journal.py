@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.durable import FileRecord, HashingWriter, fsync_directory
+from megakd.durable import FileRecord, HashingWriter, Progress, fsync_directory, hash_file
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, identity_ranks
+from megakd.logits.shard import FORMAT as SEGMENT
+from megakd.logits.shard import VERSION as SEGMENT_VERSION
 from megakd.logits.shard import Shard, ShardWriter
 from megakd.logits.spec import StoreSpec
-from megakd.manifest import Manifest, read_manifest, write_manifest
+from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
 
 FORMAT, VERSION = "megakd-logits-journal", 1
 SEGMENTS = "segments"
+REPAIR = "restore the file, or leave its rows out: 'megakd collect --skip-damaged'"
 STEPS = "steps.i32"
 """In a store that was made from a journal: the step of each sample's rows, -1 where it has none."""
 _SEGMENT_TOKENS = 1 << 21  # at most: a hundred megabytes or two that a rank holds until they are written
@@ -103,8 +106,11 @@ class JournalWriter:
         self._open, self._records = None, []
 
 
-def commit_steps(folder: Path, spec: StoreSpec, segments: Sequence[Segment], *, steps: tuple[int, int]) -> Manifest:
-    """Make the segments of all ranks count as the rows of the steps from the first to the last; from one process."""
+def commit_steps(
+    folder: Path, spec: StoreSpec, segments: Sequence[Segment], *, steps: tuple[int, int], left_out: int = 0
+) -> Manifest:
+    """Make the segments of all ranks the rows of the steps from the first to the last; from one process. They count
+    once a checkpoint names the manifest's fingerprint. left_out: how often a sample was met and has none."""
     ordered = sorted(segments, key=lambda segment: segment.name)
     return write_manifest(
         folder / f"{steps[0]:08d}-{steps[1]:08d}.json",
@@ -115,6 +121,7 @@ def commit_steps(folder: Path, spec: StoreSpec, segments: Sequence[Segment], *, 
             "steps": list(steps),
             "segments": [[found.name, found.fingerprint, *found.file_sizes] for found in ordered],
             "num_records": sum(found.num_records for found in ordered),
+            "left_out": left_out,
         },
         parents=spec.parents,
         tokenizer=spec.tokenizer,
@@ -128,18 +135,33 @@ def training_spec(spec: StoreSpec, folder: Path, save: str | os.PathLike[str]) -
     return replace(spec, parents={**spec.parents, "model": "in training"}, details={**spec.details, _RUN: run})
 
 
+def run_folder(folder: Path) -> str:
+    """Where the run saves that writes the journal in ``folder``, from there. Raises UsageError where there is none."""
+    paths = manifest_paths(folder)
+    if not paths:
+        raise UsageError(f"{folder}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
+    return str(read_manifest(paths[0], format=FORMAT, version=VERSION, check_files=False).parameters["details"][_RUN])
+
+
 def check_journal(folder: Path, spec: StoreSpec) -> None:
     """Raise MismatchError if the folder holds rows of another kind, or of another run; reads, writes nothing."""
     for manifest in _manifests(folder):
         _check_spec(manifest, spec, "give another --logits-save-dir")
 
 
-def cut_back(folder: Path, step: int) -> None:
-    """Take out what a run wrote behind ``step``, from which it goes on: those steps come again. From one process."""
+def cut_back(folder: Path, step: int, counted: Collection[str] | None = None) -> list[tuple[int, int]]:
+    """Take out what is not of the past of a run that goes on from the checkpoint of ``step``, and return its steps:
+    what was written behind it, for those steps come again, and what another branch left. From one process.
+
+    counted: fingerprints that the checkpoint names; None for one that is older than such names.
+    """
     listed: set[str] = set()
+    taken: list[tuple[int, int]] = []
     for manifest in _manifests(folder):
-        if manifest.parameters["steps"][1] > step:
+        first, last = manifest.parameters["steps"]
+        if last > step or (counted is not None and manifest.fingerprint not in counted):
             manifest.path.unlink()
+            taken.append((first, last))
         else:
             listed.update(segment[0] for segment in manifest.parameters["segments"])
     if folder.exists():
@@ -148,22 +170,38 @@ def cut_back(folder: Path, step: int) -> None:
         for entry in os.scandir(folder / SEGMENTS):
             if entry.name.split(".")[0] not in listed:
                 os.unlink(entry)
+    return taken
 
 
 class Journal:
     """A journal, open for reading.
 
-    from_step: rows of earlier steps are left out. max_open: how many segments are held open.
+    from_step: rows of earlier steps are left out. counted: fingerprints that the run's checkpoint names: what else is
+    there is left out; None: all is taken. skip_damaged: leave out segments that are not what was written.
+    max_open: how many segments are held open.
 
     Raises UsageError where there is none, MismatchError for rows of several kinds or runs, CorruptError for steps that
     are there twice.
     """
 
-    def __init__(self, folder: Path, *, from_step: int = 0, max_open: int = 256) -> None:
-        found = list(_manifests(folder))
-        if not found:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        from_step: int = 0,
+        counted: Collection[str] | None = None,
+        skip_damaged: bool = False,
+        max_open: int = 256,
+    ) -> None:
+        there = list(_manifests(folder, check_files=not skip_damaged))
+        found = [each for each in there if counted is None or each.fingerprint in counted]
+        if not there:
             raise UsageError(f"{folder}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
+        if not found:
+            raise UsageError(f"{folder}: the run's checkpoint names none of the rows here: let the run go on and save")
         self.folder, self._from_step = folder, from_step
+        self.not_counted = [each.path.stem for each in there if each not in found]
+        """Steps that were left out because no checkpoint names them."""
         self.spec = StoreSpec.of(found[0])
         for before, manifest in itertools.pairwise(found):
             _check_spec(manifest, self.spec, "a store is made from rows of one kind")
@@ -173,8 +211,15 @@ class Journal:
                 )
         self._manifests = [each for each in found if each.parameters["steps"][1] >= from_step]
         self._segments = [segment for each in self._manifests for segment in each.parameters["segments"]]
-        self.fingerprint = xxhash.xxh3_128_hexdigest("\n".join(each.fingerprint for each in self._manifests).encode())
-        """Of the manifests of its steps."""
+        self.left_out = sum(int(each.parameters["left_out"]) for each in self._manifests)
+        """How often a sample was met and has no rows, because its logits were not finite."""
+        self.damaged: list[str] = []
+        """Names of segments that were left out, for they are not what was written."""
+        if skip_damaged:
+            self.damaged = [name for each in self._manifests for name in faults_of_segments(each)]
+        names = [each.fingerprint for each in self._manifests] + self.damaged
+        self.fingerprint = xxhash.xxh3_128_hexdigest("\n".join(names).encode())
+        """Of the manifests of its steps, and of what was left out as damaged."""
         self._ids_of_ranks = _ranks(self.spec)  # which are the identity
         self._max_open = max_open
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -184,16 +229,18 @@ class Journal:
         rows for `read`."""
         steps = np.full(self.spec.num_samples, -1, np.int32)
         places = np.full(self.spec.num_samples, -1, np.int64)
-        segment = 0
+        segment = -1
         for manifest in self._manifests:
-            parts = []
+            parts = [np.empty((0, 3), np.int64)]
             for record in manifest.files:
+                segment += 1
+                if self._segments[segment][0] in self.damaged:
+                    continue
                 ids_steps = np.fromfile(self.folder / record.name, "<i8").reshape(-1, 2)
                 if xxhash.xxh3_128_hexdigest(ids_steps.data) != record.xxh3_128:
-                    raise CorruptError(f"{self.folder / record.name}: it is not what was written")
+                    raise CorruptError(f"{self.folder / record.name}: it is not what was written: {REPAIR}")
                 numbers = np.arange(len(ids_steps)) + (segment << 32)
                 parts.append(np.column_stack((ids_steps, numbers)))
-                segment += 1
             rows = np.concatenate(parts)
             rows = rows[rows[:, 1] >= self._from_step]
             rows = rows[np.lexsort((-rows[:, 2], rows[:, 1]))]  # of one step any would do: the first
@@ -220,18 +267,43 @@ class Journal:
     def _open_segment(self, name: str, fingerprint: str, *sizes: int) -> Shard:
         path = self.folder / SEGMENTS / f"{name}.json"
         try:
-            shard = Shard(path, self.spec.row_format, self._ids_of_ranks)
+            shard = Shard(path, self.spec.row_format, self._ids_of_ranks, repair=REPAIR)
         except UsageError as error:
-            raise CorruptError(f"{path}: missing; the manifest of its steps names it") from error
+            raise CorruptError(f"{path}: missing; the manifest of its steps names it: {REPAIR}") from error
         if shard.manifest.fingerprint != fingerprint:
-            raise CorruptError(f"{path}: segment {shard.manifest.fingerprint}, {fingerprint} was written")
+            raise CorruptError(f"{path}: segment {shard.manifest.fingerprint}, {fingerprint} was written: {REPAIR}")
         return shard
 
 
-def _manifests(folder: Path) -> Iterator[Manifest]:
-    """Of its steps, in their order."""
-    for path in sorted(folder.glob("[0-9]*.json")):
-        yield read_manifest(path, format=FORMAT, version=VERSION)
+def faults_of_segments(manifest: Manifest, *, progress: Progress | None = None) -> dict[str, list[str]]:
+    """Name of each segment of some steps that is not what was written -> what is wrong with it; hashes every file."""
+    found: dict[str, list[str]] = {}
+    folder = manifest.path.parent
+    for (name, fingerprint, *_), record in zip(manifest.parameters["segments"], manifest.files):
+        path = folder / SEGMENTS / f"{name}.json"
+        faults: list[str] = []
+        try:
+            if hash_file(folder / record.name, progress=progress) != replace(record, name=Path(record.name).name):
+                faults.append(f"{record.name} is not what was written")
+            segment = read_manifest(path, format=SEGMENT, version=SEGMENT_VERSION)
+            if segment.fingerprint != fingerprint:
+                faults.append(f"{path.name}: segment {segment.fingerprint}, {fingerprint} was written")
+            faults += verify_files(path, progress=progress)
+        except (OSError, UsageError, MismatchError, CorruptError) as error:
+            faults.append(str(error))
+        if faults:
+            found[name] = faults
+    return found
+
+
+def manifest_paths(folder: Path) -> list[Path]:
+    """Of the steps of a journal, in their order; none where there is no journal."""
+    return sorted(folder.glob("[0-9]*-[0-9]*.json"))
+
+
+def _manifests(folder: Path, *, check_files: bool = True) -> Iterator[Manifest]:
+    for path in manifest_paths(folder):
+        yield read_manifest(path, format=FORMAT, version=VERSION, check_files=check_files)
 
 
 def _check_spec(manifest: Manifest, spec: StoreSpec, remedy: str) -> None:

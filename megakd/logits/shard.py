@@ -122,14 +122,16 @@ class ShardWriter:
 class Shard:
     """A shard that is open for reading, from any number of threads.
 
-    path: its manifest. ids_of_ranks: ``[V]`` int32.
+    path: its manifest. ids_of_ranks: ``[V]`` int32. repair: what is to be done about damage.
 
     Raises CorruptError for files that are missing, cut or damaged (all but the records, which are checked as they are
     read), MismatchError for another format.
     """
 
-    def __init__(self, path: Path, row_format: RowFormat, ids_of_ranks: NDArray[np.int32]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, row_format: RowFormat, ids_of_ranks: NDArray[np.int32], *, repair: str = REPAIR
+    ) -> None:
+        self.path, self._repair = path, repair
         self.manifest = read_manifest(path, format=FORMAT, version=VERSION)
         self._first, stop = (int(bound) for bound in self.manifest.parameters["samples"])
         count = stop - self._first
@@ -139,7 +141,7 @@ class Shard:
         if count < 0 or index_file.size_bytes != index_bytes or rows_file.size_bytes < READ_AHEAD:
             raise CorruptError(f"{index_path}: {index_file.size_bytes} bytes, {count} samples take {index_bytes}")
         if hash_file(index_path).xxh3_128 != index_file.xxh3_128:
-            raise CorruptError(f"{index_path}: it is not what was written: {REPAIR}")
+            raise CorruptError(f"{index_path}: it is not what was written: {repair}")
         arrays = np.fromfile(index_path, "<u8", 3 * count + 1)
         self._offsets, hashes = arrays[: count + 1], arrays[count + 1 :]
         self._record_hashes, self._context_hashes = hashes[:count].tolist(), hashes[count:].tolist()
@@ -165,7 +167,7 @@ class Shard:
         if xxhash.xxh3_64_intdigest(record[: end - begin].data) != self._record_hashes[at]:
             raise CorruptError(
                 f"{self._rows.name}: the record of sample {sample_id} (bytes {begin} to {end}) is not what was "
-                f"written: {REPAIR}"
+                f"written: {self._repair}"
             )
         return record
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ def record_parameters(
     seq_length: int,
     loader_state: dict[str, Any],
     objective_state: dict[str, Any],
+    journal: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The part of a manifest that ``read_record`` understands."""
     return {
@@ -112,6 +113,7 @@ def record_parameters(
         "seq_length": seq_length,
         "loader_state": loader_state,
         "objective_state": objective_state,
+        "journal": list(journal),
         "layout": _layout(groups),
         "use_distributed_optimizer": groups.parallel.use_distributed_optimizer,
         "rng_states": True,

@@ -23,7 +23,9 @@ class CheckpointRecord:
 
     loader_state: what ``Loader.state()`` returned. layout: sizes of the groups that wrote it. tokenizer: type, hash,
     vocab_size and eod of the data it was trained on, or None if the data had no manifest. objective_state: what the
-    loss carries from step to step; empty for most, and in checkpoints that are older than it.
+    loss carries from step to step; empty for most, and in checkpoints that are older than it. parents: fingerprints of
+    what it was made from. journal: those of the rows that the run had kept of its own model by then
+    (``logits.journal``); None in checkpoints that are older.
     """
 
     path: Path
@@ -38,6 +40,8 @@ class CheckpointRecord:
     use_distributed_optimizer: bool
     rng_states: bool
     objective_state: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parents: dict[str, str] = dataclasses.field(default_factory=dict)
+    journal: tuple[str, ...] | None = None
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -104,6 +108,8 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
         use_distributed_optimizer=bool(values["use_distributed_optimizer"]),
         rng_states=bool(values["rng_states"]),
         objective_state=dict(values.get("objective_state", {})),
+        parents=dict(manifest.parents),
+        journal=tuple(values["journal"]) if "journal" in values else None,
     )
 
 

@@ -39,6 +39,12 @@ class CollectConfig:
     shard_samples: int = option(
         0, "samples of a shard; 0: 4M tokens, or a 64th of a small dataset: what a killed process repeats"
     )
+    skip_damaged: bool = option(
+        False,
+        "leave out what of the journal is not what was written (all of it is hashed first): those samples get rows of "
+        "an earlier step, or none",
+        common=True,
+    )
     tokenizer_model: str | None = option(
         None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
     )
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from_step=config.from_step,
         value_bits=config.value_bits,
         shard_samples=config.shard_samples,
+        skip_damaged=config.skip_damaged,
         tokenizer_model=config.tokenizer_model,
     )
     return collect(collection, log_interval=config.log_interval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,9 @@ from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import MismatchError, UsageError
-from megakd.logits.journal import STEPS, Journal
+from megakd.logits.journal import STEPS, Journal, run_folder
 from megakd.logits.spec import StoreSpec, bits_of
+from megakd.model.record import checkpoint_path, latest_iteration, read_record
 from megakd.pipeline.capture_plan import default_shard_samples, token_ranks
 from megakd.pipeline.capture_work import Captured, StoreWork
 from megakd.pipeline.range_progress import RangeProgress
@@ -71,9 +73,10 @@ def open_collection(
     from_step: int = 0,
     value_bits: str = "8",
     shard_samples: int = 0,
+    skip_damaged: bool = False,
     tokenizer_model: str | None = None,
 ) -> Collection:
-    """The journal of a dataset, and the store in the making.
+    """The journal of a dataset, and the store in the making; says on stderr what of the journal is left out.
 
     Raises UsageError where there is no journal or nothing in it, MismatchError where it is of other data or ``output``
     holds another store, CorruptError.
@@ -88,7 +91,13 @@ def open_collection(
             f"{journal}: a journal of dataset {', '.join(there)}; {data_path} is {dataset.fingerprint}: give what was "
             "trained on"
         )
-    opened = Journal(folder, from_step=from_step)
+    opened = Journal(folder, from_step=from_step, counted=_counted(folder), skip_damaged=skip_damaged)
+    for steps_left in opened.not_counted:
+        _say(f"{folder}: steps {steps_left} are left out: no checkpoint of the run has them")
+    for name in opened.damaged:
+        _say(f"{folder}: segment {name} is left out: it is not what was written")
+    if opened.left_out:
+        _say(f"{folder}: samples were met {opened.left_out} times with logits that are not finite: no rows of that")
     spec = opened.spec
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=tokenizer_model)
     samples = open_samples(spec.packing, dataset, spec.seq_length, find_tokenizer)  # type: ignore[arg-type]
@@ -111,3 +120,16 @@ def open_collection(
     work = OnlineStoreWork(output, store, token_ranks(dataset, spec.vocab_size), steps)
     work.check_all()
     return Collection(opened, samples, places, work)
+
+
+def _counted(folder: Path) -> tuple[str, ...] | None:
+    """What of a journal the newest checkpoint of its run names; None where the run's folder does not tell."""
+    save = folder / run_folder(folder)
+    iteration = latest_iteration(save)
+    if iteration is None or not checkpoint_path(save, iteration).exists():
+        return None
+    return read_record(save, iteration, role="the run's checkpoint").journal
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

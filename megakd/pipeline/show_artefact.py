@@ -11,6 +11,7 @@ import numpy as np
 from megakd.data import scores, selection
 from megakd.data.scores import Scores
 from megakd.data.selection import Selection
+from megakd.logits import journal
 from megakd.logits import spec as logits
 from megakd.logits.store import LogitsStore
 from megakd.manifest import Manifest, read_manifest
@@ -26,7 +27,7 @@ def describe_artefact(path: Path) -> list[str]:
     """
     manifest = read_manifest(path)
     rows = [("artefact", f"{manifest.format}, version {manifest.version}"), ("fingerprint", manifest.fingerprint)]
-    kinds = {scores.FORMAT: _scores, selection.FORMAT: _selection, logits.FORMAT: _store}
+    kinds = {scores.FORMAT: _scores, selection.FORMAT: _selection, logits.FORMAT: _store, journal.FORMAT: _journal}
     own = kinds.get(manifest.format, _parameters)
     return [f"{name:<18} {value}" for name, value in (*rows, *own(manifest), *_provenance(manifest))]
 
@@ -88,6 +89,12 @@ def _store(manifest: Manifest) -> Rows:
     yield "rows", f"{rows}, {total} bytes, {total / max(rows, 1):.1f} bytes a token"
     yield "shards", f"{len(shards)} of {len(manifest.parameters['shards'])} ranges"
     yield from _parameters(manifest, without=("shards", "rows", "samples_with_targets", "num_samples"))
+
+
+def _journal(manifest: Manifest) -> Rows:
+    segments = manifest.parameters["segments"]
+    yield "segments", f"{len(segments)}, {sum(sum(segment[2:]) for segment in segments)} bytes"
+    yield from _parameters(manifest, without=("segments",))
 
 
 def _parameters(manifest: Manifest, without: tuple[str, ...] = ()) -> Rows:

@@ -18,6 +18,7 @@ from megakd.data.scores import MANIFEST as SCORES
 from megakd.data.selection import MANIFEST as SELECTION
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.errors import CorruptError, ExitStatus, UsageError
+from megakd.logits import journal
 from megakd.logits import spec as logits
 from megakd.logits.spec import MANIFEST as STORE
 from megakd.logits.store import drop_damaged, verify_store
@@ -34,7 +35,9 @@ class VerifyConfig:
     """What to verify."""
 
     artefact: list[str] = option(
-        ..., "dataset prefix, folder of scores, a selection, a logits store …, or any manifest", positional=True
+        ...,
+        "dataset prefix, folder of scores, a selection, a logits store, a journal of logits …, or any manifest",
+        positional=True,
     )
     adopt: bool = option(False, "check a dataset that has no manifest and write it one", common=True)
     drop_damaged: bool = option(
@@ -95,13 +98,15 @@ def find_manifests(name: str) -> list[Path]:
 def existing_manifests(name: str) -> list[Path]:
     """The manifests of what is given by its prefix, its folder, its manifest, or its manifest's name without ``.json``.
 
-    Several where a folder holds several artefacts, such as scores and a selection; else one, or none.
+    Several where a folder holds several artefacts, such as scores and a selection, or is a journal of logits; else one,
+    or none.
     """
     path = Path(name)
     if manifest_path(name).is_file():
         return [manifest_path(name)]
     if path.is_dir():
-        return [path / each for each in _IN_FOLDERS if (path / each).is_file()]
+        own = [path / each for each in _IN_FOLDERS if (path / each).is_file()]
+        return own or [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
     beside = [] if idx_path(name).exists() else [Path(f"{name}.json")]  # such as PREFIX.sentence-1024.json
     return [each for each in (path, *beside) if each.is_file()][:1]
 
@@ -109,10 +114,12 @@ def existing_manifests(name: str) -> list[Path]:
 def verify(path: Path) -> tuple[Manifest, list[str]]:
     """Hash everything that the manifest at ``path`` names, and check a dataset's index; returns the faults found."""
     manifest = read_manifest(path)
-    is_store = manifest.format == logits.FORMAT
     with tqdm(total=_size_bytes(manifest), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        if is_store:
+        if manifest.format == logits.FORMAT:
             faults = verify_store(path.parent, progress=bar.update)
+        elif manifest.format == journal.FORMAT:
+            found = journal.faults_of_segments(manifest, progress=bar.update)
+            faults = [f"segment {name}: {fault}" for name, several in found.items() for fault in several]
         else:
             faults = verify_files(path, progress=bar.update)
     if not faults and manifest.format == FORMAT:
@@ -121,9 +128,13 @@ def verify(path: Path) -> tuple[Manifest, list[str]]:
 
 
 def _size_bytes(manifest: Manifest) -> int:
-    """Of everything that it names; a store's names shards, which have manifests of their own."""
-    shards = manifest.parameters["shards"] if manifest.format == logits.FORMAT else []
-    return sum(record.size_bytes for record in manifest.files) + sum(sum(shard[1:]) for shard in shards if shard)
+    """Of everything that it names; a store names shards, a journal segments, which have manifests of their own."""
+    parts: list[list[int]] = []
+    if manifest.format == logits.FORMAT:
+        parts = [shard[1:] for shard in manifest.parameters["shards"] if shard]
+    elif manifest.format == journal.FORMAT:
+        parts = [segment[2:] for segment in manifest.parameters["segments"]]
+    return sum(record.size_bytes for record in manifest.files) + sum(map(sum, parts))
 
 
 def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None) -> Manifest:

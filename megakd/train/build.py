@@ -118,10 +118,11 @@ def build_loader(config: TrainConfig, plan: Plan, groups: Groups) -> Loader:
 
 
 def build_journal(
-    config: TrainConfig, plan: Plan, objective: Objective, groups: Groups, start_step: int
+    config: TrainConfig, plan: Plan, objective: Objective, groups: Groups, metrics: Metrics, start_step: int
 ) -> TrainingJournal:
     """What keeps the student's own rows; nothing where no ``--logits-save-dir`` is given, or nothing is trained."""
     samples_a_step = config.training.global_batch_size // groups.data_size
+    resume = None if plan.weights_only else plan.resume
     return TrainingJournal(
         config.logits_save.dir or "",
         () if config.evaluate.skip_train else plan.journal,
@@ -129,8 +130,10 @@ def build_journal(
         objective,
         groups,
         start_step=start_step,
+        counted=() if resume is None else resume.journal,
         from_step=config.logits_save.from_step,
         num_records=samples_a_step * (config.checkpoint.save_interval or config.training.train_iters),
+        say=metrics.say,
     )
 
 
@@ -210,6 +213,7 @@ def build_writer(
             seq_length=config.data.seq_length,
             loader_state=batches.state(),
             objective_state=objective.state(),
+            journal=journal.counted,
         )
         writer.save(
             step,

@@ -41,8 +41,8 @@ class TrainingJournal:
     Ranks of the last stage read their slice of the head, as the loss does, before the update of the step; the first
     of each copy writes. Where there are no specs nothing is kept.
 
-    specs: one a dataset. start_step: that the run goes on from; what the journal has behind it is taken out.
-    num_records: of a segment, at most.
+    specs: one a dataset. start_step: that the run goes on from, whose checkpoint names ``counted``; what else the
+    journal has is taken out. num_records: of a segment, at most. say: tells people.
     """
 
     def __init__(
@@ -54,17 +54,22 @@ class TrainingJournal:
         groups: Groups,
         *,
         start_step: int,
+        counted: Sequence[str] | None,
         from_step: int,
         num_records: int,
+        say: Callable[[str], None],
     ) -> None:
         self._specs, self._datasets, self._groups = specs, blend.datasets, groups
-        self._committed, self._from_step = start_step, from_step
+        self._committed, self._from_step, self._say = start_step, from_step, say
+        self.counted = list(counted or ())
+        """Fingerprints of what was committed up to now, on rank 0: for the checkpoint, which makes it count."""
         if not specs:
             return
         self._folders = {spec.parents["dataset"]: journal_folder(folder, spec) for spec in specs}
         if groups.rank == 0:
             for own in self._folders.values():
-                cut_back(own, start_step)
+                for first, last in cut_back(own, start_step, counted):
+                    say(f"{own}: took out steps {first} to {last}, which this run does not go on from")
         dist.barrier()
         self._reader = RowReader(
             specs[0],  # they differ in what the samples are, which is of no matter to the head
@@ -72,7 +77,7 @@ class TrainingJournal:
             implementation=objective.implementation,
             chunk_bytes=objective.chunk_bytes,
         )
-        self._writers = {}
+        self._writers, self._left_out = {}, dict.fromkeys(self._folders, 0)
         if groups.is_last_stage and groups.tensor_rank == groups.context_rank == 0:
             self._writers = {
                 spec.parents["dataset"]: JournalWriter(
@@ -96,15 +101,24 @@ class TrainingJournal:
         first, self._committed = max(self._committed + 1, self._from_step), step
         if not self._specs or first > step:
             return
-        mine = {dataset: writer.flush() for dataset, writer in self._writers.items()}
-        everyone: list[dict[str, list[Segment]]] = [{} for _ in range(self._groups.world_size)]
+        mine = {dataset: (writer.flush(), self._left_out[dataset]) for dataset, writer in self._writers.items()}
+        self._left_out = dict.fromkeys(self._folders, 0)
+        everyone: list[dict[str, tuple[list[Segment], int]]] = [{} for _ in range(self._groups.world_size)]
         dist.all_gather_object(everyone, mine)
         if self._groups.rank == 0:
             for spec in {spec.parents["dataset"]: spec for spec in self._specs}.values():
                 dataset = spec.parents["dataset"]
-                segments = [segment for found in everyone for segment in found.get(dataset, ())]
+                folder, found = self._folders[dataset], [one[dataset] for one in everyone if dataset in one]
+                segments = [segment for several, _ in found for segment in several]
+                left_out = sum(number for _, number in found)
+                if left_out:
+                    self._say(
+                        f"Warning: {folder}: {left_out} samples of steps {first} to {step} have no rows: logits of "
+                        "theirs that the loss mask hides are not finite"
+                    )
                 if segments:
-                    commit_steps(self._folders[dataset], spec, segments, steps=(first, step))
+                    made = commit_steps(folder, spec, segments, steps=(first, step), left_out=left_out)
+                    self.counted.append(made.fingerprint)
 
     @torch.no_grad()
     def _keep(self, step: int, hidden_SBH: Tensor, weight_vH: Tensor, microbatch: Microbatch) -> None:
@@ -128,8 +142,10 @@ class TrainingJournal:
         num_rows_B = np.minimum(lengths_B - 1, microbatch.tokens_BS.shape[1])
         rows_B = split_samples(self._reader.rows(reading), num_rows_B)
         for place, rows in enumerate(rows_B):
-            if finite_B[place] and rows.num_rows:
-                fingerprint = self._datasets[int(microbatch.dataset_ids_B[place])].dataset.fingerprint
+            fingerprint = self._datasets[int(microbatch.dataset_ids_B[place])].dataset.fingerprint
+            if not finite_B[place]:
+                self._left_out[fingerprint] += 1
+            elif rows.num_rows:
                 tokens_S = microbatch.tokens_BS[place, : rows.num_rows]
                 self._writers[fingerprint].add(int(ids_B[place]), step, tokens_S, rows)
 

@@ -42,7 +42,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     start_step = restore(plan, student, objective, optimizer, groups)
     batches = build_loader(config, plan, groups)
     metrics = build_metrics(config, plan, groups, start_step)
-    journal = build_journal(config, plan, objective, groups, start_step)  # what the student itself says, if kept
+    journal = build_journal(config, plan, objective, groups, metrics, start_step)  # of what the student itself says
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
     writer, save = build_writer(config, plan, student, objective, optimizer, batches, journal, groups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -234,3 +235,54 @@ def test_rows_need_checkpoints(made: dict[str, Any], tmp_path: Path) -> None:
     tree["checkpoint"]["save"] = None
     with pytest.raises(UsageError, match="--save"):
         check_run(make_config(tree), 1)
+
+
+def test_rows_of_a_branch_that_was_left_do_not_count(
+    world: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes back to step 2, goes on without keeping rows, then keeps them again: those of 3 and 4 are of weights
+    that no checkpoint of it ever had. Before it is told, 'collect' goes by what the newest checkpoint names."""
+    data, save = write_dataset(tmp_path / "data", num_tokens=1900), tmp_path / "run"
+
+    def run(steps: int, **logits_save: Any) -> None:
+        tree = tree_of(data, save, training={"train_iters": steps}, logits_save=logits_save)
+        tree["checkpoint"]["save_interval"] = 2
+        assert world(1).run(run_training, tree) == [0]
+
+    run(4)
+    (journal,) = (save / "logits").iterdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    steps_of_two = np.fromfile(store_of(data, save) / "steps.i32", "<i4")
+    assert set(steps_of_two.tolist()) == {-1, 1, 2}
+    assert "00000003-00000004 are left out" in capsys.readouterr().err
+    run(4, dir=None)
+    run(6)
+    assert sorted(path.name for path in journal.glob("*.json")) == ["00000001-00000002.json", "00000005-00000006.json"]
+    shutil.rmtree(save / "store")
+    assert set(np.fromfile(store_of(data, save) / "steps.i32", "<i4").tolist()) == {-1, 1, 2, 5, 6}
+
+
+def train_with_a_bad_sample(tree: dict[str, Any]) -> int:
+    from megakd.train import journal
+
+    whole = journal.finite_samples
+
+    def first_is_bad(reading: Any, batch: int) -> Any:
+        return whole(reading, batch) & (np.arange(batch) > 0)
+
+    journal.finite_samples = first_is_bad
+    try:
+        return run_training(tree)
+    finally:
+        journal.finite_samples = whole
+
+
+def test_samples_without_rows_are_counted(world: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_dataset(tmp_path / "data", num_tokens=1900)
+    tree = tree_of(data, tmp_path, training={"train_iters": 2})
+    assert world(1).run(train_with_a_bad_sample, tree) == [0]
+    ((manifest,),) = ([*folder.glob("*.json")] for folder in (tmp_path / "logits").iterdir())
+    parameters = json.loads(manifest.read_text())["parameters"]
+    assert (parameters["left_out"], parameters["num_records"]) == (8, 8)  # one of each microbatch of two
+    store_of(data, tmp_path)
+    assert "met 8 times with logits that are not finite" in capsys.readouterr().err
