@@ -19,6 +19,7 @@ from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore, verify_store
 from megakd.pipeline.collect import main as collect
 from megakd.pipeline.collect_work import Collection, open_collection
+from megakd.pipeline.verify import main as verify
 
 SEQ, SAMPLES = 16, 62
 # (sample, step) by rank: of two commits; sample 5 is met three times, 9 twice in one step, by two ranks
@@ -191,3 +192,26 @@ def test_damage_is_found(how: str, suffix: str, data: str, tmp_path: Path) -> No
         journal.latest()
         for place, sample in enumerate((5, 40)):  # those of the first segment
             journal.read(place, tokens_of(data, sample))
+
+
+@pytest.mark.parametrize("suffix", ["rows", "index", "json", "records"])
+@pytest.mark.parametrize("how", ["flip", "remove"])
+def test_damage_is_told_and_can_be_left_out(how: str, suffix: str, data: str, tmp_path: Path) -> None:
+    folder = write_journal(data)
+    assert verify([str(folder.parent)]) == 0 and verify([str(folder)]) == 0
+    path = folder / "segments" / f"00000005-r00001-0000.{suffix}"  # of samples 61 and 5
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    if how == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(content))
+    assert verify([str(folder.parent)]) == 5
+    with pytest.raises(CorruptError):
+        run(data, tmp_path / "strict")
+    assert run(data, tmp_path / "store", "--skip-damaged") == 0
+    steps = np.fromfile(tmp_path / "store" / "steps.i32", "<i4")
+    left = {sample: step for sample, step in (LAST | {5: 3}).items() if sample != 61}
+    assert {sample: step for sample, step in enumerate(steps.tolist()) if step >= 0} == left
+    found = LogitsStore(tmp_path / "store").read(5, tokens_of(data, 5))
+    assert found is not None and as_dicts(found) == as_dicts(rows_of(5, 3))
