@@ -5,6 +5,7 @@ Axes: ``T`` token positions, ``K`` best ids or slots, ``N`` draws.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megakd.errors import UsageError
 from megakd.hashing import mix64
-from megakd.logits.codec import Rows
+from megakd.logits.codec import WEIGHT_UNIT, Rows
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -48,7 +49,9 @@ def sampled_counts(drawn_ids_TN: Tensor, entropy_T: Tensor) -> Rows:
 
 def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN: Tensor, entropy_T: Tensor) -> Rows:
     """Draws from another distribution q than the teacher's p: each id carries count/N · p/q (arXiv 2503.16870), so that
-    its mass is p on average; a row sums to 1 on average only. Rows of the kind ``samples``.
+    its mass is p on average; a row sums to 1 on average only, and is cut to ``WEIGHT_UNIT``, the most that a store
+    holds: with an exponent of 1.5 an id of p = 1e-8 alone may weigh more, once in a hundred thousand rows. Rows of the
+    kind ``samples``.
 
     log_probs_TN, log_proposal_TN: of the drawn ids under p and q.
     """
@@ -60,6 +63,7 @@ def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN
     np.put_along_axis(log_weights, slots, np.take_along_axis(weights, order, 1), 1)
     with np.errstate(divide="ignore"):
         shares = np.log(counts / drawn.shape[1]) + log_weights
+    shares -= np.maximum(np.logaddexp.reduce(shares, axis=1, keepdims=True) - math.log(WEIGHT_UNIT), 0.0)
     return Rows(ids, shares.astype(np.float32), _array(entropy_T).astype(np.float32))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from logits.rows import as_dicts
 
 from megakd.errors import UsageError
+from megakd.logits.codec import RowEncoder, RowFormat, identity_ranks
 from megakd.logits.sparsify import (
     renormalised_samples,
     sampled_counts,
@@ -124,3 +126,13 @@ def test_weighted_draws_are_unbiased(exponent: float) -> None:
     shares_V = np.bincount(rows.ids_TK.ravel(), np.exp(rows.log_probs_TK.astype(np.float64)).ravel(), 11) / 4000
     error_V = (log_probs_V.exp() * weights_V / (4000 * 50)).sqrt().numpy()
     assert (np.abs(shares_V - log_probs_V.exp().numpy()) < 5 * error_V).all()
+
+
+def test_weighted_draws_beyond_what_a_store_holds_are_cut() -> None:
+    """An id of p = 1e-8, drawn under q = 1e-12, carries 200 in one draw of 50: no capture may end of it."""
+    drawn_TN, log_probs_TN = torch.arange(50).expand(2, 50), torch.full((2, 50), math.log(0.01))
+    log_probs_TN[0, 7] = math.log(1e-8)
+    rows = weighted_samples(drawn_TN, log_probs_TN, log_probs_TN * 1.5, torch.ones(2))
+    mass_T = np.exp(rows.log_probs_TK.astype(np.float64)).sum(1)
+    np.testing.assert_allclose(mass_T, [64, 10], rtol=1e-5)
+    RowEncoder(RowFormat("samples", 8, draws=50, weighted=True), identity_ranks(50)).add(rows)
