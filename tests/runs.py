@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import os
 from pathlib import Path
@@ -61,6 +63,13 @@ def run_training(tree: dict[str, Any]) -> int:
     return int(train(config, check_run(config, int(os.environ["WORLD_SIZE"]))))
 
 
+def output_of_training(tree: dict[str, Any]) -> str:
+    """What a whole run prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_training(tree) == 0
+    return printed.getvalue()
+
+
 def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]:
     """The first step of a run: losses and gradient norm, before any update."""
     from megakd.parallel import init_parallel
@@ -79,6 +88,7 @@ def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]
     batch = next(build_loader(config, plan, groups))
     loss = run_step(student, batch, teacher, objective, groups, step=1, forward_only=forward_only)
     result = {"loss": loss.loss, "lm": loss.lm, "kd": loss.kd, "agreement": loss.agreement, "tokens": loss.num_tokens}
+    result["modelled_share"] = loss.modelled_share
     result |= {"entropy": loss.teacher_entropy, "z_loss": loss.z_loss, "kd_share": loss.kd_share, "t": loss.taid_t}
     if loss.stored_share is not None:
         result["stored_share"] = loss.stored_share

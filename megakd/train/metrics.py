@@ -71,7 +71,7 @@ class Metrics:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._times.append(seconds)
-        self._token_flops.append(self._cost.student + (self._cost.teacher if loss.asked_teacher else 0.0))
+        self._token_flops.append(self._cost.student + self._cost.teacher * loss.modelled_share)
         training = self._config.training
         record: dict[str, Any] = {
             "step": step,

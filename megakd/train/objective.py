@@ -16,7 +16,7 @@ from megakd.losses.call import KDOutput
 from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
 from megakd.losses.implementations import Implementation
 from megakd.parallel import Groups
-from megakd.targets import Given, MixedTargets, SparseTargets, Targets
+from megakd.targets import DenseTargets, Given, MixedTargets, SparseTargets, Targets
 from megakd.train.calibration import calibration_sums
 from megakd.train.gates import Gated, Gates, apply_gates, tokens_with_targets
 from megakd.train.kd_schedule import KDSchedule
@@ -38,7 +38,7 @@ class TokenLosses:
     targets come from a store.
     head: the values of every term a token. kd: of the KD terms, for each token those of its own; None without KD.
     temperature_T: of the teacher's logits, where each token has its own. calibration: sums by bin of confidence, see
-        ``calibration.calibration_sums``; None in training.
+        ``calibration.calibration_sums``; None in training. asked_model: whether a model ran as teacher.
     """
 
     loss: Tensor
@@ -51,6 +51,7 @@ class TokenLosses:
     kd: KDOutput | None = None
     temperature_T: Tensor | None = None
     calibration: Tensor | None = None
+    asked_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class Objective:
             kd=_merged(head.kd, parts),
             temperature_T=temperature_T,
             calibration=self._calibration(hidden_TH, weight_vH, labels_T, mask_T) if self.calibrate else None,
+            asked_model=isinstance(targets, DenseTargets | MixedTargets),
         )
 
     def advance(self, step: int, kd: float | None) -> None:

@@ -31,7 +31,7 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 # What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
-_COUNTS = ("mask", "kept", "known", "kd_tokens", "entropy_tokens", "stored")
+_COUNTS = ("all", "modelled", "mask", "kept", "known", "kd_tokens", "entropy_tokens", "stored")
 _SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy", "temperature")
 _NUM_SUMS = len(_SUMS) + 2 * NUM_BINS  # and those of the calibration, which training leaves at 0
 
@@ -46,8 +46,9 @@ class StepLoss:
     temperature): over the ``num_kd_tokens`` tokens with KD; None without. kd_share: those among all that the loss mask
     keeps, where a gate may leave some out. stored_share: the same of tokens whose targets come from a store. taid_t:
     the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where each token has its own; None
-    where alpha is 0): of this step; None without a teacher. asked_teacher: whether it ran. calibration: sums of an
-    evaluation, see ``calibration.calibration_sums``, on the host; they are no means.
+    where alpha is 0): of this step; None without a teacher. modelled_share: of all tokens, masked ones too, those of
+    microbatches for which a model ran as teacher. calibration: sums of an evaluation, see
+    ``calibration.calibration_sums``, on the host; they are no means.
     """
 
     loss: float
@@ -64,7 +65,7 @@ class StepLoss:
     alpha: float | None = None
     lm_weight: float | None = None
     temperature: float | None = None
-    asked_teacher: bool = False
+    modelled_share: float = 0.0
     calibration: Tensor | None = None
 
 
@@ -85,7 +86,7 @@ def run_step(
 
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
-        MismatchError, CorruptError, UsageError: on every rank, if a store could not be read on one.
+        MismatchError, CorruptError: on every rank, if a store could not be read on one.
     """
     objective = objective.at(step)
     targets = (teacher if objective.needs_teacher else NoTeacher()).targets(batch)
@@ -166,7 +167,8 @@ def _sums(result: TokenLosses) -> Tensor:
     """``[_NUM_SUMS]`` float64: ``_SUMS`` of this microbatch, and those of its calibration."""
     head, known_T, kd_T = result.head, result.known_T, result.kd_T
     sums = {"mask": result.mask_T.sum(), "kept": result.kept_T.sum(), "known": known_T.sum(), "kd_tokens": kd_T.sum()}
-    sums["stored"] = result.stored_T.sum()
+    sums |= {"stored": result.stored_T.sum(), "all": known_T.new_tensor(known_T.numel(), dtype=torch.float64)}
+    sums["modelled"] = sums["all"] * result.asked_model
     sums |= {"loss": result.loss.detach(), "lm": _sum(head.lm_T, known_T), "z": _sum(head.log_z_T.square(), known_T)}
     if result.kd is not None:
         sums |= {"kd": _sum(result.kd.value_T, kd_T), "agreement": _sum(result.kd.agree_T, kd_T)}
@@ -216,7 +218,7 @@ def _means(total: dict[str, float], objective: Objective, calibration: Tensor | 
         alpha=None if objective.schedule is None else objective.alpha,
         lm_weight=None if objective.schedule is None else objective.lm_share,
         temperature=None if term is None else mean("temperature", "kd_tokens") if per_token else term.temperature,
-        asked_teacher=objective.needs_teacher,
+        modelled_share=mean("modelled", "all"),
         calibration=calibration,
     )
 
