@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.blend import Blend
-from megakd.data.selection import whole_ids
+from megakd.data.samples import Samples
+from megakd.data.selection import SelectedSamples, whole_ids
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import empty_rows
 from megakd.logits.prefetch import ReadAhead
@@ -27,8 +28,6 @@ from megakd.model.attention import slice_sequence
 from megakd.model.teacher import Batch
 from megakd.parallel import Groups
 from megakd.targets import Given, SparseTargets, Unreadable
-
-_FAULTS = (UsageError, MismatchError, CorruptError, OSError)
 
 
 class StoreTeacher:
@@ -52,13 +51,8 @@ class StoreTeacher:
 
     @property
     def incomplete(self) -> NDArray[np.bool_]:
-        """``[datasets]``: of which samples may be without targets, as the manifests say."""
-        return np.array(
-            [
-                store is None or store.manifest.parameters["samples_with_targets"] < store.spec.num_samples
-                for store in self._stores
-            ]
-        )
+        """``[datasets]``: of which samples that are trained on may be without targets, as the manifests say."""
+        return np.array([not _is_complete(*both) for both in zip(self._stores, self._datasets)])
 
     def targets(self, batch: Batch) -> Iterator[Given | Unreadable]:
         """The targets of this rank's microbatches in order; reading begins now. After one that cannot be read all
@@ -75,7 +69,9 @@ class StoreTeacher:
                 targets = next(read)
             except StopIteration:
                 return
-            except _FAULTS as error:
+            except (UsageError, OSError) as error:  # a file that is gone, or on a disk that is
+                fault = CorruptError(f"stored targets cannot be read: {error}")
+            except (MismatchError, CorruptError) as error:
                 fault = error
             fault = self._agree(fault)
             while fault is not None:
@@ -147,3 +143,12 @@ class StoreTeacher:
             if isinstance(value := getattr(targets, field.name), Tensor)
         }
         return replace(targets, **moved)
+
+
+def _is_complete(store: LogitsStore | None, samples: Samples) -> bool:
+    if store is None:
+        return False
+    wanted = store.spec.num_samples
+    if isinstance(samples, SelectedSamples) and store.spec.parents.get("selection") == samples.selection.fingerprint:
+        wanted = samples.num_samples
+    return int(store.manifest.parameters["samples_with_targets"]) == wanted

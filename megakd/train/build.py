@@ -150,6 +150,8 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         + "".join(f" | logits store {store.folder}" for store in plan.stores if store is not None)
         + (f" | continues after iteration {start_step}" if start_step else "")
     )
+    for change in () if config.evaluate.skip_train else plan.changed_teachers:
+        metrics.say(f"Warning: this run goes on with other targets than its checkpoint: {change}")
     schedule = config.kd_schedule()
     if schedule is not None and plan.resume is not None and not plan.weights_only:
         for change in schedule.changes(plan.resume.objective_state.get("schedule", {})):

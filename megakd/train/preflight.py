@@ -5,6 +5,7 @@ Without megatron, and without torch unless a checkpoint's list of tensors is to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +62,18 @@ class Plan:
                 found[f"logits{index}"] = store.fingerprint
         return found | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
 
+    @property
+    def changed_teachers(self) -> list[str]:
+        """What this run distils from and the checkpoint that it goes on from did not, or the reverse; a phrase each."""
+        if self.resume is None or self.weights_only:
+            return []
+        then, now = self.resume.parents, self.parents
+        return [
+            f"{key}: {then.get(key, 'none')} there, {now.get(key, 'none')} here"
+            for key in sorted(then | now)
+            if re.fullmatch(r"teacher|logits\d+", key) and then.get(key) != now.get(key)
+        ]
+
 
 def check_run(config: TrainConfig, world_size: int) -> Plan:
     """Refuse what cannot work, and return what the rest of the run needs to know.
@@ -75,9 +88,9 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     if config.parallel.interleaved:
         _check_interleaving(config, data_size)
     data = config.data
-    blend = _open_blend(config, data.data_path, data.packing, data.selection)
+    blend = _open_blend(config, data.data_path, data.packing, data.selection, seed=config.training.seed)
     valid_packing = data.valid_packing or data.packing
-    valid_blend = _open_blend(config, data.valid_data_path, valid_packing) if data.valid_data_path else None
+    valid_blend = _open_blend(config, data.valid_data_path, valid_packing, seed=config.training.seed) if data.valid_data_path else None
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
     vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
@@ -131,8 +144,9 @@ def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int
 
 
 def _open_blend(
-    config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = ()
+    config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = (), *, seed: int
 ) -> Blend:
+    """seed: of the order."""
     weights, prefixes = parse_data_path([str(part) for part in data_path])
     if selections and len(selections) != len(prefixes):
         raise UsageError(
@@ -146,7 +160,7 @@ def _open_blend(
             selection.check(dataset, packing=packing, seq_length=config.data.seq_length)
         samples = _open_samples(config, dataset, packing)
         datasets.append(samples if selection is None else SelectedSamples(samples, selection))
-    return Blend(datasets, weights, config.training.seed)
+    return Blend(datasets, weights, seed)
 
 
 def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing) -> Samples:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captured import GHOST, LAYOUTS, STORES, make_stores, stored
-from runs import losses, make_config, make_tree, one_step, run_training, weights
+from captured import GHOST, LAYOUTS, SOME, STORES, capture, make_stores, stored
+from runs import losses, make_config, make_tree, one_step, output_of_training, run_training, weights
 from worlds import Worlds
 
 from megakd.data.indexed import IndexedDataset
 from megakd.data.samples import ConcatSamples
-from megakd.data.selection import SelectionWriter
+from megakd.data.selection import Selection, SelectionWriter
 from megakd.train.preflight import check_run
 
 
@@ -87,7 +87,7 @@ def sample_losses(tree: dict[str, Any]) -> dict[str, tuple[float, float]]:
 def select(data: str, folder: Path, ids: list[int]) -> str:
     samples = ConcatSamples(IndexedDataset(data), 16)
     with SelectionWriter(folder) as writer:
-        writer.append(np.array(ids))
+        writer.append(np.array(sorted(ids)))
         writer.finish(
             packing="concat",
             seq_length=16,
@@ -170,6 +170,9 @@ def test_a_store_and_a_model_share_the_tokens(parallel: dict[str, int], setting:
             assert mixed[key] == pytest.approx(model[key], rel=2e-6), (share, key)
         assert mixed["entropy"] == pytest.approx(model["entropy"], abs=1 / 4096)
         assert mixed["stored_share"] == 1.0 if share == "all" else 0 < mixed["stored_share"] < 1
+        # what throughput counts: a microbatch is one sample here, of a dataset that is stored whole or not at all
+        told = 1.0 if share == "some of a dataset" else 1 - mixed["stored_share"]
+        assert (model["modelled_share"], mixed["modelled_share"]) == (1.0, pytest.approx(told, abs=1e-3)), share
 
 
 def test_gates_on_stored_and_modelled_entropies(setting: dict[str, str], world: Worlds) -> None:
@@ -208,6 +211,32 @@ def test_resume_changes_no_bit(setting: dict[str, str], world: Worlds, tmp_path:
     assert cut == whole
     parents = json.loads((tmp_path / "cut" / "iter_0000006" / "manifest.json").read_text())["parents"]
     assert parents["logits0"] == check_run(make_config(tree("cut")), 1).stores[0].fingerprint  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_going_on_with_another_teacher_is_said(setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
+    """The stores and the teacher of a checkpoint are in its manifest: a run that goes on with others says which."""
+
+    def tree(*stores: str, steps: int = 4, **teacher: Any) -> dict[str, Any]:
+        checkpoint = {"save": str(tmp_path / "run"), "save_interval": 2}
+        training = {"train_iters": steps}
+        return stored(setting, *stores, teacher=teacher, training=training, checkpoint=checkpoint)
+
+    said = "goes on with other targets"
+    assert said not in world(1).run(output_of_training, tree("some"))[0]
+    assert said not in world(1).run(output_of_training, tree("some", steps=5))[0]
+    plan = check_run(make_config(tree("whole", load=setting["teacher"])), 1)
+    some, whole = (json.loads((Path(setting[name]) / "store.json").read_text()) for name in ("some", "whole"))
+    assert some["checksum"] != whole["checksum"] and plan.stores[0] is not None and plan.teacher is not None
+    before = check_run(make_config(tree("some")), 1).stores[0]
+    assert before is not None
+    assert plan.changed_teachers == [
+        f"logits0: {before.fingerprint} there, {plan.stores[0].fingerprint} here",
+        f"teacher: none there, {plan.teacher.fingerprint} here",
+    ]
+    printed = world(1).run(output_of_training, tree("whole", steps=6))[0]
+    assert said in printed and plan.changed_teachers[0] in printed
+    assert plan.parents["data0"] not in printed
 
 
 @pytest.mark.slow
@@ -271,3 +300,18 @@ def test_the_model_runs_only_for_what_is_not_stored(setting: dict[str, str], wor
     groups["objective"] = {"rho_keep": 0.5}
     ((_, found),) = world(1).run(forwards_of_the_model, stored(setting, "none", "whole", **groups))
     assert all(found)
+
+
+def test_the_model_rests_on_a_selection_that_is_stored_whole(
+    setting: dict[str, str], world: Worlds, tmp_path: Path
+) -> None:
+    """A store of a selection, as 'megakd capture --selection' makes it, lacks nothing for a run on that selection."""
+    selection, other = (select(setting["data"], tmp_path / name, ids) for name, ids in (("s", SOME), ("o", SOME[:99])))
+    fingerprint = Selection(selection).fingerprint
+    parents = {"dataset": IndexedDataset(setting["data"]).fingerprint, "model": "m", "selection": fingerprint}
+    folder = str(tmp_path / "store")
+    world(1).run(capture, setting["data"], setting["teacher"], folder, {"parents": parents}, SOME)
+    for chosen, runs in ((selection, False), (other, True), ("all", True)):
+        groups = {"teacher": {"load": setting["teacher"]}, "data": {"selection": [chosen]}}
+        ((_, found),) = world(1).run(forwards_of_the_model, stored(setting, folder, **groups))
+        assert set(found) == {runs}, chosen
