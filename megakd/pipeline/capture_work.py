@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.durable import FileRecord
+from megakd.durable import FileRecord, hash_file
 from megakd.errors import CorruptError, UsageError
 from megakd.logits.shard import ShardWriter
 from megakd.logits.spec import FORMAT, MANIFEST, SHARDS, VERSION, StoreSpec, finish_store, read_shard, write_shard
@@ -99,8 +99,10 @@ class StoreWork(RangeWork[Captured | None]):
         claim.release()
 
     def finish(self, lock: RunLock) -> Manifest:
-        """Raises CorruptError where a shard is gone or cut meanwhile, or scores were damaged: run again."""
+        """Raises CorruptError where a shard is gone, cut or damaged meanwhile, or scores were: run again."""
         try:
+            if not (self.folder / MANIFEST).exists():
+                self._check_indexes()
             if self.scores is not None:
                 self.scores.join()
             if not (self.folder / MANIFEST).exists():
@@ -114,6 +116,23 @@ class StoreWork(RangeWork[Captured | None]):
         finally:
             lock.__exit__()
         return read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+
+    def _check_indexes(self) -> None:
+        """That shards which others wrote came over whole, as far as that costs little: what tells where rows are and
+        what they must hash to is read again, they are not. Damaged shards lose their manifest."""
+        damaged = []
+        for index in range(self.num_ranges):
+            manifest = self._read(self._path(index, ".json"))
+            if manifest is not None:
+                record = manifest.files[1]
+                if hash_file(manifest.path.parent / record.name).xxh3_128 != record.xxh3_128:
+                    manifest.path.unlink()
+                    damaged.append(record.name)
+        if damaged:
+            raise CorruptError(
+                f"{self._ranges}: {len(damaged)} of {self.num_ranges} shards are not what was written, the first is "
+                f"{damaged[0]}; they were dropped, run again to make them anew"
+            )
 
     def _more_files(self) -> Sequence[FileRecord]:
         """Files of the store beside its shards, made durable now."""
