@@ -36,6 +36,7 @@ STEPS = "steps.i32"
 """In a store that was made from a journal: the step of each sample's rows, -1 where it has none."""
 _SEGMENT_TOKENS = 1 << 21  # at most: a hundred megabytes or two that a rank holds until they are written
 _RUN = "run"
+_EIGHT = 8 * "[0-9]"
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ def faults_of_segments(manifest: Manifest, *, progress: Progress | None = None) 
 
 def manifest_paths(folder: Path) -> list[Path]:
     """Of the steps of a journal, in their order; none where there is no journal."""
-    return sorted(folder.glob("[0-9]*-[0-9]*.json"))
+    return sorted(folder.glob(f"{_EIGHT}-{_EIGHT}.json"))
 
 
 def _manifests(folder: Path, *, check_files: bool = True) -> Iterator[Manifest]:

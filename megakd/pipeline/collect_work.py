@@ -17,7 +17,7 @@ from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import MismatchError, UsageError
-from megakd.logits.journal import STEPS, Journal, run_folder
+from megakd.logits.journal import STEPS, Journal, manifest_paths, run_folder
 from megakd.logits.spec import StoreSpec, bits_of
 from megakd.model.record import checkpoint_path, latest_iteration, read_record
 from megakd.pipeline.capture_plan import default_shard_samples, token_ranks
@@ -84,9 +84,10 @@ def open_collection(
     dataset = IndexedDataset(data_path)
     folder = journal / dataset.fingerprint
     if not folder.is_dir():
-        there = sorted(path.name for path in journal.glob("*") if path.is_dir())
+        there = sorted(path.name for path in journal.glob("*/") if manifest_paths(path))
         if not there:
-            raise UsageError(f"{journal}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
+            hint = f": give {journal.parent}" if manifest_paths(journal) else ""
+            raise UsageError(f"{journal}: not a folder that 'megakd train --logits-save-dir' kept rows in{hint}")
         raise MismatchError(
             f"{journal}: a journal of dataset {', '.join(there)}; {data_path} is {dataset.fingerprint}: give what was "
             "trained on"

@@ -106,7 +106,7 @@ def existing_manifests(name: str) -> list[Path]:
         return [manifest_path(name)]
     if path.is_dir():
         own = [path / each for each in _IN_FOLDERS if (path / each).is_file()]
-        return own or [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
+        return own + [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
     beside = [] if idx_path(name).exists() else [Path(f"{name}.json")]  # such as PREFIX.sentence-1024.json
     return [each for each in (path, *beside) if each.is_file()][:1]
 

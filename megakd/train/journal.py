@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor
 from megakd.data.blend import Blend
 from megakd.data.loader import Microbatch
 from megakd.data.selection import whole_ids
-from megakd.logits.journal import JournalWriter, Segment, commit_steps, cut_back
+from megakd.errors import UsageError
+from megakd.logits.journal import SEGMENTS, JournalWriter, Segment, commit_steps, cut_back
 from megakd.logits.spec import StoreSpec
 from megakd.losses.read import HeadReading
 from megakd.model.attention import gather_sequence, slice_sequence
@@ -68,6 +70,7 @@ class TrainingJournal:
         self._folders = {spec.parents["dataset"]: journal_folder(folder, spec) for spec in specs}
         if groups.rank == 0:
             for own in self._folders.values():
+                _make_folder(own)
                 for first, last in cut_back(own, start_step, counted):
                     say(f"{own}: took out steps {first} to {last}, which this run does not go on from")
         dist.barrier()
@@ -172,3 +175,11 @@ class TrainingJournal:
             if isinstance(value := getattr(reading, field.name), Tensor)
         }
         return replace(reading, **whole)
+
+
+def _make_folder(folder: Path) -> None:
+    """Now, and not when the first rows are written: hours may lie between."""
+    try:
+        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--logits-save-dir {folder.parent}: {error.strerror}: {error.filename}") from error

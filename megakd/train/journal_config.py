@@ -63,8 +63,11 @@ def journal_specs(
         raise UsageError(f"--logits-save-dir {config.dir}: rows count once a checkpoint is saved: add --save DIR")
     if config.kind == "top_p_k" and config.top_k > vocab_size:
         raise UsageError(f"--logits-save-top-k {config.top_k}: the vocabulary has {vocab_size} ids")
-    if Path(config.dir).exists() and not Path(config.dir).is_dir():
-        raise UsageError(f"--logits-save-dir {config.dir}: a file is there; expected a folder, new or there")
+    for path in (Path(config.dir), *Path(config.dir).parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(
+                f"--logits-save-dir {config.dir}: a file is there ({path}); expected a folder, new or there"
+            )
     rows = StoreSpec.rows(
         config.kind,
         value_bits=config.value_bits,

@@ -155,6 +155,13 @@ def test_foreign_data_is_refused(data: str, tmp_path: Path) -> None:
         collection.make(0)
     with pytest.raises(UsageError, match="--logits-save-dir"):
         open_collection(tmp_path / "nowhere", data, tmp_path / "s")
+    with pytest.raises(UsageError, match=f"give {folder_of(data).parent}"):
+        open_collection(folder_of(other), data, tmp_path / "s")
+    for output in (folder_of(other), folder_of(other).parent):
+        with pytest.raises(UsageError, match="a journal of logits lies there"):
+            open_collection(folder_of(data).parent, other, output)
+    with pytest.raises(UsageError, match="a file is there"):
+        open_collection(folder_of(data).parent, other, Path(f"{data}.bin") / "s")
     with pytest.raises(UsageError, match="--from-step"):
         open_collection(folder_of(data).parent, other, tmp_path / "s", from_step=7)
 
@@ -215,3 +222,19 @@ def test_damage_is_told_and_can_be_left_out(how: str, suffix: str, data: str, tm
     assert {sample: step for sample, step in enumerate(steps.tolist()) if step >= 0} == left
     found = LogitsStore(tmp_path / "store").read(5, tokens_of(data, 5))
     assert found is not None and as_dicts(found) == as_dicts(rows_of(5, 3))
+
+
+def test_a_shard_that_another_process_left_damaged_is_made_anew(data: str, tmp_path: Path) -> None:
+    write_journal(data)
+    assert run(data, tmp_path / "whole") == 0
+    part = opened(data, tmp_path / "part")
+    while (claim := part.work.claim()) is not None:
+        part.work.commit(claim, part.make(claim.index), computed={})
+    index = tmp_path / "part" / "shards" / "00000001.index"
+    content = bytearray(index.read_bytes())
+    content[30] ^= 1
+    index.write_bytes(bytes(content))
+    with pytest.raises(CorruptError, match=r"1 of 9 shards .* run again"):
+        run(data, tmp_path / "part")
+    assert run(data, tmp_path / "part") == 0
+    assert files(tmp_path / "part") == files(tmp_path / "whole")

@@ -230,6 +230,12 @@ def test_usage(wrong: dict[str, Any], made: dict[str, Any], tmp_path: Path) -> N
         check_run(make_config(tree_of(made["data"], tmp_path, logits_save=wrong)), 1)
 
 
+def test_a_folder_that_cannot_be_is_refused(made: dict[str, Any], tmp_path: Path) -> None:
+    tree = tree_of(made["data"], tmp_path, logits_save={"dir": f"{made['data']}.bin/logits"})
+    with pytest.raises(UsageError, match="a file is there"):
+        check_run(make_config(tree), 1)
+
+
 def test_rows_need_checkpoints(made: dict[str, Any], tmp_path: Path) -> None:
     tree = tree_of(made["data"], tmp_path)
     tree["checkpoint"]["save"] = None
