@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from captured import GHOST, LAYOUTS, capture, make_stores, stored
-from runs import VOCAB, run_training
+from runs import VOCAB, make_config, run_training
 from worlds import Worlds
 
 from megakd.__main__ import run
 from megakd.logits.spec import shard_path
 from megakd.train import main as train_main
+from megakd.train.preflight import check_run
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,25 @@ def test_a_fault_of_one_rank_ends_the_run_on_every_rank(
     found = world(size).run(one_rank_cannot_read, tree)
     assert [(error, code) for error, code, _ in found] == [("CorruptError", 5)] * 2
     assert all("store-damaged" in text for _, _, text in found)
+
+
+def shards_are_removed(tree: dict[str, Any]) -> tuple[str, int, str]:
+    """As where somebody tidies up, or a disk goes, while the run goes on."""
+    from megakd.train.loop import train
+
+    config = make_config(tree)
+    plan = check_run(config, int(os.environ["WORLD_SIZE"]))
+    shutil.rmtree(Path(tree["teacher"]["logits_load_dir"][0]) / "shards", ignore_errors=True)
+    try:
+        train(config, plan)
+    except ValueError as error:
+        return type(error).__name__, int(error.status), str(error)  # type: ignore[attr-defined]
+    return "", 0, ""
+
+
+def test_a_shard_that_is_gone_while_training(setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
+    shutil.copytree(setting["sparse"], tmp_path / "store")
+    tree = stored(setting, str(tmp_path / "store"), objective=GHOST)
+    ((error, code, text),) = world(1).run(shards_are_removed, tree)
+    assert (error, code) == ("CorruptError", 5), text
+    assert "stored targets cannot be read" in text and "shards" in text and text.endswith("the step was not applied")
