@@ -169,7 +169,7 @@ def _locate(manifest_path: Path, name: str) -> str:
 def _parse(path: Path) -> Manifest:
     try:
         raw = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: no manifest here; the artefact is unfinished, or the path is wrong") from error
     try:
         body = orjson.loads(raw)

@@ -36,7 +36,7 @@ def open_stores(
             f"order; '{WITHOUT}' for a dataset without stored targets"
         )
     stores = tuple(
-        None if folder == WITHOUT else _open_store(folder, samples, tokenizer, vocab_size)
+        None if folder == WITHOUT else _open_store(folder, samples, flag, tokenizer, vocab_size)
         for folder, samples in zip(folders, blend.datasets)
     )
     found = [store for store in stores if store is not None]
@@ -49,15 +49,23 @@ def open_stores(
     return stores
 
 
-def _open_store(folder: str, samples: Samples, tokenizer: Mapping[str, Any] | None, vocab_size: int) -> LogitsStore:
+def _open_store(
+    folder: str, samples: Samples, flag: str, tokenizer: Mapping[str, Any] | None, vocab_size: int
+) -> LogitsStore:
     all_samples = whole(samples)
-    store = LogitsStore(
-        folder,
-        dataset=samples.dataset.fingerprint,
-        tokenizer=(tokenizer or {}).get("hash"),
-        packing=all_samples.packing,
-        seq_length=samples.seq_length,
-    )
+    try:
+        store = LogitsStore(
+            folder,
+            dataset=samples.dataset.fingerprint,
+            tokenizer=(tokenizer or {}).get("hash"),
+            packing=all_samples.packing,
+            seq_length=samples.seq_length,
+        )
+    except UsageError as error:
+        raise UsageError(
+            f"{flag}: {error}; expected a folder that 'megakd capture' or 'megakd collect' has finished: run its "
+            "command again to finish it"
+        ) from error
     for name, there, here in (
         ("a vocabulary", store.spec.vocab_size, vocab_size),
         ("a number of samples", store.spec.num_samples, all_samples.num_samples),

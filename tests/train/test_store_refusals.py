@@ -50,6 +50,8 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "another vocabulary": ({"data": {"vocab_size": 300}}, ("whole",), 4, "with a vocabulary of 251, expected 300"),
     "two for one": ({}, ("whole", "whole"), 2, "--logits-load-dir has 2 entries for 1 datasets"),
     "not there": ({}, ("nowhere",), 2, "no manifest here"),
+    "a file": ({}, (__file__,), 2, "--logits-load-dir: "),
+    "unfinished": ({}, (str(Path(__file__).parent),), 2, "'megakd capture' or 'megakd collect' has finished"),
     "none at all": ({}, ("none",), 2, "names 'none' for every dataset"),
     "reverse KL without a tail": ({"objective": {"kd_divergence": "reverse_kl"}}, ("whole",), 2, "expected ghost"),
     "taid": ({"objective": {"kd_divergence": "taid"}}, ("whole",), 2, "divergence taid on top_p_k targets"),
