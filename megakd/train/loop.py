@@ -30,7 +30,8 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite; nothing of that step was applied.
-        MismatchError, CorruptError: a logits store is not what it was; nothing of that step was applied.
+        MismatchError, CorruptError: a logits store is not what it was. In training nothing of that step was applied; in
+            an evaluation what was trained up to it was saved.
     """
     last_step = config.training.train_iters
     groups = init_parallel(config.parallel, seed=config.training.seed)
@@ -67,7 +68,12 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         at_end = step == last_step
         stopped = not at_end and (stop.agreed() or step - start_step == config.training.exit_interval)
         if evaluate is not None and not stopped and _due(step, config.evaluate.eval_interval, at_end):
-            metrics.log_evaluation(step, evaluate(step))
+            try:
+                metrics.log_evaluation(step, evaluate(step))
+            except (MismatchError, CorruptError):  # of the held-out store: what was trained is sound
+                save(step)
+                writer.finish()
+                raise
         if _due(step, config.checkpoint.save_interval, at_end or stopped):
             save(step)
         if stopped:

@@ -105,7 +105,7 @@ def run_step(
     )
     total = _sum_over_batch(sums, groups)
     if not torch.isfinite(total).all():
-        _refuse(found, step)
+        _refuse(found, step, "the evaluation has no result" if forward_only else "the step was not applied")
     calibration = total[len(_SUMS) :].reshape(2, NUM_BINS).cpu() if objective.calibrate else None
     return _means(dict(zip(_SUMS, total.tolist())), objective, calibration)
 
@@ -234,14 +234,12 @@ def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microb
     ]
 
 
-def _refuse(found: _Found, step: int) -> NoReturn:
+def _refuse(found: _Found, step: int, outcome: str) -> NoReturn:
     """Every rank gets here together, so all can say what any of them saw."""
     gathered = [_Found() for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, found)
     for rank, one in enumerate(gathered):
         if one.unreadable is not None:
-            raise type(one.unreadable)(f"step {step}, rank {rank}: {one.unreadable}; the step was not applied")
+            raise type(one.unreadable)(f"step {step}, rank {rank}: {one.unreadable}; {outcome}")
     seen = "; ".join(f"rank {rank}: {', '.join(one.samples[:8])}" for rank, one in enumerate(gathered) if one.samples)
-    raise NonFiniteError(
-        f"step {step}: the loss is not finite ({seen or 'in the sum alone'}); the step was not applied"
-    )
+    raise NonFiniteError(f"step {step}: the loss is not finite ({seen or 'in the sum alone'}); {outcome}")

@@ -192,3 +192,18 @@ def test_a_shard_that_is_gone_while_training(setting: dict[str, str], world: Wor
     ((error, code, text),) = world(1).run(shards_are_removed, tree)
     assert (error, code) == ("CorruptError", 5), text
     assert "stored targets cannot be read" in text and "shards" in text and text.endswith("the step was not applied")
+
+
+def test_a_damaged_held_out_store_costs_no_training(setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
+    shutil.copytree(setting["sparse"], tmp_path / "store")
+    flip_records(tmp_path / "store")
+    groups: dict[str, Any] = {
+        "teacher": {"valid_logits_load_dir": [str(tmp_path / "store")]},
+        "data": {"valid_data_path": [setting["data"]]},
+        "checkpoint": {"save": str(tmp_path / "run"), "save_interval": 1000},
+        "training": {"train_iters": 2},
+    }
+    ((error, code, text),) = world(1).run(error_of_training, stored(setting, "sparse", objective=GHOST, **groups))
+    assert (error, code) == ("CorruptError", 5)
+    assert text.startswith("step 2, rank 0: ") and text.endswith("the evaluation has no result")
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
