@@ -90,7 +90,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     data = config.data
     blend = _open_blend(config, data.data_path, data.packing, data.selection, seed=config.training.seed)
     valid_packing = data.valid_packing or data.packing
-    valid_blend = _open_blend(config, data.valid_data_path, valid_packing, seed=config.training.seed) if data.valid_data_path else None
+    valid_blend = _open_blend(config, data.valid_data_path, valid_packing, seed=0) if data.valid_data_path else None
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
     vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
@@ -146,7 +146,7 @@ def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int
 def _open_blend(
     config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = (), *, seed: int
 ) -> Blend:
-    """seed: of the order."""
+    """seed: of the order; the held-out data's is fixed, so that an evaluation of a part of it compares over seeds."""
     weights, prefixes = parse_data_path([str(part) for part in data_path])
     if selections and len(selections) != len(prefixes):
         raise UsageError(

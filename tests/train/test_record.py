@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from runs import make_tree, one_step, run_training, write_dataset
+from runs import make_config, make_tree, one_step, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.data.indexed_writer import IndexedWriter
 from megakd.data.tokenizer import build_tokenizer
 from megakd.model.config import ModelConfig
 from megakd.train.metrics import Cost, _keep_until
+from megakd.train.preflight import check_run
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -54,6 +55,10 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
         found[size] = records(save)
         assert yaml.safe_load((save / "config.yaml").read_text())["training"]["train_iters"] == 4
         assert list((save / "tensorboard").iterdir())
+    again = make_tree(data, training={"seed": 6}, data={"valid_data_path": [data]})
+    orders = [check_run(make_config(one), 1).valid_blend for one in (tree, again)]
+    drawn = [blend.draw(np.arange(24)).sample_id.tolist() for blend in orders if blend is not None]
+    assert drawn[0] == drawn[1], "a part of the held-out samples must be the same part for every seed"
     steps = [record["step"] for record in found[1] if "loss" in record]
     assert steps == [1, 2, 3, 4]
     evaluations = {record["step"]: record["valid"] for record in found[1] if "valid" in record}
