@@ -82,7 +82,7 @@ class LogitsStore:
         self._check_shards()
         ranks = np.fromfile(self.folder / RANKS, "<i4")
         if self.spec.parameters(ranks)["ranks"] != self.manifest.parameters["ranks"]:
-            raise CorruptError(f"{self.folder / RANKS}: it is not what was written")
+            raise CorruptError(f"{self.folder / RANKS}: it is not what was written: {REPAIR}")
         self._ids_of_ranks = invert(ranks)
         self._max_open = max_open
         self._open: OrderedDict[int, Shard] = OrderedDict()
