@@ -41,7 +41,7 @@ class Sweep:
         3, "from --seed on, of LM alone and of the first configuration: these tell the noise", common=True
     )
     eval_iters: int = option(
-        100, "batches of held-out text a student is evaluated on; 100 are all of it, of fewer each seed takes others"
+        100, "batches of held-out text a student is evaluated on; 100 are all of it"
     )
     teacher: Path | None = option(
         None,
