@@ -40,9 +40,7 @@ class Sweep:
     seeds: int = option(
         3, "from --seed on, of LM alone and of the first configuration: these tell the noise", common=True
     )
-    eval_iters: int = option(
-        100, "batches of held-out text a student is evaluated on; 100 are all of it"
-    )
+    eval_iters: int = option(100, "batches of held-out text a student is evaluated on; 100 are all of it")
     teacher: Path | None = option(
         None,
         "a trained teacher with the demo's tokenizer (default: train one, of the demo's shape, in OUTPUT)",
