@@ -1,4 +1,4 @@
-"""From what an output head says to the rows of a logits store: cut by mass, counted, or renormalised draws.
+"""From what an output head says to the rows of a logits store: cut by mass, or draws: counted, weighted, renormalised.
 
 Axes: ``T`` token positions, ``K`` best ids or slots, ``N`` draws.
 """
