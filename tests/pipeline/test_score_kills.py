@@ -135,7 +135,7 @@ def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path
     [
         pytest.param([], marks=pytest.mark.long),
         ["--tensor-model-parallel-size", "2"],
-        ["--pipeline-model-parallel-size", "2"],
+        pytest.param(["--pipeline-model-parallel-size", "2"], marks=pytest.mark.long),
     ],
 )
 def test_signal_to_one_rank_of_two(layout: list[str], made: dict[str, Any], tmp_path: Path) -> None:

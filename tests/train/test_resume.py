@@ -144,7 +144,7 @@ def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: P
 
 @pytest.mark.parametrize(
     ("receiver", "background"),
-    [("rank", False), pytest.param("launcher", False, marks=pytest.mark.long), ("launcher", True)],
+    [*(pytest.param(who, False, marks=pytest.mark.long) for who in ("rank", "launcher")), ("launcher", True)],
 )
 def test_sigterm_saves_and_the_same_command_continues(
     receiver: str, background: bool, data: str, world: Worlds, tmp_path: Path
