@@ -21,6 +21,7 @@ from megakd.manifest import Manifest, read_manifest, write_manifest
 from megakd.targets import SparseKind
 
 FORMAT, VERSION = "megakd-logits", 1
+_YOUNGER = {"proposal_exponent"}  # than the first stores, which are as its default says
 MANIFEST, RANKS, SHARDS = "store.json", "ranks.i32", "shards"
 DEFAULT_DRAWS: dict[str, int] = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}
 """Of a row: none, as in arXiv 2503.16870, as in Gemma 3."""
@@ -114,9 +115,9 @@ class StoreSpec:
     def of(manifest: Manifest) -> StoreSpec:
         """From the manifest of a store or of a shard."""
         names = set(StoreSpec.__dataclass_fields__) - {"parents", "tokenizer"}
-        if missing := names - set(manifest.parameters):
+        if missing := names - set(manifest.parameters) - _YOUNGER:
             raise CorruptError(f"{manifest.path}: parameters without {', '.join(sorted(missing))}")
-        given = {name: manifest.parameters[name] for name in names}
+        given = {name: manifest.parameters[name] for name in names & set(manifest.parameters)}
         return StoreSpec(**given, parents=manifest.parents, tokenizer=manifest.tokenizer)
 
 

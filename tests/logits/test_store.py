@@ -303,3 +303,11 @@ def test_specs_that_cannot_be(tmp_path: Path) -> None:
         replace(SPEC, shard_samples=0)
     with pytest.raises(UsageError, match="draws 0"):
         replace(SPEC, kind="samples")
+
+
+def test_stores_that_are_older_than_a_parameter(written: Path) -> None:
+    manifest = LogitsStore(written).manifest
+    older = {name: value for name, value in manifest.parameters.items() if name != "proposal_exponent"}
+    assert StoreSpec.of(replace(manifest, parameters=older)) == StoreSpec.of(manifest)
+    with pytest.raises(CorruptError, match="parameters without kind"):
+        StoreSpec.of(replace(manifest, parameters={name: value for name, value in older.items() if name != "kind"}))
