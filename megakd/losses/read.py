@@ -68,12 +68,12 @@ def read_head(
     hidden_TH, weight_vH: as for ``head.head_loss``.
     ids_T: int64, whose log-probability is wanted.
     top_k: how many of the best ids, at most the vocabulary.
-    uniforms_TN: float64 in [0, 1), the same on every rank; a draw is the first id, in their order, at which the
-        cumulative probability exceeds the number. So draws depend on the numbers and the distribution alone.
+    uniforms_TN: float64 in [0, 1), multiples of 2^-53, the same on every rank; draws depend on these numbers and the
+        distribution alone (``_draw`` says how).
     proposal_exponent: draws come from softmax(exponent · z), in proportion to this power of the probabilities.
 
-    One all-gather a chunk for log-probabilities and entropies; one more for best ids; for samples one more, and two
-    all-reduces.
+    One all-gather a chunk for log-probabilities and entropies; one more for best ids; for samples one all-reduce of
+    ``[R, N]`` for each bit of an id, and two.
     Raises UsageError for shapes that do not fit.
     """
     num_tokens = hidden_TH.shape[0]
@@ -214,32 +214,50 @@ def _top_among_many_ties(values_Rv: Tensor, edge_R1: Tensor, k: int) -> tuple[Te
 def _draw(
     valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, exponent: float, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """``[R, N]``: one id for each uniform number, by the inverse of the cumulative distribution, which is summed in
-    float64. ``[R]``: that sum, of exp(exponent · (logit - the best one))."""
+    """``[R, N]``: one id for each uniform number. ``[R]``: the sum of exp(exponent · (logit - the best one)), float64.
+
+    From the whole vocabulary, halved again and again, to one id: each half in proportion to its mass, by a number of
+    its own. An error in the logits so moves a draw with a chance of about log2(V) errors. By the inverse of the
+    cumulative distribution it would be V of them: each of its steps moves.
+    """
     lm_max_R = pivot(rows["lm_max"]).to(torch.promote_types(valid_Rv.dtype, torch.float32))
     mass_Rv = valid_Rv - column(lm_max_R)
     mass_Rv = (mass_Rv if exponent == 1 else mass_Rv.mul_(exponent)).exp_()
-    cumulative_Rv = mass_Rv.cumsum(1, dtype=torch.float64)
-    own_R = cumulative_Rv[:, -1] if shard.num_valid else mass_Rv.sum(1, dtype=torch.float64)
-    sums_Rn = _gather_columns(column(own_R), shard)
-    before_R = sums_Rn[:, : shard.start // shard.num_rows].sum(1)
-    total_R = sums_Rn.sum(1)
-    thresholds_RN = uniforms_RN.double() * column(total_R) - column(before_R)
-    mine_RN = (thresholds_RN >= 0) & (thresholds_RN < column(own_R))
-    if shard.world_size == 1:
-        mine_RN = torch.ones_like(mine_RN)
-    columns_RN = torch.searchsorted(cumulative_Rv, thresholds_RN.contiguous(), right=True)
-    # rounding may carry the last number past the last sum: it belongs to the last id that has mass
-    if shard.num_valid and (columns_RN >= shard.num_valid).any():
-        last_R1 = shard.num_valid - 1 - (mass_Rv > 0).flip(1).to(torch.int8).argmax(1, keepdim=True)
-        columns_RN = torch.minimum(columns_RN, last_R1)
-    ids_RN = columns_RN + shard.start
-    if shard.world_size == 1:
-        return ids_RN, total_R
-    # slices answer for disjoint intervals; a number that rounding leaves to none of them is the last id's
-    answers_RN = torch.where(mine_RN, ids_RN, shard.vocab_size)
-    dist.all_reduce(answers_RN, op=dist.ReduceOp.MIN, group=shard.group)
-    return answers_RN.clamp(max=shard.vocab_size - 1), total_R
+    below_Rv = mass_Rv.new_zeros((len(mass_Rv), shard.num_valid + 1), dtype=torch.float64)  # each id: the mass before
+    torch.cumsum(mass_Rv, 1, dtype=torch.float64, out=below_Rv[:, 1:])
+    total_R = below_Rv[:, -1].clone()
+    first_RN = torch.zeros(uniforms_RN.shape, dtype=torch.int64, device=uniforms_RN.device)
+    from_RN, to_RN = torch.zeros_like(first_RN, dtype=torch.float64), below_Rv[:, -1:].expand(first_RN.shape)
+    if shard.world_size > 1:
+        dist.all_reduce(total_R, group=shard.group)
+    seeds_RN = (uniforms_RN.double() * 2.0**53).long()
+    for level in reversed(range((shard.vocab_size - 1).bit_length())):
+        middle_RN = first_RN + (1 << level)
+        at_RN = below_Rv.gather(1, (middle_RN - shard.start).clamp(0, shard.num_valid))
+        halves_2RN = torch.stack([at_RN - from_RN, to_RN - at_RN])
+        if shard.world_size > 1:
+            dist.all_reduce(halves_2RN, group=shard.group)
+        upper_RN = _uniform(seeds_RN, level) * halves_2RN.sum(0) >= halves_2RN[0]
+        first_RN = torch.where(upper_RN, middle_RN, first_RN)
+        from_RN, to_RN = torch.where(upper_RN, at_RN, from_RN), torch.where(upper_RN, to_RN, at_RN)
+    return first_RN.clamp_(max=shard.vocab_size - 1), total_R
+
+
+def _uniform(seeds_RN: Tensor, stream: int) -> Tensor:
+    """float64 in [0, 1): of each seed, a number for each stream; ``hashing.mix64`` in int64, which wraps alike."""
+    value = seeds_RN + _signed((stream + 1) * 0x9E3779B97F4A7C15)
+    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
+    return _shifted(value ^ _shifted(value, 31), 11).double() * 2.0**-53
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(bits: int) -> int:
+    return (bits + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _logits_of(ids_RN: Tensor, valid_Rv: Tensor, shard: VocabShard) -> Tensor:

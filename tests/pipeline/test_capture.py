@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import draw
 from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -143,10 +144,10 @@ def test_counts_of_draws_at_the_numbers_of_their_positions(made: dict[str, Any])
     counts = np.rint(np.exp(log_probs.astype(np.float64)) * 50).astype(int)
     assert (counts.sum(-1) == 50).all()
     numbers = uniform_numbers(np.arange(SAMPLES * SEQ), 50, seed=1234, dataset=IndexedDataset(made["data"]).fingerprint)
-    cumulative = np.exp(made["log_probs"]).reshape(-1, VOCAB).cumsum(-1)
+    probs = np.exp(made["log_probs"]).reshape(-1, VOCAB)
     wrong = 0
     for row, (own_ids, own_counts) in enumerate(zip(ids.reshape(-1, ids.shape[-1]), counts.reshape(len(numbers), -1))):
-        drawn = np.searchsorted(cumulative[row], numbers[row], side="right")
+        drawn = draw(probs[row], numbers[row])
         expected = np.bincount(drawn, minlength=VOCAB)
         found = np.zeros(VOCAB, int)
         found[own_ids[own_counts > 0]] = own_counts[own_counts > 0]
@@ -163,7 +164,7 @@ def test_draws_of_a_flatter_teacher_are_weighted(made: dict[str, Any]) -> None:
     weights = np.exp(made["log_probs"].reshape(-1, VOCAB)) / proposal
     wrong = 0
     for row, (own_ids, own) in enumerate(zip(ids.reshape(-1, ids.shape[-1]), log_probs.reshape(len(numbers), -1))):
-        drawn = np.searchsorted(proposal[row].cumsum(), numbers[row], side="right")
+        drawn = draw(proposal[row], numbers[row])
         expected = np.bincount(drawn, minlength=VOCAB) / 40 * weights[row]
         found = np.zeros(VOCAB)
         found[own_ids[own > -np.inf]] = np.exp(own[own > -np.inf].astype(np.float64))
