@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from pipeline.range_runs import make_some
 
 from megakd.config import from_dict, validate
 from megakd.pipeline.score_plan import ScoreConfig, check_score
@@ -36,10 +37,5 @@ def run_some(tree: dict[str, Any], count: int) -> int:
 
     config = make_config(tree)
     plan = check_score(config, 1)
-    scorer = build_scorer(config, plan, init_parallel(config.parallel(), seed=0))
-    for _ in range(count):
-        claim = plan.parts.claim()
-        assert claim is not None
-        columns = scorer.make(*plan.parts.bounds(claim.index), ids=plan.parts.ids_of(claim.index))
-        plan.parts.commit(claim, columns, computed=scorer.computed)
+    make_some(plan.parts, build_scorer(config, plan, init_parallel(config.parallel(), seed=0)), count)
     return plan.parts.samples_done()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from draws import draw
+from pipeline.range_runs import make_some
 from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -46,12 +47,7 @@ def run_capture(tree: dict[str, Any], only: int | None = None) -> int:
     plan = check_capture(config, int(os.environ["WORLD_SIZE"]))
     if only is None:
         return int(capture(config, plan))
-    capturer = build_capturer(config, plan, init_parallel(config.parallel(), seed=0))
-    for _ in range(only):
-        claim = plan.work.claim()
-        assert claim is not None
-        made = capturer.make(*plan.work.bounds(claim.index), ids=plan.work.ids_of(claim.index))
-        plan.work.commit(claim, made, computed=capturer.computed)
+    make_some(plan.work, build_capturer(config, plan, init_parallel(config.parallel(), seed=0)), only)
     return 0
 
 
