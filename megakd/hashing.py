@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+GOLDEN = 0x9E3779B97F4A7C15
+"""What splitmix64 adds to its state at each step."""
+MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
 
 def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A bijection of uint64 that spreads every bit over all: the finaliser of MurmurHash3 in Stafford's variant 13, as
     in splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     return value ^ (value >> np.uint64(31))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import UsageError
+from megakd.hashing import GOLDEN, MULTIPLIERS
 from megakd.losses.call import check_shapes
 from megakd.losses.divergences import column, teacher_entropy
 from megakd.losses.implementations import Implementation, kernels_for
@@ -245,9 +246,9 @@ def _draw(
 
 def _uniform(seeds_RN: Tensor, stream: int) -> Tensor:
     """float64 in [0, 1): of each seed, a number for each stream; ``hashing.mix64`` in int64, which wraps alike."""
-    value = seeds_RN + _signed((stream + 1) * 0x9E3779B97F4A7C15)
-    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
+    value = seeds_RN + _signed((stream + 1) * GOLDEN)
+    value = (value ^ _shifted(value, 30)) * _signed(MULTIPLIERS[0])
+    value = (value ^ _shifted(value, 27)) * _signed(MULTIPLIERS[1])
     return _shifted(value ^ _shifted(value, 31), 11).double() * 2.0**-53
 
 
