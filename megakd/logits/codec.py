@@ -186,7 +186,9 @@ class RowEncoder:
         if self.row_format.value == "count":
             values = rows.counts(self.row_format.draws)
         else:
-            values = np.ascontiguousarray(rows.log_probs_TK - np.float32(self.row_format.log_unit), np.float32)
+            values = np.ascontiguousarray(rows.log_probs_TK, np.float32)
+            if self.row_format.weighted:
+                values = values - np.float32(self.row_format.log_unit)
         ids, entropies = np.ascontiguousarray(rows.ids_TK, np.int64), np.ascontiguousarray(rows.entropy_T, np.float32)
         try:
             self._native.add(ids, values, entropies)

@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.errors import UsageError
-from megakd.hashing import mix64
+from megakd.hashing import GOLDEN, mix64
 from megakd.logits.codec import WEIGHT_UNIT, Rows
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: float = 1.0) -> Rows:
@@ -57,10 +55,9 @@ def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN
     """
     drawn = _array(drawn_ids_TN)
     ids, counts, slots = _runs(drawn)
-    order = _order(drawn)
     weights = _array(log_probs_TN).astype(np.float64) - _array(log_proposal_TN).astype(np.float64)
     log_weights = np.zeros(counts.shape)
-    np.put_along_axis(log_weights, slots, np.take_along_axis(weights, order, 1), 1)
+    np.put_along_axis(log_weights, slots, weights, 1)
     with np.errstate(divide="ignore"):
         shares = np.log(counts / drawn.shape[1]) + log_weights
     shares -= np.maximum(np.logaddexp.reduce(shares, axis=1, keepdims=True) - math.log(WEIGHT_UNIT), 0.0)
@@ -73,9 +70,8 @@ def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: 
     log_probs_TN: of the drawn ids under the whole softmax.
     """
     ids, counts, slots = _runs(_array(drawn_ids_TN))
-    drawn = _array(log_probs_TN).astype(np.float64)
     log_probs = np.full(counts.shape, -np.inf)
-    np.put_along_axis(log_probs, slots, np.take_along_axis(drawn, _order(_array(drawn_ids_TN)), 1), 1)
+    np.put_along_axis(log_probs, slots, _array(log_probs_TN).astype(np.float64), 1)
     largest = log_probs.max(1, keepdims=True)
     log_probs -= largest + np.log(np.exp(log_probs - largest).sum(1, keepdims=True))
     return Rows(ids, log_probs.astype(np.float32), _array(entropy_T).astype(np.float32))
@@ -92,24 +88,22 @@ def uniform_numbers(
     """
     key = np.uint64(xxhash.xxh3_64_intdigest(f"draws {seed} {dataset}".encode()))
     states = mix64(mix64(np.asarray(token_positions, np.int64).astype(np.uint64) ^ key) + key)
-    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
+    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return (mix64(states[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _order(drawn: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.argsort(drawn, axis=1, kind="stable")
-
-
 def _runs(drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Ids and counts ``[T, K]`` of each row's distinct ids, rising, and the slot of each draw in sorted order."""
-    ordered = np.take_along_axis(drawn, _order(drawn), 1)
+    """Ids and counts ``[T, K]`` of each row's distinct ids, rising, and the slot of each draw ``[T, N]``."""
+    order = np.argsort(drawn, axis=1, kind="stable")
+    ordered = np.take_along_axis(drawn, order, 1)
     starts = np.ones(ordered.shape, np.bool_)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    slots = np.cumsum(starts, axis=1) - 1
+    slots = np.empty_like(order)
+    np.put_along_axis(slots, order, np.cumsum(starts, axis=1) - 1, 1)
     widest = int(slots.max(initial=-1)) + 1
     ids = np.zeros((len(drawn), widest), np.int64)
     counts = np.zeros((len(drawn), widest), np.int32)
-    np.put_along_axis(ids, slots, ordered, 1)
+    np.put_along_axis(ids, slots, drawn, 1)
     np.add.at(counts, (np.arange(len(drawn))[:, None], slots), 1)
     return ids, counts, slots
 
