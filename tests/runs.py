@@ -112,7 +112,11 @@ def weights(folder: str, iteration: int) -> dict[str, bytes]:
 
     init_parallel(ParallelConfig(), seed=1)
     from megatron.core import dist_checkpointing
-    from torch import is_tensor
+    from torch import Tensor, uint8
 
     tensors = dist_checkpointing.load_plain_tensors(str(checkpoint_path(folder, iteration)))
-    return {key: value.contiguous().view(-1).numpy().tobytes() for key, value in tensors.items() if is_tensor(value)}
+    return {
+        key: value.contiguous().view(-1).view(uint8).numpy().tobytes()  # numpy knows no bfloat16
+        for key, value in tensors.items()
+        if isinstance(value, Tensor)
+    }

@@ -97,6 +97,7 @@ def restore(plan: Plan, student: Student, objective: Objective, optimizer: Optim
     if plan.resume is None or plan.weights_only:
         return 0
     load_training_state(plan.resume, student.chunks, optimizer.inner, groups)
+    optimizer.give_weights()
     objective.load_state(plan.resume.objective_state)
     return plan.resume.iteration
 
@@ -219,7 +220,7 @@ def build_writer(
         )
         writer.save(
             step,
-            student.chunks,
+            student.whole(),
             optimizer.inner,
             groups,
             parameters=parameters,

@@ -67,6 +67,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, step: int) -> Evaluation:
         """Evaluate after ``step`` (named in errors). All ranks call it."""
+        self.student.whole()
         for chunk in self.student.wrapped:
             chunk.eval()
         sums: dict[str, float] = {}

@@ -23,6 +23,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
 
 class NonFiniteError(RuntimeError):
@@ -31,10 +32,27 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Student:
-    """The model under training: the bare chunks, and the same chunks inside megatron's data parallelism."""
+    """The model under training: the bare chunks, and the same chunks inside megatron's data parallelism.
+
+    Between steps weights are read from ``whole()``, never from ``chunks``.
+    """
 
     chunks: list[HiddenGPTModel]
     wrapped: list[DistributedDataParallel]
+
+    def whole(self) -> list[HiddenGPTModel]:
+        """The bare chunks with every weight as the last update left it. All ranks call it.
+
+        With overlapped gathering an update reaches this rank's own part of the weights alone; the other parts come in
+        the forward pass of the next step. Here they come now, and the next forward pass finds them there.
+        """
+        for model in self.wrapped:
+            if model.ddp_config.overlap_param_gather:
+                # what the forward pass waits for, layer by layer; unlike start_param_sync(force_sync=True) it also
+                # makes the second copy that FP8 weights have
+                for group in reversed(model.bucket_groups + model.expert_parallel_bucket_groups):
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
+        return self.chunks
 
     def output_weight(self, chunk: Any) -> torch.Tensor:
         """The head's shard ``[v, H]`` of a chunk that ends the model, gathered if its gathering is still under way."""
@@ -109,6 +127,20 @@ class Optimizer:
         for chunk in self._student.wrapped:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()
+
+    def give_weights(self) -> None:
+        """Set the student's weights to the optimizer's own, rounded to their dtype: after a checkpoint was loaded.
+
+        They are the same but in checkpoints of versions that saved before overlapped gathering was over. There the
+        optimizer's are right: half of the weights are one update older.
+        """
+        for part in self.inner.chained_optimizers:
+            if isinstance(part, MixedPrecisionOptimizer):
+                part._copy_main_params_to_model_params()
+        for model in self._student.wrapped:
+            if model.ddp_config.use_distributed_optimizer and not model.ddp_config.overlap_param_gather:
+                model.start_param_sync()
+        self._student.whole()
 
     def step(self, step: int) -> Update:
         """Clip by the global norm and apply, at the learning rate of ``step`` (the first is 1).
