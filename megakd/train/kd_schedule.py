@@ -69,18 +69,18 @@ class Schedule:
         if self.shape == "periodic":
             return 0.5 * (1 + math.cos(2 * math.pi * ((step - 1) % self.period) / self.period))
         if self.shape in ("wsd", "wsd_beta"):
-            level = self._phase(step)
+            level = self._phase(step - 1)
             return level if self.shape == "wsd" else 1 - level
         x = min(step / self.end, 1.0)
         if self.shape == "linear_up":
             return x
         return _DECAYS["linear" if self.shape == "linear_down" else "cosine"](x)
 
-    def _phase(self, step: int) -> float:
-        """The share of its range that a WSD learning rate has at ``step``."""
-        if step <= self.warmup:
-            return step / self.warmup
-        into = step - (self.end - self.decay)
+    def _phase(self, finished: int) -> float:
+        """The share of its range that a WSD learning rate has after so many updates."""
+        if finished < self.warmup:
+            return finished / self.warmup
+        into = finished - (self.end - self.decay)
         return 1.0 if into <= 0 else _DECAYS[self.decay_style](min(into / self.decay, 1.0))
 
 

@@ -13,7 +13,7 @@ from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
 from megakd.train.adamw import use_where_fused_adam_is_missing
 from megakd.train.config import OptimConfig
-from megakd.train.schedules import build_lr_schedule
+from megakd.train.schedules import build_lr_schedule, set_rate
 
 # isort: split
 from megatron.core.distributed import (
@@ -148,8 +148,7 @@ class Optimizer:
         Raises:
             NonFiniteError: on every rank, if any gradient is not finite; nothing was applied.
         """
-        self.schedule.num_steps = 0
-        self.schedule.step(step)
+        lr = set_rate(self.schedule, step)
         if self.inner.prepare_grads():
             raise NonFiniteError(f"step {step}: a gradient is not finite; the step was not applied")
         grad_norm = float(self.inner.get_grad_norm())
@@ -159,4 +158,4 @@ class Optimizer:
             for part in self.inner.chained_optimizers:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self._clip, total_norm=grad_norm)
         self.inner.step_with_ready_grads()
-        return Update(grad_norm, lr=float(self.schedule.get_lr({})))
+        return Update(grad_norm, lr)

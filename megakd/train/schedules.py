@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 def build_lr_schedule(optim: OptimConfig, optimizer: Any, *, train_iters: int) -> OptimizerParamScheduler:
-    """megatron's scheduler, counting optimizer steps; ``step(1)`` sets the rate of the step that follows.
+    """megatron's scheduler, counting finished steps as Megatron-LM's training loop does: ``set_rate`` is what moves it.
 
     WSD holds the peak until ``lr_wsd_decay_iters`` before the end, then decays linearly, by half a cosine,
     exponentially (``2 * 0.5^x - 1``) or as ``1 - sqrt(x)``. Weight decay is constant.
@@ -35,3 +35,14 @@ def build_lr_schedule(optim: OptimConfig, optimizer: Any, *, train_iters: int) -
         override_opt_param_scheduler=False,
     )
     return schedule
+
+
+def set_rate(schedule: OptimizerParamScheduler, step: int) -> float:
+    """Give the optimizer the learning rate for the update of ``step``, the first of which is 1, and return it.
+
+    It is the schedule's value after the ``step - 1`` updates before, Megatron's convention (decision 0011): the first
+    update without a warm-up has the peak rate, the last one is a step short of the end of the decay.
+    """
+    schedule.num_steps = 0
+    schedule.step(step - 1)
+    return float(schedule.get_lr({}))

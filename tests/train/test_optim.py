@@ -15,7 +15,7 @@ from worlds import Worlds
 from megakd.train.adamw import AdamW
 from megakd.train.config import OptimConfig
 from megakd.train.preflight import check_run
-from megakd.train.schedules import build_lr_schedule
+from megakd.train.schedules import build_lr_schedule, set_rate
 
 
 def test_adamw_equals_torch() -> None:
@@ -46,9 +46,9 @@ def rates(optim: OptimConfig, steps: int) -> list[float]:
     schedule = build_lr_schedule(optim, Holder(), train_iters=steps)
     found = []
     for step in range(1, steps + 1):
-        schedule.num_steps = 0
-        schedule.step(step)
-        found.append(schedule.optimizer.param_groups[0]["lr"])
+        rate = set_rate(schedule, step)
+        assert schedule.optimizer.param_groups[0]["lr"] == rate
+        found.append(rate)
     return found
 
 
@@ -66,22 +66,32 @@ def test_wsd(shape: Any) -> None:
         lr=1.0, min_lr=0.1, lr_decay_style="WSD", lr_wsd_decay_style=shape, lr_warmup_iters=10, lr_wsd_decay_iters=20
     )
     found = rates(optim, 100)
-    for step, rate in enumerate(found, start=1):
-        if step <= 10:
-            expected = step / 10
-        elif step <= 80:
+    for finished, rate in enumerate(found):
+        if finished <= 10:
+            expected = finished / 10
+        elif finished <= 80:
             expected = 1.0
         else:
-            expected = 0.1 + 0.9 * SHAPES[shape]((step - 80) / 20)
-        assert rate == pytest.approx(expected, abs=1e-12), step
+            expected = 0.1 + 0.9 * SHAPES[shape]((finished - 80) / 20)
+        assert rate == pytest.approx(expected, abs=1e-12), finished
 
 
 def test_cosine_and_its_end() -> None:
     found = rates(OptimConfig(lr=2.0, min_lr=0.2, lr_warmup_iters=4, lr_decay_iters=24), 30)
-    for step, rate in enumerate(found, start=1):
-        x = (step - 4) / 20
-        expected = step / 2 if step <= 4 else 0.2 + 1.8 * SHAPES["cosine"](min(x, 1.0))
+    for finished, rate in enumerate(found):
+        x = (finished - 4) / 20
+        expected = finished / 2 if finished <= 4 else 0.2 + 1.8 * SHAPES["cosine"](min(x, 1.0))
         assert rate == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "WSD"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_every_step_after_the_warm_up_begins_trains(style: Any, warmup: int) -> None:
+    """Megatron's convention: the rate of step 1 is the schedule's at 0, that of the last not yet what it ends with."""
+    optim = OptimConfig(lr=1.0, lr_decay_style=style, lr_warmup_iters=warmup, lr_wsd_decay_iters=2)
+    found = rates(optim, 6)
+    assert found[0] == (0.0 if warmup else 1.0) and min(found[1:]) > 0
+    assert rates(OptimConfig(lr=1.0, lr_decay_style=style), 1) == [1.0], "a run of one step"
 
 
 def poisoned_step(tree: dict[str, Any], where: str) -> str:
