@@ -46,6 +46,12 @@ class NoSpaceError(OSError):
     status = ExitStatus.NO_SPACE
 
 
+class NonFiniteError(ValueError):
+    """A NaN or an infinity in a loss or a gradient; nothing was applied."""
+
+    status = ExitStatus.FAILED
+
+
 class StoppedBySignal(Exception):
     """The run was asked to stop and has saved its state."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,6 +144,25 @@ def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
     for name in ("embd", "pos_embd", "ep", "hcp", "expt_tp", "tp_ep", "tp_ep_pp", "expt_dp"):
         setattr(collection, name, None)
     return Groups(parallel, collection, base.rank, base.world_size, base.device)
+
+
+def random_states(groups: Groups) -> dict[str, Any]:
+    """This rank's generators as they stand. They matter only with dropout."""
+    states: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    if groups.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set this rank's generators to what ``random_states`` returned, in the same layout."""
+    torch.set_rng_state(states["cpu"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def close_parallel() -> None:

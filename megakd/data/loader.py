@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,14 @@ class StepBatch:
         start = (index * loader.data_parallel_size + rank) * loader.micro_batch_size
         rows = slice(start, start + loader.micro_batch_size)
         return loader.read(self.draws.dataset_index[rows], self.draws.sample_id[rows])
+
+    def parts(self, num_microbatches: int) -> Iterator[StepBatch]:
+        """The samples of the step in order, in steps of so many microbatches a rank, of which this has a multiple."""
+        loader = copy.copy(self._loader)
+        loader.num_microbatches = num_microbatches
+        loader.global_batch_size = num_microbatches * loader.data_parallel_size * loader.micro_batch_size
+        firsts = range(0, len(self.sample_positions), loader.global_batch_size)
+        return (StepBatch(loader, self.sample_positions[first:][: loader.global_batch_size]) for first in firsts)
 
 
 class Loader:
@@ -140,6 +149,10 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Where the next step starts, and what makes the order what it is. Plain data; the same on every rank."""
         return {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size, **self._order()}
+
+    def rewind(self, consumed_samples: int) -> None:
+        """Go back to where so many samples were consumed: the steps from there on come again."""
+        self.consumed_samples, self._upcoming = consumed_samples, None
 
     def read(self, dataset_index_B: NDArray[np.int64], sample_id_B: NDArray[np.int64]) -> Microbatch:
         """Read samples by dataset and id as one microbatch."""

@@ -25,10 +25,10 @@ from megakd.model.gpt import HiddenGPTModel
 from megakd.model.metadata import read_tensor_names
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
 from megakd.mortal import die_with_parent
-from megakd.parallel import Groups
+from megakd.parallel import Groups, random_states, set_random_states
 
 # isort: split
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -134,7 +134,7 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
-        _set_rng_state(loaded["rng_state"])
+        set_random_states(loaded["rng_state"])
 
 
 def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
@@ -267,18 +267,8 @@ def _layout(groups: Groups) -> dict[str, int]:
 
 def _rng_state(groups: Groups) -> ShardedObject:
     """Every rank's generators. They matter only with dropout, and only in the layout that wrote them."""
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    states = {"cpu": torch.get_rng_state(), "tracker": dict(tracker.get_states())}
-    if groups.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
-
-
-def _set_rng_state(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    place = (dist.get_world_size(),), (dist.get_rank(),)
+    return ShardedObject("rng_state", random_states(groups), *place, replica_id=0)
 
 
 def _commit(

@@ -199,14 +199,18 @@ def build_writer(
     batches: Loader,
     journal: TrainingJournal,
     groups: Groups,
+    start_step: int,
 ) -> tuple[CheckpointWriter, Callable[[int], None]]:
-    """The checkpoint writer, and ``save(step)``; without ``--save`` both do nothing."""
+    """The checkpoint writer, and ``save(step)``: nothing for a step that is saved already, or without ``--save``."""
     folder = config.checkpoint.save
+    saved = start_step
     writer = CheckpointWriter(folder or ".", background=config.checkpoint.async_save and folder is not None)
 
     def save(step: int) -> None:
-        if folder is None:
+        nonlocal saved
+        if folder is None or step == saved:
             return
+        saved = step
         journal.commit(step)
         parameters = record_parameters(
             plan.student,

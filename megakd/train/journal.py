@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Microbatch
 from megakd.data.selection import whole_ids
 from megakd.errors import UsageError
+from megakd.logits.codec import Rows
 from megakd.logits.journal import SEGMENTS, JournalWriter, Segment, commit_steps, cut_back
 from megakd.logits.spec import StoreSpec
 from megakd.losses.read import HeadReading
@@ -67,6 +69,7 @@ class TrainingJournal:
         """Fingerprints of what was committed up to now, on rank 0: for the checkpoint, which makes it count."""
         if not specs:
             return
+        self._waiting: list[tuple[int, str, int, NDArray[Any], Rows | None]] = []  # of the step under way
         self._folders = {spec.parents["dataset"]: journal_folder(folder, spec) for spec in specs}
         if groups.rank == 0:
             for own in self._folders.values():
@@ -93,8 +96,11 @@ class TrainingJournal:
             }
 
     def at(self, step: int) -> Keep | None:
-        """What takes the microbatches of a step; None where nothing of it is kept."""
-        return partial(self._keep, step) if self._specs and step >= self._from_step else None
+        """What takes the microbatches of a step; None where nothing of it is kept. The steps before it were applied."""
+        if not self._specs or step < self._from_step:
+            return None
+        self._hand_over(step - 1)
+        return partial(self._keep, step)
 
     def commit(self, step: int) -> None:
         """Make the rows up to ``step`` count: to be called before its checkpoint is saved. All ranks call it.
@@ -104,6 +110,7 @@ class TrainingJournal:
         first, self._committed = max(self._committed + 1, self._from_step), step
         if not self._specs or first > step:
             return
+        self._hand_over(step)
         mine = {dataset: (writer.flush(), self._left_out[dataset]) for dataset, writer in self._writers.items()}
         self._left_out = dict.fromkeys(self._folders, 0)
         everyone: list[dict[str, tuple[list[Segment], int]]] = [{} for _ in range(self._groups.world_size)]
@@ -122,6 +129,17 @@ class TrainingJournal:
                 if segments:
                     made = commit_steps(folder, spec, segments, steps=(first, step), left_out=left_out)
                     self.counted.append(made.fingerprint)
+
+    def _hand_over(self, last_step: int) -> None:
+        """Give the writers what waits, up to ``last_step``; what is behind it is of a step that was refused."""
+        for step, dataset, sample_id, tokens_S, rows in self._waiting:
+            if step > last_step:
+                continue
+            if rows is None:
+                self._left_out[dataset] += 1
+            else:
+                self._writers[dataset].add(sample_id, step, tokens_S, rows)
+        self._waiting.clear()
 
     @torch.no_grad()
     def _keep(self, step: int, hidden_SBH: Tensor, weight_vH: Tensor, microbatch: Microbatch) -> None:
@@ -146,11 +164,10 @@ class TrainingJournal:
         rows_B = split_samples(self._reader.rows(reading), num_rows_B)
         for place, rows in enumerate(rows_B):
             fingerprint = self._datasets[int(microbatch.dataset_ids_B[place])].dataset.fingerprint
-            if not finite_B[place]:
-                self._left_out[fingerprint] += 1
-            elif rows.num_rows:
-                tokens_S = microbatch.tokens_BS[place, : rows.num_rows]
-                self._writers[fingerprint].add(int(ids_B[place]), step, tokens_S, rows)
+            tokens_S = microbatch.tokens_BS[place, : rows.num_rows]
+            if rows.num_rows or not finite_B[place]:
+                own = rows if finite_B[place] else None
+                self._waiting.append((step, fingerprint, int(ids_B[place]), tokens_S, own))
 
     def _uniforms(self, microbatch: Microbatch) -> Tensor:
         """``[T, N]`` float64 of this rank's part of the sequence."""

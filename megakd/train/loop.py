@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megakd.errors import CorruptError, ExitStatus, MismatchError
+from megakd.errors import CorruptError, ExitStatus, MismatchError, NonFiniteError
 from megakd.parallel import init_parallel
 from megakd.train.build import (
     build_evaluator,
@@ -16,9 +16,11 @@ from megakd.train.build import (
     restore,
 )
 from megakd.train.config import TrainConfig
-from megakd.train.optim import NonFiniteError, Optimizer
+from megakd.train.culprits import name_samples
+from megakd.train.optim import Optimizer
 from megakd.train.preflight import Plan
 from megakd.train.signals import StopRequest
+from megakd.train.standing import Standing
 from megakd.train.step import run_step
 
 
@@ -29,9 +31,9 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     if there was nowhere to save).
 
     Raises:
-        NonFiniteError: a loss or a gradient is not finite; nothing of that step was applied.
-        MismatchError, CorruptError: a logits store is not what it was. In training nothing of that step was applied; in
-            an evaluation what was trained up to it was saved.
+        NonFiniteError: a loss or a gradient is not finite.
+        MismatchError, CorruptError: a logits store is not what it was.
+            Nothing of the step in which it is seen was applied, and what was trained up to it was saved.
     """
     last_step = config.training.train_iters
     groups = init_parallel(config.parallel, seed=config.training.seed)
@@ -45,7 +47,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     metrics = build_metrics(config, plan, groups, start_step)
     journal = build_journal(config, plan, objective, groups, metrics, start_step)  # of what the student itself says
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
-    writer, save = build_writer(config, plan, student, objective, optimizer, batches, journal, groups)
+    writer, save = build_writer(config, plan, student, objective, optimizer, batches, journal, groups, start_step)
 
     if config.evaluate.skip_train and evaluate is not None:
         metrics.log_evaluation(start_step, evaluate(start_step))
@@ -55,12 +57,16 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     for step in range(start_step + 1, last_step + 1):
         metrics.start_clock()
         optimizer.zero_grad()
+        before, batch = Standing.of(batches, groups), next(batches)
         try:
-            loss = run_step(student, next(batches), teacher, objective, groups, step=step, keep=journal.at(step))
+            loss = run_step(student, batch, teacher, objective, groups, step=step, keep=journal.at(step))
             update = optimizer.step(step)
-        except (NonFiniteError, MismatchError, CorruptError):
-            writer.finish()  # what is being written in the background is sound
-            raise
+        except (NonFiniteError, MismatchError, CorruptError) as refusal:
+            before.restore()  # nothing of this step was applied: what was trained up to it is sound
+            save(step - 1)
+            writer.finish()
+            metrics.close()
+            raise name_samples(refusal, student, batch, teacher, objective, groups, step=step) from None
         objective.advance(step, loss.kd)
         metrics.log(step, loss, update, samples=batches.consumed_samples)
         writer.poll()
@@ -70,9 +76,10 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         if evaluate is not None and not stopped and _due(step, config.evaluate.eval_interval, at_end):
             try:
                 metrics.log_evaluation(step, evaluate(step))
-            except (MismatchError, CorruptError):  # of the held-out store: what was trained is sound
+            except (NonFiniteError, MismatchError, CorruptError):  # of held-out data: what was trained is sound
                 save(step)
                 writer.finish()
+                metrics.close()
                 raise
         if _due(step, config.checkpoint.save_interval, at_end or stopped):
             save(step)

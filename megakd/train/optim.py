@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megakd.errors import NonFiniteError
 from megakd.layout import ParallelConfig
 from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
@@ -26,8 +27,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
 
-class NonFiniteError(RuntimeError):
-    """A NaN or an infinity in a loss or a gradient; nothing was applied."""
+class NonFiniteGradientError(NonFiniteError):
+    """A gradient is not finite where every loss was: which samples it is of is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,14 @@ class Optimizer:
         """Clip by the global norm and apply, at the learning rate of ``step`` (the first is 1).
 
         Raises:
-            NonFiniteError: on every rank, if any gradient is not finite; nothing was applied.
+            NonFiniteGradientError: on every rank, if any gradient is not finite; nothing was applied.
         """
         lr = set_rate(self.schedule, step)
         if self.inner.prepare_grads():
-            raise NonFiniteError(f"step {step}: a gradient is not finite; the step was not applied")
+            raise NonFiniteGradientError(f"step {step}: a gradient is not finite; the step was not applied")
         grad_norm = float(self.inner.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"step {step}: the gradient norm is {grad_norm}; the step was not applied")
+            raise NonFiniteGradientError(f"step {step}: the gradient norm is {grad_norm}; the step was not applied")
         if self._clip > 0:
             for part in self.inner.chained_optimizers:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=self._clip, total_norm=grad_norm)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.data.loader import Microbatch, StepBatch
+from megakd.errors import NonFiniteError
 from megakd.model.attention import slice_sequence
 from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
@@ -22,7 +23,7 @@ from megakd.targets import Given, Unreadable
 from megakd.train.calibration import NUM_BINS
 from megakd.train.journal import Keep
 from megakd.train.objective import Objective, TokenLosses
-from megakd.train.optim import NonFiniteError, Student
+from megakd.train.optim import Student
 
 # isort: split
 from megatron.core.pipeline_parallel import get_forward_backward_func

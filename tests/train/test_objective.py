@@ -292,9 +292,9 @@ class PoisonedTeacher:
 
 def poisoned_step(tree: dict[str, Any]) -> tuple[str, int]:
     """What the error of a step says, and the sample it should name."""
+    from megakd.errors import NonFiniteError
     from megakd.parallel import init_parallel
     from megakd.train.build import build_loader, build_objective, build_student, build_teacher
-    from megakd.train.optim import NonFiniteError
     from megakd.train.step import run_step
 
     config = make_config(tree)

@@ -96,9 +96,10 @@ def test_every_step_after_the_warm_up_begins_trains(style: Any, warmup: int) -> 
 
 def poisoned_step(tree: dict[str, Any], where: str) -> str:
     """One step with a NaN planted in a weight or a gradient; the error's text, if nothing was applied."""
+    from megakd.errors import NonFiniteError
     from megakd.parallel import init_parallel
     from megakd.train.build import build_loader, build_objective, build_student, build_teacher
-    from megakd.train.optim import NonFiniteError, Optimizer
+    from megakd.train.optim import Optimizer
     from megakd.train.step import run_step
 
     config = make_config(tree)
