@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from megakd.console import tell
 from megakd.errors import ExitStatus
 
 VERBS = {
@@ -32,7 +33,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     try:
         return int(main(argv))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     except BrokenPipeError:
         return ExitStatus.FAILED
@@ -40,7 +41,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         status = getattr(error, "status", None)
         if status is None and not isinstance(error, OSError):
             raise  # not foreseen: the traceback is the message
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return int(ExitStatus.FAILED if status is None else status)
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return ExitStatus.COMPLETE
     if arguments[0] not in VERBS:
-        print(f"error: unknown verb '{arguments[0]}'; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        tell(f"error: unknown verb '{arguments[0]}'; expected one of {', '.join(VERBS)}")
         return ExitStatus.USAGE
     return run(importlib.import_module(VERBS[arguments[0]]).main, arguments[1:])
 

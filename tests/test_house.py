@@ -25,6 +25,7 @@ LAYERS = (
             "targets",
             "layout",
             "hashing",
+            "console",
             "known_warnings",
             "mortal",
             "_csrc",

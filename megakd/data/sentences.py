@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd import _csrc
+from megakd.console import tell
 from megakd.data.indexed import IndexedDataset
 from megakd.data.ranges import RangeSamples
 from megakd.data.recorded import recorded_tokenizer
@@ -96,7 +96,7 @@ def open_sentences(
             return samples
         try:
             tokenizer = open_tokenizer()
-            print(f"writing the sentence packing {path}", file=sys.stderr, flush=True)
+            tell(f"writing the sentence packing {path}")
             write_sentences(dataset, seq_length, tokenizer)
         finally:
             lock.unlink(missing_ok=True)  # whoever still waits for it finds the packing, or fails as we did

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.errors import ExitStatus, UsageError
 from megakd.pipeline.collect_work import Collection, open_collection
 from megakd.pipeline.interrupt import StopFlag
@@ -86,7 +86,7 @@ def collect(collection: Collection, *, log_interval: float) -> ExitStatus:
     """Make what is missing, with all other processes that do: COMPLETE, or STOPPED if a signal came first."""
     work = collection.work
     if work.finished() and not work.has_leftovers:
-        print(f"{work.folder}: finished already", file=sys.stderr)
+        tell(f"{work.folder}: finished already")
         return ExitStatus.COMPLETE
     progress = RangeProgress(
         work.num_wanted,
@@ -98,17 +98,18 @@ def collect(collection: Collection, *, log_interval: float) -> ExitStatus:
     with StopFlag() as stop:
         while not work.finished():
             if stop.is_set():
-                print("stopped by a signal; finished shards are kept: the same command continues", file=sys.stderr)
+                tell("stopped by a signal; finished shards are kept: the same command continues")
                 return ExitStatus.STOPPED
             claim = work.claim()
             if claim is not None:
                 work.commit(claim, collection.make(claim.index, progress), computed={})
             elif work.complete and (lock := work.claim_finish()) is not None:
                 manifest = work.finish(lock)
-                print(
+                tell(
                     f"{work.folder}: {work.num_wanted} of {work.num_samples} samples have targets, steps "
                     f"{work.spec.details['first_step']} to {work.spec.details['last_step']}, "
-                    f"fingerprint {manifest.fingerprint}"
+                    f"fingerprint {manifest.fingerprint}",
+                    on="stdout",
                 )
             else:
                 time.sleep(_POLL_SECONDS)  # others have what is left; they may die of it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.console import tell
 from megakd.data.indexed import IndexedDataset
 from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer
@@ -133,4 +133,4 @@ def _counted(folder: Path) -> tuple[str, ...] | None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    tell(text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ import orjson
 import xxhash
 
 from megakd import __version__
+from megakd.console import tell
 from megakd.data.engines import Choice, choose_engine, give_back_memory
 from megakd.data.indexed import best_dtype, concatenate
 from megakd.data.tokenizer import build_tokenizer
@@ -55,7 +55,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         if config.append_eod and tokenizer.eod is None:
             raise UsageError(f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token)")
         choice = choose_engine(tokenizer, sample_texts(inputs, config.json_keys), mode=config.tokenizer_engine)
-        print(f"tokenizer engine: {choice.engine} ({choice.reason})", file=sys.stderr)
+        tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
         description, dtype = tokenizer.describe(), best_dtype(tokenizer.vocab_size)
         del tokenizer
         give_back_memory()
@@ -89,11 +89,10 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
                 )
             )
         remove_folder(root, folder)
-        print(
+        tell(
             f"{counts.documents} documents ({counts.empty_documents} empty), {counts.tokens} tokens, "
             f"{counts.bad_records} bad records, {counts.blank_lines} blank lines, "
-            f"{counts.duplicate_keys} duplicate keys; {progress.summary()}",
-            file=sys.stderr,
+            f"{counts.duplicate_keys} duplicate keys; {progress.summary()}"
         )
     return manifests
 

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.data.concatenate import Part, concatenate, write_lengths
 from megakd.data.idx_format import (
     CODES,
@@ -83,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
         manifest = import_shards(Path(config.input_prefix), output, tokenizer)
         counts = manifest.parameters["dataset"]
-        print(
+        tell(
             f"{output}: {len(manifest.parents)} shards, {counts['num_documents']} instances, {counts['num_tokens']} "
-            f"tokens, fingerprint {manifest.fingerprint}"
+            f"tokens, fingerprint {manifest.fingerprint}",
+            on="stdout",
         )
     if config.scores is not None and config.scores_output is not None:
         dataset = IndexedDataset(output)
@@ -98,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             mask_policy=config.scores_mask_policy,
             eod=eod,
         )
-        print(
-            f"{config.scores_output}: {manifest.parameters['num_samples']} scores, fingerprint {manifest.fingerprint}"
+        tell(
+            f"{config.scores_output}: {manifest.parameters['num_samples']} scores, fingerprint {manifest.fingerprint}",
+            on="stdout",
         )
     return ExitStatus.COMPLETE
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.data.idx_format import bin_path, idx_path
 from megakd.data.indexed import IndexedDataset, concatenate
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = [Path(p) for p in config.input_prefix or []] if config.input is None else _list(Path(config.input), output)
     manifest = merge(inputs, output)
     counts = manifest.parameters["dataset"]
-    print(
+    tell(
         f"{output}: {len(inputs)} datasets, {counts['num_documents']} documents, {counts['num_tokens']} tokens, "
-        f"fingerprint {manifest.fingerprint}"
+        f"fingerprint {manifest.fingerprint}",
+        on="stdout",
     )
     return ExitStatus.COMPLETE
 

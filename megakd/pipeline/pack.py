@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.data.indexed import IndexedDataset
 from megakd.data.recorded import open_tokenizer
 from megakd.data.sentences import manifest_path, write_sentences
@@ -38,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     manifest = write_sentences(dataset, config.seq_length, tokenizer)
     count = manifest.parameters["num_samples"]
-    print(
+    tell(
         f"{manifest_path(dataset, config.seq_length)}: {count} samples of {dataset.num_tokens} tokens, "
-        f"{dataset.num_tokens / count:.1f} of {config.seq_length + 1} tokens a sample"
+        f"{dataset.num_tokens / count:.1f} of {config.seq_length + 1} tokens a sample",
+        on="stdout",
     )
     return ExitStatus.COMPLETE

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megakd.config import parse
+from megakd.console import tell
 from megakd.errors import ExitStatus, StoppedBySignal
 from megakd.pipeline.preprocess_config import PreprocessConfig
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         preprocess(config)
     except StoppedBySignal as stop:
-        print(f"{stop}; finished shards are kept: the same command continues", file=sys.stderr)
+        tell(f"{stop}; finished shards are kept: the same command continues")
         return ExitStatus.STOPPED
     return ExitStatus.COMPLETE
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from megakd.console import tell
+
 _LINE_SECONDS = 1.0
 
 
@@ -40,9 +42,7 @@ class Progress:
             self.documents - self._shown_documents >= self._interval and time.monotonic() - self._shown >= _LINE_SECONDS
         ):
             self._shown, self._shown_documents = time.monotonic(), self.documents
-            print(
-                f"Processed {self.documents} documents ({self._rates()}, {self._left()})", file=sys.stderr, flush=True
-            )
+            tell(f"Processed {self.documents} documents ({self._rates()}, {self._left()})")
 
     def close(self) -> None:
         """Take the bar away."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megakd.config import dump
+from megakd.console import tell
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples import permute
@@ -124,7 +124,7 @@ class _Fit:
     def say(self, text: str) -> None:
         """A line on stderr, from the first rank."""
         if self._groups.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def update(self, *, stop: bool) -> bool:
         """The next update. Returns whether any rank was asked to stop."""
@@ -295,9 +295,11 @@ class _Fit:
 def _report(groups: Groups, folder: Path, manifest: Manifest, state: str) -> None:
     if groups.rank == 0:
         parameters = manifest.parameters
-        print(f"{folder}: {state}; {parameters['num_held_out']} held-out samples, as predicted and in truth:")
-        print(table(parameters["figures"], ratio=parameters["fit"]["ratio"]))
-        print(f"fingerprint {manifest.fingerprint}", flush=True)
+        tell(
+            f"{folder}: {state}; {parameters['num_held_out']} held-out samples, as predicted and in truth:", on="stdout"
+        )
+        tell(table(parameters["figures"], ratio=parameters["fit"]["ratio"]), on="stdout")
+        tell(f"fingerprint {manifest.fingerprint}", on="stdout")
 
 
 def _tidy(groups: Groups, folder: Path, manifest: Manifest) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
+
+from megakd.console import tell
 
 
 class RangeProgress:
@@ -28,7 +29,7 @@ class RangeProgress:
         self._first = samples_done()
         self._started = self._shown = time.monotonic()
         if self._first:
-            print(f"continuing: {self._first} of {num_samples} samples are {done}", file=sys.stderr, flush=True)
+            tell(f"continuing: {self._first} of {num_samples} samples are {done}")
 
     def tick(self, under_way: int) -> None:
         """Print a line if it is time. under_way: samples that this process has done and not yet committed."""
@@ -38,7 +39,7 @@ class RangeProgress:
             done = min(self._samples_done() + under_way, self._num_samples)
             fresh, seconds = done - self._first, now - self._started
             text = progress_line(done, self._num_samples, fresh, self._seq_length, seconds, what=self._done)
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
 
 def progress_line(

@@ -5,7 +5,6 @@ The ranks that hold one copy do the same range together; their leader claims it 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megakd.console import tell
 from megakd.errors import ExitStatus
 from megakd.layout import Coordinates, rank_of
 from megakd.manifest import Manifest
@@ -90,9 +90,9 @@ def work_through(
     if plans.finish is not None:
         manifest: Manifest = work.finish(plans.finish)
         of = "" if work.num_wanted == work.num_samples else f"{work.num_wanted} of "
-        print(f"{work.folder}: {of}{work.num_samples} samples, fingerprint {manifest.fingerprint}", flush=True)
+        tell(f"{work.folder}: {of}{work.num_samples} samples, fingerprint {manifest.fingerprint}", on="stdout")
     elif copy.leads and groups.data_rank == 0:
-        print(f"{work.folder}: finished; another process had the last of it", file=sys.stderr, flush=True)
+        tell(f"{work.folder}: finished; another process had the last of it")
     _tidy(work, copy)
     return ExitStatus.COMPLETE
 
@@ -168,4 +168,4 @@ def _tidy(work: RangeWork[Any], copy: _Copy) -> None:
 
 def _say(groups: Groups, text: str) -> None:
     if groups.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)

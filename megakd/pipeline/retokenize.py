@@ -8,7 +8,6 @@ often the run was killed.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import xxhash
 
 from megakd import __version__
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.data.engines import Choice, EngineMode, choose_engine, give_back_memory
 from megakd.data.indexed import IndexedDataset, best_dtype, concatenate
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         retokenize(config)
     except StoppedBySignal as stop:
-        print(f"{stop}; finished shards are kept: the same command continues", file=sys.stderr)
+        tell(f"{stop}; finished shards are kept: the same command continues")
         return ExitStatus.STOPPED
     return ExitStatus.COMPLETE
 
@@ -111,7 +111,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         settings = _settings(config, IndexedDataset(config.input_prefix).fingerprint, num_workers)
         dataset, source = settings.open_source()
         choice = choose_engine(target, _sample_texts(dataset, source), mode=config.tokenizer_engine)
-        print(f"tokenizer engine: {choice.engine} ({choice.reason})", file=sys.stderr)
+        tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
         shard_tokens = config.shard_tokens or max(_LEAST_SHARD_TOKENS, dataset.num_tokens // _MAX_SHARDS)
         old, new = source.describe(), target.describe()
         del source, target
@@ -142,12 +142,11 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
             progress=lambda _: stop.check(),
         )
         remove_folder(root, folder)
-        print(
+        tell(
             f"{counts.documents} documents ({counts.empty_documents} empty), {counts.source_bytes} bytes of text, "
             f"{counts.source_tokens} tokens -> {counts.tokens} tokens; the text of {counts.bad_documents} documents "
             f"did not survive ({counts.undecodable} were not all text, {counts.normalised} were normalised); "
-            f"{progress.summary()}",
-            file=sys.stderr,
+            f"{progress.summary()}"
         )
     return manifest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megakd.config import parse
+from megakd.console import tell
 from megakd.data.selection import Selection, SelectionWriter
 from megakd.errors import CorruptError, ExitStatus, UsageError
 from megakd.manifest import Manifest
@@ -77,15 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(SelectConfig, argv, prog="megakd select", description=_DESCRIPTION)
     sources = open_sources(config)
     outcome = select(config, sources)
-    print(_table(outcome))
+    tell(_table(outcome), on="stdout")
     _warn(config, outcome)
     for source, manifest in zip(sources, outcome.manifests):
-        print(f"{source.output}: {manifest.parameters['num_kept']} samples, fingerprint {manifest.fingerprint}")
+        tell(
+            f"{source.output}: {manifest.parameters['num_kept']} samples, fingerprint {manifest.fingerprint}",
+            on="stdout",
+        )
     for source, prefix in zip(sources, config.materialize):
         assert source.samples is not None  # --materialize needs --data-path
         refined = materialize(source.samples, Selection(source.output), Path(prefix))
         dataset = refined.parameters["dataset"]
-        print(f"{prefix}: {dataset['num_documents']} documents, {dataset['num_tokens']} tokens")
+        tell(f"{prefix}: {dataset['num_documents']} documents, {dataset['num_tokens']} tokens", on="stdout")
     return ExitStatus.COMPLETE
 
 
@@ -272,18 +275,16 @@ def _warn(config: SelectConfig, outcome: Outcome) -> None:
             there, kept = domain.candidate_tokens, domain.kept_tokens
         # of tokens a part of a sample may always lack
         if there < share.budget or (kept < share.budget and config.ratio_of == "samples"):
-            print(
+            tell(
                 f"warning: {share.domains[0]}: its quota is {share.budget} {config.ratio_of}, there are {there}, kept "
                 f"are {kept}: the selection is smaller than --ratio {config.ratio}, and the other domains are a larger "
-                "part of it than --quota says; lower the ratio or this domain's quota",
-                file=sys.stderr,
+                "part of it than --quota says; lower the ratio or this domain's quota"
             )
     for name, value in outcome.correlations.items():
         if len(outcome.correlations) > 1 and abs(value) > DEGENERATE:
             scale = f"--teacher-scale (now {config.teacher_scale:g})" if config.teacher_scores else "--weights"
-            print(
+            tell(
                 f"warning: correlation {value:.3f} of the score with the NLL of {name}: the selection is little more "
                 f"than a ranking by {name} alone; change {scale} so that the models weigh alike, or use "
-                "--rank-difference",
-                file=sys.stderr,
+                "--rank-difference"
             )

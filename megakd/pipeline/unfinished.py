@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megakd.console import tell
 from megakd.durable import fsync_directory
 from megakd.errors import CorruptError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files
@@ -31,9 +31,9 @@ def open_folder(root: Path, fingerprint: str) -> Path:
     """
     folder = root / fingerprint
     if folder.is_dir():
-        print(f"continuing the unfinished run in {folder}", file=sys.stderr)
+        tell(f"continuing the unfinished run in {folder}")
     elif root.is_dir() and any(root.iterdir()):
-        print(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted", file=sys.stderr)
+        tell(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

@@ -23,6 +23,7 @@ import orjson
 
 import megakd
 from megakd import errors
+from megakd.console import tell
 from megakd.errors import StoppedBySignal
 
 Job = Mapping[str, Any]
@@ -100,7 +101,7 @@ class WorkerPool:
         if worker.job is not None:
             if worker.attempt == _ATTEMPTS:
                 raise ChildProcessError(f"worker {worker.pid} died ({how}) on {worker.job}, as did the one before it")
-            print(f"worker {worker.pid} died ({how}); its work is done again", file=sys.stderr, flush=True)
+            tell(f"worker {worker.pid} died ({how}); its work is done again")
             todo.appendleft((worker.job, worker.attempt + 1))
         if todo:
             self._start()

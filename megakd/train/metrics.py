@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from megakd.console import tell
 from megakd.errors import UsageError
 from megakd.manifest import atomic_write
 from megakd.model.config import ModelShape
@@ -112,7 +113,7 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print one line with the time, on rank 0."""
         if self._writes:
-            print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}", flush=True)
+            tell(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}", on="stdout")
 
     def close(self) -> None:
         if self._file is not None:
