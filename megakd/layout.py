@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megakd.config import option
 from megakd.errors import UsageError
 
+_MINUTES_OF_A_YEAR = 525_600
+
 
 @dataclass
 class ParallelConfig:
@@ -33,10 +35,15 @@ class ParallelConfig:
     def validate(self) -> None:
         for key in (
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-            "expert_model_parallel_size", "expert_tensor_parallel_size", "distributed_timeout_minutes",
+            "expert_model_parallel_size", "expert_tensor_parallel_size",
         ):  # fmt: skip
-            if getattr(self, key) < (0.01 if key == "distributed_timeout_minutes" else 1):
+            if getattr(self, key) < 1:
                 raise UsageError(f"--{key.replace('_', '-')} is {getattr(self, key)}; expected at least 1")
+        if not 0.01 <= self.distributed_timeout_minutes <= _MINUTES_OF_A_YEAR:
+            raise UsageError(
+                f"--distributed-timeout-minutes is {self.distributed_timeout_minutes}; expected 0.01 to "
+                f"{_MINUTES_OF_A_YEAR}, a year"
+            )
         if self.virtual_pipeline_model_parallel_size is not None:
             if self.virtual_pipeline_model_parallel_size < 2 or self.pipeline_model_parallel_size < 2:
                 raise UsageError(

@@ -15,6 +15,8 @@ from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
 from megakd.train.objective_config import ObjectiveConfig
 from megakd.train.stores import WITHOUT
 
+_MOST_SAMPLES, _MOST_SAMPLES_A_STEP = 2**62, 2**24
+
 
 @dataclass
 class TrainingConfig:
@@ -28,6 +30,19 @@ class TrainingConfig:
         for name in ("train_iters", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.global_batch_size > _MOST_SAMPLES_A_STEP:
+            raise UsageError(
+                f"--global-batch-size is {self.global_batch_size}; expected at most {_MOST_SAMPLES_A_STEP}: every rank "
+                "holds the ids of a step's samples"
+            )
+        if self.train_iters * self.global_batch_size > _MOST_SAMPLES:
+            raise UsageError(
+                f"--train-iters {self.train_iters} x --global-batch-size {self.global_batch_size} is "
+                f"{self.train_iters * self.global_batch_size} samples; expected at most 2^62, as far as samples can be "
+                "counted"
+            )
+        if self.exit_interval is not None and self.exit_interval < 1:
+            raise UsageError(f"--exit-interval is {self.exit_interval}; expected at least 1, or to be left out")
 
     def check_batch(self, data_parallel_size: int) -> None:
         """Refuse a global batch that does not split over data-parallel ranks."""
@@ -186,6 +201,10 @@ class CheckpointConfig:
     async_save: bool = option(False, "write checkpoints in the background")
     finetune: bool = option(False, "from --load take the weights only: new optimizer, step 0, first sample")
 
+    def validate(self) -> None:
+        if self.save_interval < 0:
+            raise UsageError(f"--save-interval is {self.save_interval}; expected 0 (at the end alone) or more")
+
 
 @dataclass
 class EvaluateConfig:
@@ -196,6 +215,8 @@ class EvaluateConfig:
     def validate(self) -> None:
         if self.eval_iters < 1:
             raise UsageError(f"--eval-iters is {self.eval_iters}; expected at least 1")
+        if self.eval_interval < 0:
+            raise UsageError(f"--eval-interval is {self.eval_interval}; expected 0 (at the end alone) or more")
 
 
 @dataclass

@@ -21,6 +21,8 @@ from megakd.train.evaluate import Evaluation
 from megakd.train.optim import Update
 from megakd.train.step import StepLoss
 
+_LONGEST_SECONDS = 86_400.0 * 36_525  # what is said of a run that will not end in a hundred years
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -128,7 +130,7 @@ class Metrics:
         tokens = training.global_batch_size * self._config.data.seq_length
         flops = tokens * sum(self._token_flops) / len(self._token_flops)
         throughput = flops / seconds / self._world_size / 1e12
-        left = timedelta(seconds=round(seconds * (training.train_iters - step)))
+        left = timedelta(seconds=round(min(seconds * (training.train_iters - step), _LONGEST_SECONDS)))
         parts = [
             f"iteration {step:8d}/{training.train_iters:8d}",
             f"consumed samples: {record['samples']:12d}",

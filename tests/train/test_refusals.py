@@ -168,7 +168,9 @@ VALUES = {
         "ffn_hidden_size": -64,
         "make_vocab_size_divisible_by": 0,
     },
-    "parallel": {"expert_tensor_parallel_size": 0},
+    "parallel": {"expert_tensor_parallel_size": 0, "distributed_timeout_minutes": 1e18},
+    "training": {"train_iters": 2**63, "global_batch_size": 2**40, "exit_interval": 0},
+    "checkpoint": {"save_interval": -1},
     "teacher": {"tensor_model_parallel_size": -1},
     "objective": {
         "kd_temperature": 1e-300,
@@ -188,7 +190,7 @@ VALUES = {
         "rho_keep": 0.0,
         "z_loss_coeff": -1e-4,
     },
-    "evaluate": {"eval_iters": 0},
+    "evaluate": {"eval_iters": 0, "eval_interval": -1},
 }
 
 
@@ -196,6 +198,17 @@ VALUES = {
 def test_values_out_of_range(group: str, key: str, setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=key.replace("_", "-")):
         make_config(make_tree(setting["data"], **{group: {key: VALUES[group][key]}}))
+
+
+@pytest.mark.parametrize("minutes", [-3.0, 0.0, 0.009, 525_601.0, 1e9])
+def test_timeouts_are_from_a_moment_to_a_year(minutes: float, setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--distributed-timeout-minutes is .*; expected 0.01 to 525600, a year"):
+        make_config(make_tree(setting["data"], parallel={"distributed_timeout_minutes": minutes}))
+
+
+def test_a_run_that_never_ends_tells_no_impossible_time(setting: dict[str, Any], world: Worlds) -> None:
+    tree = make_tree(setting["data"], training={"train_iters": 10**15, "exit_interval": 1})
+    assert world(1).run(run_training, tree) == [1]  # there is nowhere to save
 
 
 def test_warm_up_that_fills_the_run(setting: dict[str, Any]) -> None:
