@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,9 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Where the next step starts, and what makes the order what it is. Plain data; the same on every rank."""
-        return {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size, **self._order()}
+        names = [Path(samples.dataset.prefix).name for samples in self.blend.datasets]  # for people
+        place = {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size}
+        return {**place, **self._order(), "names": names}
 
     def rewind(self, consumed_samples: int) -> None:
         """Go back to where so many samples were consumed: the steps from there on come again."""
@@ -194,12 +197,12 @@ class Loader:
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        for key, value in self._order().items():
-            if state.get(key) != value:
-                raise MismatchError(
-                    f"cannot continue the data order: {key} was {state.get(key)}, is now {value}; use the old setting, "
-                    "or start from the weights alone"
-                )
+        order = self._order()
+        if any(state.get(key) != value for key, value in order.items()):
+            raise MismatchError(
+                f"cannot continue the data order: {_changes(state, self.state())}; use "
+                "the old setting, or start from the weights alone"
+            )
         self.consumed_samples = int(state["consumed_samples"])
 
 
@@ -212,6 +215,30 @@ def check_vocabulary(datasets: Sequence[Samples], vocab_size: int) -> None:
                 f"{samples.dataset.prefix}: token id {largest}, the vocabulary has {vocab_size} entries; "
                 "the dataset was made with another tokenizer"
             )
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What makes the order of two states another one, in words; each state as `Loader.state` returns it."""
+    datasets = [_name_datasets(then), _name_datasets(now)]
+    if then.get("datasets") != now["datasets"]:
+        return "--data-path was {}, is now {}".format(*datasets)
+    flags = {"seed": "--seed", "seq_length": "--seq-length", "packing": "--packing or --selection"}
+    changes = [
+        f"{flag} was {then.get(key)}, is now {now[key]}" for key, flag in flags.items() if then.get(key) != now[key]
+    ]
+    if then.get("weights") != now["weights"]:
+        changes.append("the weights of --data-path were {}, are now {}".format(*datasets))
+    return ", ".join(changes)
+
+
+def _name_datasets(state: Mapping[str, Any]) -> str:
+    """As ``0.7 books (3f0c1d2e) + 0.3 code (9a8b7c6d)``, with the beginnings of the fingerprints."""
+    fingerprints, weights = state.get("datasets", []), state.get("weights", [])
+    names = state.get("names", [""] * len(fingerprints))  # older states have none
+    parts = [f"{name} ({fingerprint[:8]})".lstrip() for name, fingerprint in zip(names, fingerprints)]
+    if len(parts) > 1:
+        parts = [f"{weight:.4g} {part}" for weight, part in zip(weights, parts)]
+    return " + ".join(parts) or "unknown"
 
 
 def _check_ids(samples: Samples, sample_ids: NDArray[np.int64], rows: NDArray[np.int64], vocab_size: int) -> None:

@@ -110,14 +110,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     )
     resume, weights_only = _check_resume(config, student, vocab_size)
     if resume is not None and not weights_only:
-        Loader(  # refuses a checkpoint of other data or another order
-            blend,
-            seq_length=config.data.seq_length,
-            micro_batch_size=config.training.micro_batch_size,
-            global_batch_size=config.training.global_batch_size,
-            data_parallel_size=data_size,
-            state=resume.loader_state,
-        )
+        _check_order(config, blend, data_size, resume)
     return Plan(
         student=student,
         vocab_size=vocab_size,
@@ -245,6 +238,23 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
         )
     _check_weights(record, "checkpoint")
     return record, weights_only
+
+
+def _check_order(config: TrainConfig, blend: Blend, data_size: int, resume: CheckpointRecord) -> None:
+    """Refuse a checkpoint of other data or of another order."""
+    try:
+        Loader(
+            blend,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+            global_batch_size=config.training.global_batch_size,
+            data_parallel_size=data_size,
+            state=resume.loader_state,
+        )
+    except MismatchError as error:
+        raise MismatchError(
+            f"{resume.path}: {error}: --load {resume.path.parent} --finetune, with another --save"
+        ) from None
 
 
 def _check_weights(record: CheckpointRecord, role: str) -> None:

@@ -218,7 +218,7 @@ def test_warm_up_that_fills_the_run(setting: dict[str, Any]) -> None:
 
 def test_resume_with_other_data_or_seed(setting: dict[str, Any]) -> None:
     tree = make_tree(setting["data"], checkpoint={"save": setting["teacher"]}, training={"seed": 6})
-    with pytest.raises(MismatchError, match="seed was 5, is now 6"):
+    with pytest.raises(MismatchError, match="--seed was 5, is now 6"):
         check_run(make_config(tree), 1)
 
 
