@@ -25,7 +25,8 @@ class CheckpointRecord:
     vocab_size and eod of the data it was trained on, or None if the data had no manifest. objective_state: what the
     loss carries from step to step; empty for most, and in checkpoints that are older than it. parents: fingerprints of
     what it was made from. journal: those of the rows that the run had kept of its own model by then
-    (``logits.journal``); None in checkpoints that are older.
+    (``logits.journal``); None in checkpoints that are older. settings: what ``train.settings`` says of the run; None in
+    checkpoints that are older, and in those that no run has written.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class CheckpointRecord:
     objective_state: dict[str, Any] = dataclasses.field(default_factory=dict)
     parents: dict[str, str] = dataclasses.field(default_factory=dict)
     journal: tuple[str, ...] | None = None
+    settings: dict[str, Any] | None = None
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -110,6 +112,7 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
         objective_state=dict(values.get("objective_state", {})),
         parents=dict(manifest.parents),
         journal=tuple(values["journal"]) if "journal" in values else None,
+        settings=dict(values["settings"]) if "settings" in values else None,
     )
 
 

@@ -14,7 +14,6 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.data.tokenizer import build_tokenizer
 from megakd.logits.store import LogitsStore
-from megakd.manifest import atomic_write
 from megakd.model.checkpoint import (
     CheckpointWriter,
     load_teacher,
@@ -35,6 +34,7 @@ from megakd.train.metrics import Cost, Metrics
 from megakd.train.objective import Objective, make_objective
 from megakd.train.optim import Optimizer, Student, wrap_student
 from megakd.train.preflight import Plan, student_rows
+from megakd.train.settings import changed_settings, keep_configuration, settings_of
 
 
 def build_student(config: TrainConfig, plan: Plan, groups: Groups) -> Student:
@@ -157,8 +157,15 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
     if schedule is not None and plan.resume is not None and not plan.weights_only:
         for change in schedule.changes(plan.resume.objective_state.get("schedule", {})):
             metrics.say(f"Warning: this run goes on with another schedule than {plan.resume.path}: {change}")
-    if groups.rank == 0 and config.checkpoint.save and not config.evaluate.skip_train:
-        atomic_write(Path(config.checkpoint.save) / "config.yaml", dump(config).encode())
+    if groups.rank > 0 or config.evaluate.skip_train:
+        return metrics
+    if plan.resume is not None and not plan.weights_only:
+        for change in changed_settings(config, plan.student, plan.resume):
+            metrics.say(f"Warning: {change}")
+    if config.checkpoint.save is None:
+        metrics.say("Warning: without --save DIR nothing of this run is kept: no checkpoint, no record of its steps")
+    elif start_step < config.training.train_iters:
+        keep_configuration(Path(config.checkpoint.save), dump(config), first_step=start_step + 1)
     return metrics
 
 
@@ -203,7 +210,7 @@ def build_writer(
 ) -> tuple[CheckpointWriter, Callable[[int], None]]:
     """The checkpoint writer, and ``save(step)``: nothing for a step that is saved already, or without ``--save``."""
     folder = config.checkpoint.save
-    saved = start_step
+    saved, settings = start_step, settings_of(config)
     writer = CheckpointWriter(folder or ".", background=config.checkpoint.async_save and folder is not None)
 
     def save(step: int) -> None:
@@ -221,7 +228,7 @@ def build_writer(
             loader_state=batches.state(),
             objective_state=objective.state(),
             journal=journal.counted,
-        )
+        ) | {"settings": settings}
         writer.save(
             step,
             student.whole(),
