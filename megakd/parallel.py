@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ else:
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+_LAUNCHERS = "torchrun sets MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK; a launcher without it must, for every rank"
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,59 @@ def _init_world(parallel: ParallelConfig, world_size: int) -> torch.device:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _meet(backend, timeout)
+    elif world_size > 1:
+        raise UsageError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set: {_LAUNCHERS}")
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=world_size, timeout=timeout)
     return device
+
+
+def _meet(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the other ranks at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UsageError: the environment does not say where. ConnectionError: they were not met there.
+    """
+    numbers = {}
+    for name, largest in (("MASTER_PORT", 65535), ("WORLD_SIZE", 2**31), ("RANK", 2**31)):
+        text = os.environ.get(name)
+        if text is None or not text.isdecimal() or int(text) > largest:
+            told = "not set" if text is None else f"'{text}'"
+            raise UsageError(f"{name} is {told}; expected a number up to {largest}: {_LAUNCHERS}")
+        numbers[name] = int(text)
+    host, port, rank = os.environ["MASTER_ADDR"], numbers["MASTER_PORT"], numbers["RANK"]
+    place = f"{host}:{port} (MASTER_ADDR:MASTER_PORT)"
+    limit = f"{timeout.total_seconds():g} seconds (--distributed-timeout-minutes)"
+    if rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        reason = _wait_for_port(host, port, timeout.total_seconds())
+        if reason is not None:
+            raise ConnectionError(
+                f"rank {rank} of {numbers['WORLD_SIZE']} met nobody at {place} within {limit}: {reason}; start rank 0 "
+                "there, and give every rank an address and a port that its machine can reach"
+            )
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:  # what torch raises of sockets, of its store and of gloo
+        reason = str(error).split("\n")[0]
+        if "failed to listen" in reason:
+            raise ConnectionError(
+                f"rank {rank} cannot listen at {place}: {reason}; give all ranks a free MASTER_PORT"
+            ) from None
+        raise ConnectionError(
+            f"rank {rank} of {numbers['WORLD_SIZE']} did not meet all others at {place} within {limit}: {reason}"
+        ) from None
+
+
+def _wait_for_port(host: str, port: int, seconds: float) -> str | None:
+    """Wait until something listens there; None, or why it was not reached. Torch would print its stacks meanwhile."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=max(1.0, min(10.0, seconds))):
+                return None
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return error.strerror or str(error)
+        time.sleep(0.2)
