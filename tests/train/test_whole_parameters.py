@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -142,3 +143,20 @@ def test_a_bf16_run_that_resumes_differs_in_no_bit(first: Any, data: str, world:
     assert set(world(2).run(run_training, tree("cut"))) == {0}
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert world(1).run(weights, str(tmp_path / "cut"), 4) == world(1).run(weights, str(tmp_path / "whole"), 4)
+
+
+def test_an_evaluation_on_fewer_ranks_is_of_the_same_weights(data: str, world: Worlds, tmp_path: Path) -> None:
+    tree = make_tree(
+        data,
+        training={"train_iters": 2},
+        parallel=OVERLAPPED,
+        data={"valid_data_path": [data]},
+        evaluate={"eval_interval": 2, "eval_iters": 2},
+        checkpoint={"save": str(tmp_path / "run")},
+    )
+    assert world(2).run(run_training, tree) == [0, 0]
+    alone = {**tree, "parallel": DISTRIBUTED, "evaluate": {"skip_train": True, "eval_iters": 2}}
+    assert world(1).run(run_training, alone) == [0]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    there, here = (line["valid"]["lm_loss"] for line in lines if "valid" in line)
+    assert here == pytest.approx(there, rel=1e-6)
