@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from megakd.console import tell
+from megakd.console import keep_stream_numbers, tell
 from megakd.errors import ExitStatus
 
 VERBS = {
@@ -30,6 +30,7 @@ VERBS = {
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call ``main`` and turn its exceptions into the documented exit statuses, each with one line on stderr."""
+    keep_stream_numbers()
     try:
         return int(main(argv))
     except KeyboardInterrupt:

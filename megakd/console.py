@@ -7,6 +7,18 @@ import sys
 from typing import Literal
 
 
+def keep_stream_numbers() -> None:
+    """Open what was closed before the start (``2>&-``) as nothing, so that no file of the work's takes its number.
+
+    Libraries write warnings to number 2, whatever that is: the record of a run, else.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
 def tell(text: str, *, on: Literal["stdout", "stderr"] = "stderr") -> None:
     """Print ``text`` at once, or drop it, and all that follows on that stream, where it cannot be written.
 

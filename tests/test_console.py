@@ -68,6 +68,15 @@ def test_a_run_that_nobody_reads_goes_on(world: Worlds, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
 
 
+def test_no_file_takes_the_number_of_a_closed_stream() -> None:
+    program = (
+        "import os, sys; from megakd.console import keep_stream_numbers; keep_stream_numbers(); "
+        "sys.exit(os.open('/dev/null', os.O_RDONLY) - 3)"
+    )
+    command = f'exec {sys.executable} -c "{program}" 0<&- 1>&- 2>&-'
+    assert subprocess.run(["bash", "-c", command], timeout=60).returncode == 0
+
+
 @pytest.mark.slow
 def test_train_into_head(tmp_path: Path) -> None:
     """As a shell runs it: status 0, and nothing on stderr about a pipe."""
