@@ -114,7 +114,7 @@ def test_figures_of_the_recipes(tmp_path: Path) -> None:
     schedule = star.kd_schedule()
     assert schedule is not None
     end = star.training.train_iters
-    alphas = [schedule.alpha.at(step) for step in (star.optim.lr_warmup_iters // 2, end // 2, end)]
+    alphas = [schedule.alpha.at(step) for step in (star.optim.lr_warmup_iters // 2 + 1, end // 2, end + 1)]
     assert alphas == pytest.approx([0.45, 0.9, 0.0])
     cuts = [read_capture(tmp_path, name) for name in ("pd-first", "pd-star")]
     assert [(cut.top_p, cut.top_k) for cut in cuts] == [(0.95, 100), (0.95, 50)]
