@@ -139,8 +139,8 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
     [
         ("flip", 1, {}, False),
         ("remove", 2, OVERLAPPED, True),
-        pytest.param("flip", 2, PP2, True, marks=pytest.mark.slow),
-        pytest.param("remove", 2, TP2, False, marks=pytest.mark.slow),
+        pytest.param("flip", 2, PP2, True, marks=pytest.mark.long),
+        pytest.param("remove", 2, TP2, False, marks=pytest.mark.long),
     ],
 )
 def test_damage_in_a_store_costs_no_step(
