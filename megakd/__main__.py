@@ -14,6 +14,7 @@ VERBS = {
     "merge": "megakd.pipeline.merge",
     "verify": "megakd.pipeline.verify",
     "show": "megakd.pipeline.show",
+    "compare": "megakd.pipeline.compare",
     "pack": "megakd.pipeline.pack",
     "score": "megakd.pipeline.score",
     "proxy": "megakd.pipeline.proxy",

@@ -1,9 +1,10 @@
-"""``megakd show``: what a dataset holds, in numbers and in text, and what other artefacts are."""
+"""``megakd show``: what a dataset holds, in numbers and in text, and what other artefacts and runs are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from megakd.data.idx_format import idx_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
 from megakd.errors import ExitStatus, MismatchError, UsageError
+from megakd.pipeline.run_record import is_run
 from megakd.pipeline.show_artefact import describe_artefact, flat
+from megakd.pipeline.show_run import describe_run
 from megakd.pipeline.verify import existing_manifests
 
-HELP = "print what a dataset, scores, a selection or another artefact holds"
+HELP = "print what a dataset, scores, a selection, a training run or another artefact holds"
 _BAR = 40
 _TOKENS_SHOWN = 64
 
@@ -27,7 +30,9 @@ class ShowConfig:
     """What to show."""
 
     prefix: str = option(
-        ..., "dataset prefix, folder of scores, a selection, a logits store, and others, any manifest", positional=True
+        ...,
+        "dataset prefix, folder of scores, a selection, a logits store, a training run, any manifest",
+        positional=True,
     )
     documents: int = option(0, "print the first tokens of so many documents", common=True)
 
@@ -45,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb."""
     config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
     others = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
-    if others:
+    run = is_run(Path(config.prefix))
+    if others or run:
         if config.documents or config.tokenizer_type is not None:
             raise UsageError(f"{config.prefix}: --documents and --tokenizer-type show a dataset, which this is not")
-        print("\n".join(line for path in others for line in describe_artefact(path)))
+        lines = describe_run(Path(config.prefix)) if run else []
+        print("\n".join([*lines, *(line for path in others for line in describe_artefact(path))]))
         return ExitStatus.COMPLETE
     dataset = IndexedDataset(config.prefix)
     tokenizer = None

@@ -1,7 +1,10 @@
 """``show``: its numbers are those of the dataset."""
 
+import fcntl
+
 import numpy as np
 import pytest
+from pipeline.run_folders import write_checkpoint, write_run
 from pipeline.select_corpus import Corpus
 from pipeline.select_corpus import run as select
 from pipeline.select_twin import write as write_scores
@@ -127,3 +130,28 @@ def test_other_artefacts_show_what_they_record(prefix, capsys):
     capsys.readouterr()
     rows = shown(capsys, f"{prefix}.sentence-30")
     assert rows["artefact"] == "megakd-packing, version 1" and rows["seq_length"] == "30" and "parent dataset" in rows
+
+
+def test_a_training_run(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", {2: 5.0, 4: 4.5}, train_iters=9, values={"bits_per_byte": 1.25})
+    write_checkpoint(folder, 2)
+    write_checkpoint(folder, 4)
+    rows = shown(capsys, folder)
+    assert rows["artefact"] == "training run" and rows["steps"] == "4 of 9" and rows["tokens"] == "400"
+    assert rows["state"] == "not complete; no process of this machine is training it"
+    assert rows["teacher"] == "none" and rows["data"] == "text" and rows["held-out data"] == "held"
+    assert rows["step 4"] == "lm loss 5.0000, total loss 5.0000"
+    assert rows["evaluations"] == "2" and rows["at step 4"] == "lm loss 4.5, num tokens 800, bits per byte 1.25"
+    assert rows["checkpoints"] == "2 4" and rows["continues from"] == "iteration 4"
+    rows = shown(capsys, folder / "iter_0000004")
+    assert rows["artefact"] == "megakd-checkpoint, version 1" and rows["iteration"] == "4"
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert shown(capsys, folder)["state"] == "a process of this machine is training it"
+    (folder / "metrics.jsonl").unlink()
+    (folder / "config.yaml").unlink()
+    rows = shown(capsys, folder)  # a folder of checkpoints alone, such as a copied teacher
+    assert (
+        rows["state"] == "checkpoints without the record of their training" and rows["continues from"] == "iteration 4"
+    )
+    assert run_show(folder, "--documents", 1) == ExitStatus.USAGE
