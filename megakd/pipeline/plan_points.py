@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from megakd.errors import CorruptError, UsageError
+from megakd.errors import UsageError
 from megakd.model.record import read_record
 from megakd.pipeline.plan_costs import shape_parameters
 from megakd.pipeline.plan_csv import open_table, positive
+from megakd.pipeline.run_record import METRICS, read_run
 
 Points = Literal["all", "last"]
-METRICS = "metrics.jsonl"
-
-
 _NUMBERS = {"loss", "flops", "tokens", "parameters"}
 
 
@@ -79,26 +76,11 @@ def _join(name: str, points: list[_Point]) -> Curve:
 
 
 def _read_run(folder: Path, name: str, points: Points, from_tokens: float) -> list[_Point]:
-    path = folder / METRICS
-    if not path.is_file():
-        raise UsageError(f"--fit {folder}: no {METRICS} there; expected the --save folder of a run")
+    run = read_run(folder, flag="--fit ")
     record = read_record(folder, role="--fit")
     parameters = shape_parameters(record.shape, record.vocab_size)
-    tokens_of: dict[int, int] = {}
-    losses: dict[int, float] = {}
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = orjson.loads(line)
-            step = int(entry["step"])
-            if "valid" in entry:
-                losses[step] = float(entry["valid"]["lm_loss"])
-            else:
-                tokens_of[step] = int(entry["tokens"])
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            if number == len(lines):
-                break  # the line that was being written when the run was killed
-            raise CorruptError(f"{path}: line {number} is no record of a step or an evaluation: {error!r}") from None
+    tokens_of = {step.step: step.tokens for step in run.steps}
+    losses = {each.step: each.values["lm_loss"] for each in run.evaluations if "lm_loss" in each.values}
     chosen = sorted(step for step in losses if tokens_of.get(step, 0) >= max(from_tokens, 1))
     if not chosen:
         raise UsageError(
