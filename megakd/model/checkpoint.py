@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,16 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one run, in the foreground or, with ``background``, while training goes on."""
+    """Saves checkpoints of one run, in the foreground or, with ``background``, while training goes on.
 
-    def __init__(self, folder: str | Path, *, background: bool) -> None:
+    saved: told the folder of each checkpoint once it is whole and announced, on every rank.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, background: bool, saved: Callable[[Path], None] = lambda path: None
+    ) -> None:
         self.folder = Path(folder)
+        self._saved = saved
         self._queue = AsyncCallsQueue(persistent=False) if background else None
         _use_mortal_results_queue()
 
@@ -75,6 +81,7 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 atomic_write(self.folder / TRACKER, f"{iteration}\n".encode())
             dist.barrier()
+            self._saved(final)
 
         request = dist_checkpointing.save(tree, str(partial), async_sharded_save=self._queue is not None)
         if self._queue is None:

@@ -141,7 +141,14 @@ def build_journal(
 def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: int) -> Metrics:
     """The record of the run; writes the resolved configuration beside it and says what runs where."""
     cost = Cost.of(plan.student, plan.teacher_shape, seq_length=config.data.seq_length, vocab_size=plan.vocab_size)
-    metrics = Metrics(config, cost, rank=groups.rank, world_size=groups.world_size, start_step=start_step)
+    metrics = Metrics(
+        config,
+        cost,
+        rank=groups.rank,
+        world_size=groups.world_size,
+        start_step=start_step,
+        evaluated=plan.resume.fingerprint if config.evaluate.skip_train and plan.resume is not None else None,
+    )
     parallel = config.parallel
     metrics.say(
         f"world size {groups.world_size} on {groups.device.type}: TP {parallel.tensor_model_parallel_size}, "
@@ -194,6 +201,7 @@ def build_evaluator(
         config=config,
         vocab_size=plan.vocab_size,
         token_bytes=_token_bytes(config, plan, metrics),
+        tokenizer=(plan.tokenizer or {}).get("hash"),
     )
 
 
@@ -206,12 +214,14 @@ def build_writer(
     batches: Loader,
     journal: TrainingJournal,
     groups: Groups,
+    metrics: Metrics,
     start_step: int,
 ) -> tuple[CheckpointWriter, Callable[[int], None]]:
     """The checkpoint writer, and ``save(step)``: nothing for a step that is saved already, or without ``--save``."""
     folder = config.checkpoint.save
     saved, settings = start_step, settings_of(config)
-    writer = CheckpointWriter(folder or ".", background=config.checkpoint.async_save and folder is not None)
+    background = config.checkpoint.async_save and folder is not None
+    writer = CheckpointWriter(folder or ".", background=background, saved=metrics.log_checkpoint)
 
     def save(step: int) -> None:
         nonlocal saved

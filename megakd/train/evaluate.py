@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 import torch.distributed as dist
+import xxhash
 from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
@@ -29,22 +31,49 @@ class Evaluation:
     """Means over the held-out tokens, in nats, those of KD over the tokens about which the teacher says anything; no
     gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
 
+    lm_loss: cross-entropy of the labels, which compares runs of every kind. kd_loss: from the teacher on the held-out
+    data; None where none knows it. total_loss: the objective of the training, ``lm_weight`` x LM + ``alpha`` x KD with
+    the largest alpha of a schedule (and the z-loss); None where the run distils and no teacher knows the held-out data.
     bits_per_byte: LM loss summed over tokens, in bits, over the UTF-8 bytes those tokens stand for; it compares
     models of different tokenizers. calibration_error: how far the probability of the student's best id is from how
     often that id is the label, over 15 bins; 0 to 1.
     """
 
-    loss: float
     lm_loss: float
     kd_loss: float | None
+    total_loss: float | None
+    alpha: float | None
+    lm_weight: float | None
     agreement: float | None
     teacher_entropy: float | None
     z_loss: float | None
     bits_per_byte: float | None
     calibration_error: float
     num_tokens: int
+    held_out: HeldOut
 
     def as_dict(self) -> dict[str, Any]:
+        """The figures that are known, by name."""
+        return {key: value for key, value in self.__dict__.items() if value is not None and key != "held_out"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation was made on: two of the same compare.
+
+    fingerprint: XXH3-128 of the datasets, their weights, packing, sequence length and order. num_samples: how many,
+    from the beginning of that order. num_tokens: their labels that count. num_bytes, tokenizer: the UTF-8 bytes of
+    these, and the tokenizer's hash; None where they are not known.
+    """
+
+    fingerprint: str
+    num_samples: int
+    num_tokens: int
+    num_bytes: int | None
+    tokenizer: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known, by name."""
         return {key: value for key, value in self.__dict__.items() if value is not None}
 
 
@@ -52,7 +81,8 @@ class Evaluation:
 class Evaluator:
     """Runs ``eval_iters`` global batches from the beginning of the held-out order.
 
-    token_bytes: ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out.
+    token_bytes: ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out. tokenizer: hash of the
+    tokenizer that made the data, None where it is not known.
     """
 
     student: Student
@@ -63,6 +93,7 @@ class Evaluator:
     config: TrainConfig
     vocab_size: int
     token_bytes: NDArray[np.int32] | None
+    tokenizer: str | None = None
 
     @torch.no_grad()
     def __call__(self, step: int) -> Evaluation:
@@ -92,7 +123,8 @@ class Evaluator:
         for chunk in self.student.wrapped:
             chunk.train()
         error = calibration_error(calibration, num_tokens)
-        return self._result(sums, num_tokens, num_kd_tokens, self._over_ranks(num_bytes), error)
+        held_out = self._held_out(batches, num_tokens, self._over_ranks(num_bytes))
+        return self._result(sums, held_out, num_kd_tokens, error)
 
     def _num_batches(self) -> int:
         """``eval_iters``, or fewer: no sample is counted twice while another has not been seen."""
@@ -110,24 +142,37 @@ class Evaluator:
             vocab_size=self.vocab_size,
         )
 
+    def _held_out(self, batches: Loader, num_tokens: int, num_bytes: int) -> HeldOut:
+        """What ``batches``, read so far, came to."""
+        state = batches.state()
+        num_samples = state.pop("consumed_samples")
+        del state["global_batch_size"]  # which cuts the order into steps and does not change it
+        fingerprint = xxhash.xxh3_128_hexdigest(orjson.dumps(state, option=orjson.OPT_SORT_KEYS))
+        return HeldOut(fingerprint, num_samples, num_tokens, num_bytes or None, self.tokenizer)
+
     def _over_ranks(self, count: int) -> int:
         total = torch.tensor(count, dtype=torch.int64, device=self.groups.device)
         dist.all_reduce(total, group=self.groups.collection.dp)
         return int(total)
 
     def _result(
-        self, sums: dict[str, float], num_tokens: int, num_kd_tokens: int, num_bytes: int, calibration_error: float
+        self, sums: dict[str, float], held_out: HeldOut, num_kd_tokens: int, calibration_error: float
     ) -> Evaluation:
-        counts = dict.fromkeys(sums, num_tokens) | dict.fromkeys(_OF_KD, num_kd_tokens)
+        counts = dict.fromkeys(sums, held_out.num_tokens) | dict.fromkeys(_OF_KD, num_kd_tokens)
         means = {key: total / max(counts[key], 1) for key, total in sums.items()}
+        distils = self.config.teacher.is_there and self.config.objective.kd_alpha > 0
+        knows = self.objective.term is not None
         return Evaluation(
-            loss=means["loss"],
             lm_loss=means["lm"],
             kd_loss=means.get("kd"),
+            total_loss=means["loss"] if knows or not distils else None,
+            alpha=self.objective.alpha if knows else None,
+            lm_weight=self.objective.lm_share if knows else None,
             agreement=means.get("agreement"),
             teacher_entropy=means.get("teacher_entropy"),
             z_loss=means.get("z_loss"),
-            bits_per_byte=sums["lm"] / math.log(2) / num_bytes if num_bytes else None,
+            bits_per_byte=sums["lm"] / math.log(2) / held_out.num_bytes if held_out.num_bytes else None,
             calibration_error=calibration_error,
-            num_tokens=num_tokens,
+            num_tokens=held_out.num_tokens,
+            held_out=held_out,
         )

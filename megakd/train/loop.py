@@ -47,7 +47,9 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     metrics = build_metrics(config, plan, groups, start_step)
     journal = build_journal(config, plan, objective, groups, metrics, start_step)  # of what the student itself says
     evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
-    writer, save = build_writer(config, plan, student, objective, optimizer, batches, journal, groups, start_step)
+    writer, save = build_writer(
+        config, plan, student, objective, optimizer, batches, journal, groups, metrics, start_step
+    )
 
     if config.evaluate.skip_train and evaluate is not None:
         metrics.log_evaluation(start_step, evaluate(start_step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -42,10 +43,20 @@ class Cost:
 class Metrics:
     """Writes ``SAVE/metrics.jsonl`` (every step, every evaluation), TensorBoard, and a line every ``log_interval``."""
 
-    def __init__(self, config: TrainConfig, cost: Cost, *, rank: int, world_size: int, start_step: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        cost: Cost,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        evaluated: str | None = None,
+    ) -> None:
+        """evaluated: fingerprint of the checkpoint that is evaluated alone; None in training."""
         self._config, self._cost, self._world_size = config, cost, world_size
         self._writes = rank == 0
-        self._start_step = start_step
+        self._start_step, self._evaluated = start_step, evaluated
         self._start = self._last = time.perf_counter()
         self._times: list[float] = []
         self._token_flops: list[float] = []
@@ -57,8 +68,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
         path = folder / "metrics.jsonl"
-        if not config.evaluate.skip_train:
-            _keep_until(path, start_step)
+        _keep_until(path, math.inf if config.evaluate.skip_train else start_step)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only one rank needs it
 
@@ -96,6 +106,10 @@ class Metrics:
             "lr": update.lr,
             "seconds": seconds,
         }
+        tokens = training.global_batch_size * self._config.data.seq_length
+        record["flops"] = tokens * self._cost.student
+        if loss.modelled_share:
+            record["teacher_flops"] = tokens * self._cost.teacher * loss.modelled_share
         self._write({key: value for key, value in record.items() if value is not None})
         if step % self._config.logging.log_interval == 0 or step in (self._start_step + 1, training.train_iters):
             self._report(step, record)
@@ -105,12 +119,16 @@ class Metrics:
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record and print one evaluation."""
         values = evaluation.as_dict()
-        self._write({"step": step, "valid": values})
+        record: dict[str, Any] = {"step": step, "valid": values, "held_out": evaluation.held_out.as_dict()}
+        self._write(record if self._evaluated is None else {**record, "checkpoint": self._evaluated})
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"{key.replace('_', ' ')} validation", value, step)
-        shown = " | ".join(f"{key.replace('_', ' ')}: {value:.6g}" for key, value in values.items())
-        self.say(f"validation at iteration {step} | {shown} |")
+        self.say(f"validation at iteration {step} | {_line(evaluation)} |")
+
+    def log_checkpoint(self, path: Path) -> None:
+        """Say that a whole checkpoint lies at ``path``."""
+        self.say(f"saved checkpoint {path}")
 
     def say(self, text: str) -> None:
         """Print one line with the time, on rank 0."""
@@ -168,6 +186,18 @@ class Metrics:
             os.write(self._file, orjson.dumps(record) + b"\n")
 
 
+def _line(evaluation: Evaluation) -> str:
+    """The figures of an evaluation as they are printed: which loss is which, and what the total is made of."""
+    values = evaluation.as_dict()
+    alpha, lm_weight = values.pop("alpha", None), values.pop("lm_weight", None)
+    shown = {key: f"{key.replace('_', ' ')}: {value:.6g}" for key, value in values.items()}
+    if alpha is not None:
+        shown["total_loss"] += f" ({lm_weight:g} lm + {alpha:g} kd)"
+    elif "total_loss" not in shown:
+        shown["total_loss"] = "total loss: not known, no teacher speaks about the held-out data"
+    return " | ".join(shown.values())
+
+
 def _lock(folder: Path) -> int:
     """Two runs in one folder would overwrite each other's checkpoints; the lock goes with the process that holds it."""
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -181,8 +211,9 @@ def _lock(folder: Path) -> int:
     return lock
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop what a run wrote after the checkpoint it continues from; those steps come again."""
+def _keep_until(path: Path, step: float) -> None:
+    """Drop what a run wrote after the checkpoint it continues from; those steps come again. A line that was cut short
+    by a kill is dropped always."""
     if not path.exists():
         return
     kept = []

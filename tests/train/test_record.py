@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from runs import make_config, make_tree, one_step, run_training, write_dataset
+from runs import make_config, make_tree, one_step, output_of_training, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.data.indexed_writer import IndexedWriter
 from megakd.data.tokenizer import build_tokenizer
 from megakd.model.config import ModelConfig
-from megakd.train.metrics import Cost, _keep_until
+from megakd.train.evaluate import Evaluation, HeldOut
+from megakd.train.metrics import Cost, _keep_until, _line
 from megakd.train.preflight import check_run
 
 
@@ -67,7 +69,13 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
         assert valid["num_tokens"] == 3 * 8 * 16
         # every token is one byte, but for the end of the document, which is none and is never a label here
         assert valid["bits_per_byte"] == pytest.approx(valid["lm_loss"] / math.log(2), rel=5e-3)
+        assert "loss" not in valid  # which one it is has a name; without a teacher the total is the LM loss
+        assert valid["total_loss"] == pytest.approx(valid["lm_loss"], rel=1e-6)
+    held_out = [[record["held_out"] for record in found[size] if "held_out" in record] for size in (1, 2)]
+    assert held_out[0] == held_out[1] and held_out[0][0] == held_out[0][1]
+    assert held_out[0][0]["num_samples"] == 24 and held_out[0][0]["tokenizer"] == tokenizer.describe()["hash"]
     for one, two in zip(found[1], found[2]):
+        assert one.get("flops") == two.get("flops") and "teacher_flops" not in one
         for key in ("loss", "grad_norm"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-5)
@@ -91,6 +99,27 @@ def test_evaluation_alone_changes_nothing(world: Worlds, tmp_path: Path) -> None
     again = records(save)[-1]
     assert again["step"] == 4 and again["valid"]["lm_loss"] == pytest.approx(trained["lm_loss"], rel=1e-6)
     assert sorted(path.name for path in save.glob("iter_*")) == before == ["iter_0000004"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_says_what_it_saved(world: Worlds, tmp_path: Path, background: bool) -> None:
+    save = tmp_path / "run"
+    checkpoint = {"save": str(save), "save_interval": 2, "async_save": background}
+    printed = world(1).run(output_of_training, make_tree(write_dataset(tmp_path / "data"), checkpoint=checkpoint))[0]
+    for step in (2, 4):
+        assert f"saved checkpoint {save}/iter_{step:07d}\n" in printed
+
+
+def test_validation_says_which_loss_is_which() -> None:
+    held_out = HeldOut("f", 8, 128, None, None)
+    rest: dict[str, Any] = {"teacher_entropy": None, "z_loss": None, "bits_per_byte": None, "num_tokens": 128}
+    rest |= {"held_out": held_out, "calibration_error": 0.5}
+    plain = Evaluation(lm_loss=3.0, kd_loss=None, total_loss=3.0, alpha=None, lm_weight=None, agreement=None, **rest)
+    assert _line(plain) == "lm loss: 3 | total loss: 3 | calibration error: 0.5 | num tokens: 128"
+    online = Evaluation(lm_loss=3.0, kd_loss=1.0, total_loss=1.5, alpha=0.75, lm_weight=0.25, agreement=0.5, **rest)
+    assert "lm loss: 3 | kd loss: 1 | total loss: 1.5 (0.25 lm + 0.75 kd) | agreement: 0.5 |" in _line(online)
+    offline = replace(plain, total_loss=None)
+    assert "total loss: not known, no teacher speaks about the held-out data" in _line(offline)
 
 
 def test_a_record_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

@@ -253,8 +253,11 @@ def test_evaluation_with_the_model_a_store_or_neither(setting: dict[str, str], w
         assert world(1).run(run_training, tree) == [0]
         valid[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["valid"]
     assert "kd_loss" not in valid["neither"]
-    for key in ("loss", "lm_loss"):
-        assert valid["neither"][key] == pytest.approx(valid["model"]["lm_loss"], rel=1e-6)
+    assert valid["neither"]["lm_loss"] == pytest.approx(valid["model"]["lm_loss"], rel=1e-6)
+    assert "total_loss" not in valid["neither"], "the objective has a KD term that nobody could evaluate"
+    model = valid["model"]
+    mixture = model["lm_weight"] * model["lm_loss"] + model["alpha"] * model["kd_loss"]
+    assert model["total_loss"] == pytest.approx(mixture, rel=1e-6)
     assert valid["store"] == pytest.approx(valid["model"], rel=1e-4)
 
 
