@@ -223,10 +223,24 @@ class EvaluateConfig:
 class LoggingConfig:
     log_interval: int = option(10, "steps between lines", common=True)
     tensorboard_dir: str | None = option(None, "folder for TensorBoard (default: SAVE/tensorboard)")
+    wandb_project: str | None = option(None, "record the run in this project of Weights & Biases too")
+    wandb_exp_name: str | None = option(None, "the run's name there (default: the name of the --save folder)")
+    wandb_save_dir: str | None = option(None, "folder for its local files (default: SAVE)")
+    wandb_entity: str | None = option(None, "user or team that the project belongs to (default: yours)")
+    mlflow_tracking_uri: str | None = option(None, "record the run in this MLflow server or database too")
+    mlflow_experiment: str | None = option(None, "MLflow's experiment for the run (default: Default)")
+    mlflow_run_name: str | None = option(None, "the run's name there (default: the name of the --save folder)")
 
     def validate(self) -> None:
         if self.log_interval < 1:
             raise UsageError(f"--log-interval is {self.log_interval}; expected at least 1")
+        for name in ("wandb_exp_name", "wandb_save_dir", "wandb_entity"):
+            if getattr(self, name) is not None and self.wandb_project is None:
+                raise UsageError(f"--{name.replace('_', '-')} without --wandb-project: nothing would go to W&B")
+        if self.mlflow_run_name is not None and self.mlflow_tracking_uri is None and self.mlflow_experiment is None:
+            raise UsageError(
+                "--mlflow-run-name without --mlflow-tracking-uri or --mlflow-experiment: nothing would go to MLflow"
+            )
 
 
 @dataclass

@@ -95,7 +95,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         metrics.say(f"stopped after iteration {step} as asked; the same command continues from here")
     elif stopped:
         metrics.say(f"stopped after iteration {step} as asked; nothing was saved, because there is no --save")
-    metrics.close()
+    metrics.close(complete=not stopped)
     if not stopped:
         return ExitStatus.COMPLETE
     return ExitStatus.STOPPED if config.checkpoint.save else ExitStatus.FAILED

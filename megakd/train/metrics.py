@@ -1,4 +1,4 @@
-"""The record of a run: a console line in Megatron's shape, a JSON line a step, TensorBoard. Rank 0 writes."""
+"""The record of a run: a console line in Megatron's shape, a JSON line a step, and the writers. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from megakd.train.config import TrainConfig
 from megakd.train.evaluate import Evaluation
 from megakd.train.optim import Update
 from megakd.train.step import StepLoss
+from megakd.train.writers import Opening, Writer, build_writers
 
 _LONGEST_SECONDS = 86_400.0 * 36_525  # what is said of a run that will not end in a hundred years
 
@@ -41,7 +42,8 @@ class Cost:
 
 
 class Metrics:
-    """Writes ``SAVE/metrics.jsonl`` (every step, every evaluation), TensorBoard, and a line every ``log_interval``."""
+    """Writes ``SAVE/metrics.jsonl`` (every step, every evaluation), and a line every ``log_interval``, here and to the
+    writers that are asked for (TensorBoard, Weights & Biases, MLflow)."""
 
     def __init__(
         self,
@@ -61,19 +63,20 @@ class Metrics:
         self._times: list[float] = []
         self._token_flops: list[float] = []
         self._file: int | None = None
-        self._board: Any = None
-        if not self._writes or not config.checkpoint.save:
+        self._writers: list[Writer] = []
+        if not self._writes:
             return
-        folder = Path(config.checkpoint.save)
+        if config.checkpoint.save:
+            self._open(Path(config.checkpoint.save))
+        self._writers = build_writers(Opening(config, start_step, self.say))
+
+    def _open(self, folder: Path) -> None:
+        """Take the folder of the run and cut the record back to where it goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
         path = folder / "metrics.jsonl"
-        _keep_until(path, math.inf if config.evaluate.skip_train else start_step)
+        _keep_until(path, math.inf if self._config.evaluate.skip_train else self._start_step)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only one rank needs it
-
-        board = config.logging.tensorboard_dir or str(folder / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=start_step + 1)
 
     def start_clock(self) -> None:
         """The next step begins now: what came before (building, evaluating, saving) is not its time."""
@@ -121,9 +124,8 @@ class Metrics:
         values = evaluation.as_dict()
         record: dict[str, Any] = {"step": step, "valid": values, "held_out": evaluation.held_out.as_dict()}
         self._write(record if self._evaluated is None else {**record, "checkpoint": self._evaluated})
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"{key.replace('_', ' ')} validation", value, step)
+        for writer in self._writers:
+            writer.add({f"{key.replace('_', ' ')} validation": value for key, value in values.items()}, step=step)
         self.say(f"validation at iteration {step} | {_line(evaluation)} |")
 
     def log_checkpoint(self, path: Path) -> None:
@@ -135,11 +137,13 @@ class Metrics:
         if self._writes:
             tell(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}", on="stdout")
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = True) -> None:
+        """Nothing comes any more. complete: whether the run did all of its steps."""
+        for writer in self._writers:
+            writer.close(complete=complete)
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)
-            self._board.close()
             os.close(self._lock)
 
     def _report(self, step: int, record: dict[str, Any]) -> None:
@@ -166,7 +170,7 @@ class Metrics:
                 parts.append(f"{key.replace('_', ' ')}: {record[key]:.4f}")
         parts += [f"grad norm: {record['grad_norm']:.3f}", f"ETA: {left}"]
         self.say(" | ".join(parts) + " |")
-        if self._board is not None:
+        if self._writers:
             named = {
                 "learning-rate": record["lr"], "grad-norm": record["grad_norm"], "iteration-time": seconds,
                 "throughput": throughput, "tokens-per-second": tokens / seconds, "total loss": record["loss"],
@@ -176,10 +180,9 @@ class Metrics:
                 "taid t": record["taid_t"], "z loss": record["z_loss"], "kd alpha": record["alpha"],
                 "lm weight": record["lm_weight"], "kd temperature": record["temperature"],
             }  # fmt: skip
-            for tag, value in named.items():
-                if value is not None:
-                    self._board.add_scalar(tag, value, step)
-                    self._board.add_scalar(f"{tag} vs samples", value, record["samples"])
+            known = {tag: float(value) for tag, value in named.items() if value is not None}
+            for writer in self._writers:
+                writer.add(known, step=step, samples=record["samples"])
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:

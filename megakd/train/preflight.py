@@ -28,6 +28,7 @@ from megakd.model.record import CheckpointRecord, check_resume, latest_iteration
 from megakd.train.config import TrainConfig
 from megakd.train.journal_config import journal_specs
 from megakd.train.stores import check_stores, open_stores
+from megakd.train.writers import check_writers
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     Raises:
         UsageError, MismatchError, CorruptError: with the value, what was expected, and the flag to change.
     """
+    check_writers(config.logging)
     data_size = config.parallel.data_parallel_size(world_size)
     config.training.check_batch(data_size)
     student = config.student.resolve("student")
