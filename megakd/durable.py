@@ -64,6 +64,7 @@ class HashingWriter:
         self.temporary = self.final.with_name(self.final.name + ".tmp")
         self._hashes = _Hashes()
         with explain_no_space(self.temporary):
+            make_parent(self.temporary)
             self._stream: BinaryIO | None = _open_locked(self.temporary)
 
     @property
@@ -139,6 +140,17 @@ def commit_file(temporary: str | os.PathLike[str], final: str | os.PathLike[str]
             os.close(descriptor)
         os.replace(temporary, final)
     fsync_directory(Path(final).parent)
+
+
+def make_parent(path: str | os.PathLike[str]) -> None:
+    """Make the folder that an output lies in, where it is missing. Raises UsageError where a file is in its place."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{path}: {folder} is not a folder, a file is in its place; give the output another"
+        ) from error
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:

@@ -113,8 +113,6 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
     Raises UsageError where there are none, CorruptError for a missing or damaged shard, MismatchError for ids beyond
     the tokenizer.
     """
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: no such folder for the output")
     prefixes = _find_shards(source)
     if output.resolve() in [prefix.resolve() for prefix in prefixes]:
         raise UsageError(f"{output}: the output is one of the shards")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from megakd.durable import explain_no_space
+from megakd.durable import explain_no_space, make_parent
 from megakd.errors import UsageError
 
 
@@ -19,7 +19,7 @@ class HeldError(UsageError):
 
 
 class RunLock:
-    """Holds ``path`` while a run writes its outputs. A context manager.
+    """Holds ``path`` while a run writes its outputs, whose folder is made where it is missing. A context manager.
 
     The kernel drops the lock when its process dies, however it dies, and the next run takes over the file it left.
 
@@ -32,6 +32,7 @@ class RunLock:
         self._stream: BinaryIO | None = None
 
     def __enter__(self) -> RunLock:
+        make_parent(self._path)
         stream = open(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

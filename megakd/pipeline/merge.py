@@ -14,6 +14,7 @@ from megakd.config import option, parse
 from megakd.console import tell
 from megakd.data.idx_format import bin_path, idx_path
 from megakd.data.indexed import IndexedDataset, concatenate
+from megakd.durable import make_parent
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
 from megakd.manifest import Manifest
 
@@ -57,8 +58,7 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
     """
     if output.resolve() in [prefix.resolve() for prefix in inputs]:
         raise UsageError(f"{output}: the output is one of the inputs")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: no such folder for the output")
+    make_parent(output)
     datasets = [IndexedDataset(prefix) for prefix in inputs]
     for dataset in datasets:
         dataset.check()

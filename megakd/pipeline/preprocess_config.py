@@ -45,11 +45,8 @@ class PreprocessConfig:
             raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
         if len(set(self.json_keys)) != len(self.json_keys) or any("/" in key for key in self.json_keys):
             raise UsageError(f"--json-keys {' '.join(self.json_keys)}: expected different names, fit for file names")
-        folder = os.path.dirname(self.output_prefix) or "."
         if not os.path.basename(self.output_prefix):
             raise UsageError(f"--output-prefix {self.output_prefix} is a folder; add the beginning of a file name")
-        if not os.path.isdir(folder):
-            raise UsageError(f"--output-prefix {self.output_prefix}: no folder {folder}; mkdir -p {folder}")
 
     @property
     def bad_budget(self) -> float:

@@ -259,7 +259,7 @@ def test_scores_that_are_none(tmp_path, shards, capsys):
         (["--input-prefix", "{}/in/data", "--seq-length", "0"], "--seq-length 0"),
         (["--scores", "x", "--scores-output", "y", "--eod", "-1"], "--eod -1"),
         (["--input-prefix", "{}/none/data"], "no folder"),
-        (["--input-prefix", "{}/in/data", "--output-prefix", "{}/none/o"], "no such folder for the output"),
+        (["--input-prefix", "{}/in/data", "--output-prefix", "{}/in/data_0.bin/o"], "a file is in its place"),
         (["--input-prefix", "{}/in/data", "--output-prefix", "{}/in/data_3"], "the output is one of the shards"),
     ],
 )

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from megakd.errors import NoSpaceError, UsageError
+from megakd.__main__ import run
+from megakd.data.indexed import IndexedDataset
+from megakd.errors import ExitStatus, NoSpaceError, UsageError
+from megakd.pipeline import merge, preprocess
 from megakd.pipeline.lock import HeldError, RunLock
 
 
@@ -44,3 +47,18 @@ def test_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "lock").exists()
+
+
+def test_the_folder_of_an_output_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """README's commands work in an empty folder, whichever verb writes first."""
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    flags = ["--input", str(tmp_path / "text.jsonl"), "--tokenizer-type", "ByteTokenizer", "--workers", "1"]
+    prefix = tmp_path / "data" / "new" / "train"
+    assert run(preprocess.main, [*flags, "--output-prefix", str(prefix)]) == ExitStatus.COMPLETE
+    made, joined = f"{prefix}_text_document", tmp_path / "joined" / "all"
+    assert run(merge.main, ["--input-prefix", made, made, "--output-prefix", str(joined)]) == ExitStatus.COMPLETE
+    assert IndexedDataset(joined).num_documents == 4
+    for verb in ([*flags], ["--input-prefix", made, made]):
+        main = preprocess.main if verb == flags else merge.main
+        assert run(main, [*verb, "--output-prefix", str(tmp_path / "text.jsonl" / "x")]) == ExitStatus.USAGE
+        assert "a file is in its place" in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_datasets_that_do_not_belong_together(tmp_path, capsys, changes, message
         ["--input", "{}/none", "--output-prefix", "{}/o"],
         ["--input", "{}/empty", "--output-prefix", "{}/o"],
         ["--input-prefix", "{}/a", "--output-prefix", "{}/a"],
-        ["--input-prefix", "{}/a", "--output-prefix", "{}/none/o"],
+        ["--input-prefix", "{}/a", "--output-prefix", "{}/half.bin/o"],
         ["--input-prefix", "{}/half", "--output-prefix", "{}/o"],
         ["--input-prefix", "{}/a"],
     ],
