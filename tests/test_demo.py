@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.run_folders import HELD_OUT, evaluation, write_lines, write_run
+from pipeline.select_twin import write as write_scores
 
 from megakd.config import parse
 from megakd.logits.codec import Rows, identity_ranks
@@ -73,39 +75,37 @@ def test_parts_share_no_document(tmp_path: Path) -> None:
     assert sorted(found[0]) == sorted(parts[0].read_text().splitlines(keepends=True))
 
 
-def write_run(folder: Path, lm: list[float], valid: dict[str, float]) -> None:
-    folder.mkdir()
-    lines = [
-        {"step": n + 1, "tokens": 100 * (n + 1), "lm_loss": loss, "kd_loss": 1.0, "seconds": 0.5}
-        for n, loss in enumerate(lm)
-    ]
-    lines += [{"step": len(lm), "valid": valid}]  # type: ignore[dict-item]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = load("report")
     monkeypatch.setattr(
         report, "bytes_per_token", lambda folder: {"store-top-k": 90.25, "store-sampled": 36.5}[folder.name]
     )
-    write_run(tmp_path / "teacher", [5.0, 3.0], {"lm_loss": 3.0, "bits_per_byte": 1.25, "calibration_error": 0.03})
+    whole = {**HELD_OUT, "num_tokens": 5000}
+    for name in ("teacher", "reference"):
+        write_run(tmp_path / name, {4: 3.0}, held_out=whole, values={"bits_per_byte": 1.25})
+        write_scores(tmp_path / f"scores-{name}", [-1.0], [1])
     for number, name in enumerate(report.STUDENTS):
-        write_run(tmp_path / name, [6.0, 4.0, 3.9], {"lm_loss": 9.0})
-        valid = {"lm_loss": 4.0 - number / 4, "agreement": 0.5 + number / 16, "calibration_error": 0.01 * number}
-        write_run(tmp_path / f"{name}-held-out", [3.9], valid)
+        write_run(tmp_path / name, {2: 9.0, 4: 4.5 - number / 4}, config={"objective": {"kd_alpha": number / 8}})
+        (tmp_path / f"{name}-held-out").mkdir()
+        valid = {"agreement": 0.5 + number / 16, "calibration_error": 0.01 * number}
+        write_lines(tmp_path / f"{name}-held-out", [evaluation(0, 4.0 - number / 4, whole, valid)])
     text = report.write(tmp_path, seed=7)
     rows = {
         line.split(" | ")[0][2:]: line.strip("| ").split(" | ")[1:] for line in text.splitlines() if line[:2] == "| "
     }
     titles = {name: student.title for name, student in report.STUDENTS.items()}
-    assert rows["teacher, 6 layers of 256"] == ["3.0000", "1.2500", "", "3.00%", "", "200", "200"]
-    assert rows[titles["plain"]] == ["4.0000", "", "50.0%", "0.00%", "", "300", "200"]
-    assert rows[titles["sampled"]] == ["3.2500", "", "68.8%", "3.00%", "36.5", "300", "200"]
-    assert rows[titles["miniplm-top-k"]][4] == rows[titles["top-k"]][4] == "90.2"
-    assert f"- {titles['online']}: -0.2500 (25%)" in text and f"- {titles['miniplm-top-k']}: -1.2500 (125%)" in text
+    # held-out loss, less the student alone, bits per byte, agreement, calibration, tokens, tokens/s, tokens to 4.5
+    assert rows[titles["plain"]][:8] == ["4.0000", "", "", "50.0%", "0.00%", "400", "200", "400"]
+    assert rows[titles["sampled"]][:5] == ["3.2500", "-0.7500", "", "68.8%", "3.00%"]
+    assert rows[report.TEACHER][:7] == ["3.0000", "-1.0000", "1.2500", "", "", "400", "200"]
+    assert (
+        "student alone" in text
+        and "- Bytes a token of the logits stores: store-sampled 36.5, store-top-k 90.2." in text
+    )
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["seed"] == 7 and figures["top-k"]["store_bytes_per_token"] == 90.25
+    assert figures["seed"] == 7 and figures["store_bytes_per_token"]["store-top-k"] == 90.25
+    assert [group["label"] for group in figures["groups"]] == [*titles.values(), report.TEACHER]
     assert (tmp_path / "table.md").read_text().strip() in text
 
 
@@ -157,8 +157,13 @@ def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_largest_difference(tmp_path: Path) -> None:
     report = load("report")
-    write_run(tmp_path / "a", [6.0, 4.0, 3.0], {})
-    write_run(tmp_path / "b", [6.0, 4.25], {})
+    for name, losses in (("a", [6.0, 4.0, 3.0]), ("b", [6.0, 4.25])):
+        lines = [
+            {"step": n, "tokens": n, "lm_loss": loss, "kd_loss": 1.0, "seconds": 0.5}
+            for n, loss in enumerate(losses, 1)
+        ]
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name, lines)
     assert report.largest_difference(tmp_path / "a", tmp_path / "b") == pytest.approx(0.25)
     (tmp_path / "b" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="no step in common"):

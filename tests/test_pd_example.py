@@ -229,7 +229,7 @@ def findings(load: Any) -> ModuleType:
 def write_runs(folder: Path, losses: dict[str, float]) -> None:
     for name, loss in losses.items():
         (folder / name).mkdir(parents=True)
-        lines = [{"step": 1, "lm_loss": 9.0}, {"step": 1, "valid": {"lm_loss": 9.0}}]
+        lines = [{"step": 1, "tokens": 8, "lm_loss": 9.0}, {"step": 1, "valid": {"lm_loss": 9.0}}]
         lines += [{"step": 2, "valid": {"lm_loss": loss}}]
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -93,7 +93,7 @@ def main() -> None:
     # On the whole held-out split, beside the teacher; the weights alone, whatever data and layout they were trained on.
     for name in students(demo):
         result = runs / f"{name}-held-out"
-        done = (result / "metrics.jsonl").exists() and bool(report.evaluations(result))
+        done = report.is_evaluated(result)
         weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / name, *DATA_PARALLEL]
         beside: list[Word] = ["--teacher-load", runs / "teacher", *WHOLE_SPLIT, *held_out(demo)]
         launch(demo, result.name, FOR_STUDENTS, done, *weights, *beside, config="student")

@@ -10,11 +10,13 @@ import numpy as np
 from noise import KINDS
 from numpy.typing import NDArray
 from planted import sample_kinds
-from report import Record, curve, evaluations, training_steps
 
 from megakd.data.scores import Scores
 from megakd.data.selection import Selection
+from megakd.pipeline.compare_runs import Source, measure
+from megakd.pipeline.run_record import read_run
 
+Record = dict[str, Any]
 MODELS = ("teacher", "reference", "reference-small")
 STUDENTS = {"refined": "refined half", "random": "a random half", "noise-free": "a random half without the noise"}
 NOISE = "all noise"
@@ -35,7 +37,7 @@ def write(runs: Path, tokens: NDArray[np.int64], *, seed: int) -> str:
         "negative_scores": float((score < 0).mean()),
         "correlation": {name: float(np.corrcoef(score, nll[name])[0, 1]) for name in ("reference", "teacher")},
         "agreement": float((kept["refined"] == kept["refined-small"]).mean()),
-        "models": {name: evaluations(runs / name)[-1]["valid"] for name in MODELS},
+        "models": {name: last_evaluation(runs / name) for name in MODELS},
         "students": {name: student(runs, name) for name in STUDENTS},
     }
     (runs / "figures.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -99,8 +101,12 @@ def mean(values: NDArray[np.float64], of: NDArray[np.bool_]) -> float | None:
 def student(runs: Path, name: str) -> Record:
     """What a student was trained on, and its last evaluation on the held-out text."""
     folder = runs / f"student-{name}"
-    trained = {"samples_to_choose": len(Selection(runs / name)), "train_tokens": training_steps(folder)[-1]["tokens"]}
-    return {**evaluations(folder)[-1]["valid"], **trained}
+    tokens = read_run(folder, flag="").steps[-1].tokens
+    return {**last_evaluation(folder), "samples_to_choose": len(Selection(runs / name)), "train_tokens": tokens}
+
+
+def last_evaluation(run: Path) -> Record:
+    return dict(read_run(run, flag="").evaluations[-1].values)
 
 
 def table(record: Record) -> str:
@@ -153,10 +159,10 @@ def draw(runs: Path, score: NDArray[np.float64], kept: NDArray[np.bool_], kinds:
     left.axvline(score[kept].min(), color="grey", ls="--", lw=1, label="kept from here on")
     left.set(xlabel="NLL reference - NLL teacher, nats a token", ylabel="samples")
     for name, title in STUDENTS.items():
-        steps = training_steps(runs / f"student-{name}")
-        millions = steps[-1]["tokens"] / steps[-1]["step"] / 1e6  # a step
-        points = evaluations(runs / f"student-{name}")
-        right.plot(*curve(points, lambda record: record["valid"]["lm_loss"], millions), marker="o", ms=3, label=title)
+        source = Source(None, runs / f"student-{name}", None)
+        points = measure(source, read_run(source.folder, flag=""), None).curve
+        millions, losses = [point.tokens / 1e6 for point in points], [point.values["lm_loss"] for point in points]
+        right.plot(millions, losses, marker="o", ms=3, label=title)
     right.set(xlabel="training tokens, millions", ylabel="held-out LM loss, nats a token")
     for axes in (left, right):
         axes.legend()

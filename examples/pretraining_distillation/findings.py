@@ -11,6 +11,8 @@ from typing import Any
 
 from settings import FIRST, LM, Setting
 
+from megakd.pipeline.run_record import read_run
+
 Record = dict[str, Any]
 
 
@@ -63,9 +65,7 @@ def write(runs: Path, tables: Mapping[str, Sequence[Setting]], *, seed: int, see
 
 def held_out(runs: Path, setting: Setting, seed: int) -> Record:
     """A student's last evaluation."""
-    lines = (runs / f"{setting.name}-seed-{seed}" / "metrics.jsonl").read_text().splitlines()
-    found: Record = [record["valid"] for record in map(json.loads, lines) if "valid" in record][-1]
-    return found
+    return dict(read_run(runs / f"{setting.name}-seed-{seed}", flag="").evaluations[-1].values)
 
 
 def measure_noise(lm: Sequence[float], first: Sequence[float]) -> Noise | None:

@@ -106,6 +106,11 @@ def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
         notes.append(f"{name} has no evaluations: train with --valid-data-path, or evaluate it with --skip-train.")
     if not run.record.steps:
         notes.append(f"{name} has recorded no training step.")
+    if comparable(group, base, metric) and not _curves_compare(run, base, metric):
+        notes.append(
+            f"{name}: evaluated in the course of its training on other held-out data than {base.label}, or on a part "
+            "of another size: the work up to a loss is not told, nor is it drawn."
+        )
     if run.key is not None and not run.key.recorded:
         notes.append(f"{name}: an older record, which does not say what was held out; told by paths and token counts.")
     own, other = run.key, base.runs[0].key
@@ -116,6 +121,11 @@ def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
     else:
         notes += [f"{name}: not counted in its FLOPs: {missing}." for missing in run.costs.missing]
     return notes
+
+
+def _curves_compare(run: Run, base: Group, metric: Metric) -> bool:
+    own, other = run.curve_key, base.runs[0].curve_key
+    return own is None or other is None or compares(own, other, metric)
 
 
 def _held_out(group: Group) -> str:

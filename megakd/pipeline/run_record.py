@@ -26,7 +26,7 @@ class Step:
 
     step: int
     tokens: int
-    lm_loss: float
+    lm_loss: float | None
     kd_loss: float | None
     total_loss: float | None
     seconds: float | None
@@ -132,7 +132,7 @@ def _step(step: int, entry: Mapping[str, Any]) -> Step:
     return Step(
         step=step,
         tokens=int(entry["tokens"]),
-        lm_loss=float(entry["lm_loss"]),
+        lm_loss=number("lm_loss"),
         kd_loss=number("kd_loss"),
         total_loss=number("loss"),
         seconds=number("seconds"),

@@ -106,7 +106,7 @@ class WandbTracker:
             "dir": str(folder),
             "config": dict(tracked.settings),
             "allow_val_change": True,  # of a run that goes on with other settings
-            "settings": wandb.Settings(console="off", init_timeout=20),
+            "settings": wandb.Settings(console="off", init_timeout=15),
         }
         try:
             self._run = wandb.init(**begin, resume="allow" if tracked.resumed else None)
