@@ -50,7 +50,8 @@ def draw(comparison: Comparison, *, suffix: str) -> bytes:
             axes.axhline(comparison.target, color="grey", ls="--", lw=0.8)
         axes.grid(alpha=0.3)
     left.set(xlabel="training tokens, millions", ylabel=UNITS[comparison.metric])
-    right.set(xlabel="FLOPs of the student (dotted: with its teacher's forward passes)")
+    # captures and scorings for many students are far more than the training of a small one
+    right.set(xscale="log", xlabel="FLOPs of the student (dotted: with its teacher's forward passes)")
     if left.lines:
         left.legend(fontsize="small")
     buffer = io.BytesIO()

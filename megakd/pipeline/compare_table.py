@@ -147,13 +147,15 @@ class _Column:
     form: str
 
     def text(self, group: Group) -> str:
-        """The figure of a group, with its spread; marked where a part of the work could not be counted."""
+        """The figure of a group, with its spread; marked where a part of the work could not be counted, or where not
+        all runs have it."""
         found = group.spread(self.value)
         if found is None:
             return ""
         some = self.name.startswith("all_flops") and any(run.costs and run.costs.missing for run in group.runs)
-        spread = "" if found.sd is None else f" ± {self.form.format(found.sd)}"
-        return ("≥ " if some else "") + self.form.format(found.mean) + spread
+        spread = f" ± {self.form.format(found.sd)}" if found.sd else ""
+        partly = "" if found.n == len(group.runs) else f" ({found.n} of {len(group.runs)} runs)"
+        return ("≥ " if some else "") + self.form.format(found.mean) + spread + partly
 
 
 def _columns(comparison: Comparison) -> list[_Column]:

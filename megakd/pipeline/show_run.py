@@ -14,6 +14,8 @@ from megakd.pipeline.run_record import METRICS, RunRecord, checkpoints, read_con
 
 Rows = Iterator[tuple[str, object]]
 _LOCK = ".lock"
+_SHAPE = ("preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+_SHAPE += ("num_experts", "bf16", "fp8_format", "fp4_format")
 
 
 def describe_run(folder: Path) -> list[str]:
@@ -55,8 +57,8 @@ def _setting(run: RunRecord) -> Rows:
     if not run.config:
         yield "configuration", "not recorded"
         return
-    student, teacher = _given(run, "student"), _given(run, "teacher")
-    yield "student", _flat(student)
+    teacher = _given(run, "teacher")
+    yield "student", _flat({name: value for name, value in _given(run, "student").items() if name in _SHAPE})
     stores = [folder for folder in run.setting("teacher", "logits_load_dir", []) if folder != "none"]
     own = [part for part in (teacher.get("load"), *(f"logits store {folder}" for folder in stores)) if part]
     yield "teacher", ", ".join(map(str, own)) or "none"

@@ -93,7 +93,9 @@ def test_seeds_are_one_group_and_differences_are_taken_seed_by_seed(
     assert change["n"] == 2 and change["mean"] == pytest.approx(-0.625)
     assert change["sd"] == pytest.approx(0.125 * 2**0.5)
     assert run_compare(*words) == ExitStatus.COMPLETE
-    assert "| plain, 3 runs | 4.5000 ± 0.5000 |  |" in (printed := capsys.readouterr().out)
+    assert "| plain, 3 runs | 4.5000 ± 0.5000 |  | 400 | 200 | 400 (2 of 3 runs) |" in (
+        printed := capsys.readouterr().out
+    )
     assert "-0.6250 ± 0.1768 (n = 2)" in printed
     # what differs in more than seed and paths, and what the user names, stands apart
     other = write_run(tmp_path / "alpha", {4: 3.0}, seed=9, config={"objective": {"kd_alpha": 0.5}})
