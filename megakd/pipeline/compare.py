@@ -49,7 +49,8 @@ def compare_runs(config: CompareConfig) -> Comparison:
     Raises UsageError for what is no run, CorruptError for a damaged record, MismatchError for an evaluation of another
     run than it is named with.
     """
-    sources = [parse_source(text) for text in config.run]
+    named = [parse_source(text) for text in config.run]
+    sources = list({(each.label, each.folder.resolve(), each.evaluation): each for each in named}.values())  # once
     records = [read_run(source.folder, flag="") for source in sources]
     known = Known()
     known.add_models([*map(Path, config.models), *teacher_folders(records), *(source.folder for source in sources)])

@@ -197,8 +197,9 @@ def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None) -> Po
     index = next((number for number in range(len(steps) - 1, -1, -1) if steps[number].step <= evaluation.step), None)
     if index is None:
         return Point(0, 0.0, costs.before if costs is not None else None, dict(evaluation.values))
-    flops = (None, None) if costs is None else (costs.student[index], costs.whole(index))
-    return Point(steps[index].tokens, *flops, dict(evaluation.values))
+    flops = None if costs is None else costs.student[index]
+    whole = None if costs is None else costs.whole(index)
+    return Point(steps[index].tokens, flops, whole, dict(evaluation.values))
 
 
 def _check_checkpoint(evaluation: Evaluation, source: Source) -> None:

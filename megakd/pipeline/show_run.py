@@ -14,8 +14,13 @@ from megakd.pipeline.run_record import METRICS, RunRecord, checkpoints, read_con
 
 Rows = Iterator[tuple[str, object]]
 _LOCK = ".lock"
-_SHAPE = ("preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-_SHAPE += ("num_experts", "bf16", "fp8_format", "fp4_format")
+_SHAPE = (
+    "preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_experts",
+    "bf16", "fp8_format", "fp4_format",
+)  # fmt: skip
+_OBJECTIVE = ("kd_alpha", "kd_alpha_schedule", "kd_divergence", "kd_temperature", "kd_tail", "lm_weight")
+_BATCHES = ("global_batch_size", "micro_batch_size", "seed")
+_OPTIM = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "clip_grad")
 
 
 def describe_run(folder: Path) -> list[str]:
@@ -36,6 +41,8 @@ def _progress(run: RunRecord) -> Rows:
         state = "complete"
     elif run.steps:
         state = "not complete; no process of this machine is training it"
+    elif run.evaluations:
+        state = "evaluations alone, of a checkpoint that lies elsewhere"
     elif checkpoints(run.folder):
         state = "checkpoints without the record of their training"
     else:
@@ -63,19 +70,15 @@ def _setting(run: RunRecord) -> Rows:
     own = [part for part in (teacher.get("load"), *(f"logits store {folder}" for folder in stores)) if part]
     yield "teacher", ", ".join(map(str, own)) or "none"
     if own:
-        names = ("kd_alpha", "kd_alpha_schedule", "kd_divergence", "kd_temperature", "kd_tail", "lm_weight")
-        objective = {name: run.setting("objective", name) for name in names}
-        yield "objective", _flat({name: value for name, value in objective.items() if value is not None})
+        yield "objective", _flat({name: run.setting("objective", name) for name in _OBJECTIVE})
     yield "data", _prefixes(run, "data_path")
     selection = run.setting("data", "selection", [])
     if selection:
         yield "selection", " ".join(map(str, selection))
     yield "held-out data", _prefixes(run, "valid_data_path") or "none"
     sizes = {"seq_length": run.setting("data", "seq_length"), "packing": run.setting("data", "packing")}
-    names = ("global_batch_size", "micro_batch_size", "seed")
-    yield "batches", _flat({name: run.setting("training", name) for name in names} | sizes)
-    names = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "clip_grad")
-    yield "optimizer", _flat({name: run.setting("optim", name) for name in names})
+    yield "batches", _flat({name: run.setting("training", name) for name in _BATCHES} | sizes)
+    yield "optimizer", _flat({name: run.setting("optim", name) for name in _OPTIM})
 
 
 def _figures(run: RunRecord) -> Rows:

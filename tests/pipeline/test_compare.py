@@ -111,7 +111,8 @@ def test_runs_of_one_seed_on_other_folders_are_no_repetitions(
         write_run(tmp_path / name, {4: 4.0}, config={"teacher": {"load": str(tmp_path / name / "teacher")}})
         for name in ("small", "large")
     ]
-    assert list(compared(capsys, *words)["groups"]) == ["small", "large"]
+    result = compared(capsys, *words, f"{words[0]}/../small")
+    assert list(result["groups"]) == ["small", "large"] and len(result["groups"]["small"]["runs"]) == 1
 
 
 @pytest.mark.parametrize(
