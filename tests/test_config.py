@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import pytest
 
 from megakd.config import dump, from_dict, group, option, parse, to_dict
 from megakd.errors import UsageError
+from megakd.suggestions import near_names
 
 
 @dataclass
@@ -129,3 +131,74 @@ def test_help_shows_common_then_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--print-config", "--lr", "2")
     assert "lr: 2.0" in capsys.readouterr().out
+
+
+@dataclass
+class Switches:
+    untie: bool | None = option(None, "switch whose default depends on others")
+    lr: float = option(1.0, "peak")
+    seed: int = option(1, "seed")
+    data_path: list[str] = option([], "prefixes")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], None), (["--untie"], True), (["--untie", "false"], False), (["--untie=no"], False)]
+)
+def test_switches_of_three_states_stand_alone(words: list[str], expected: bool | None) -> None:
+    for line in (words, [*words, "--lr", "2"], ["--lr", "2", *words]):
+        assert parse(Switches, line, prog="megakd test", description="").untie is expected
+
+
+def test_every_unknown_flag_is_named_at_once() -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(
+            Switches,
+            ["--mock-data", "--learning-rate", "1", "--sead", "3", "--lr", "fast", "--Data_Path", "a", "--seed"],
+            prog="megakd test",
+            description="",
+        )
+    assert str(refused.value).splitlines() == [
+        "megakd test: 6 errors (see megakd test --help-all):",
+        "  --seed: no value follows; expected one",
+        "  --lr is fast; expected a number",
+        "  unknown flag '--mock-data'",
+        "  unknown flag '--learning-rate'; did you mean '--lr'?",
+        "  unknown flag '--sead'; did you mean '--seed'?",
+        "  unknown flag '--Data_Path'; did you mean '--data-path'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["word"], "unexpected word 'word'"),
+        (["--lr", "1", "2"], "unexpected word '2'"),
+        (["--seed", "1e3"], "--seed is 1e3; expected a whole number"),
+        (["--seed", "null"], "--seed is null"),
+        (["--untie=perhaps"], "--untie is perhaps; expected true or false or null"),
+        (["--data-path"], "--data-path: no value follows; expected at least one"),
+        (["--lr"], "--lr: no value follows"),
+        (["--config"], "--config: no value follows"),
+    ],
+)
+def test_words_that_do_not_fit(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse(Switches, words, prog="megakd test", description="")
+
+
+def test_a_name_is_suggested_only_where_there_is_little_doubt() -> None:
+    known = ["--lr", "--min-lr", "--seed", "--data-path", "--valid-data-path", "--adam-beta1", "--adam-beta2"]
+    known += ["--tensor-model-parallel-size", "--kd-ab-beta", "--clip-grad", "--split", "--save"]
+    near = {
+        "--lrs": ["--lr"],
+        "--dat-path": ["--data-path"],
+        "--train-data-path": [],  # one letter group away from --valid-data-path, and something else
+        "--mock-data": [],
+        "--tp-size": ["--tensor-model-parallel-size"],
+        "--Valid_Data_Path": ["--valid-data-path"],
+        "--adam-beta3": ["--adam-beta1", "--adam-beta2"],
+        "--gradient-clipping": ["--clip-grad"],
+        "--slpit": ["--split"],
+        "--x": [],
+    }
+    assert {name: near_names(name, known) for name in near} == near

@@ -19,6 +19,10 @@ LAYERS = (
     (
         *(
             "config",
+            "config_values",
+            "config_file",
+            "command_line",
+            "suggestions",
             "manifest",
             "durable",
             "errors",

@@ -1,0 +1,181 @@
+"""What a configuration value may be: text of a flag or of a YAML file, or plain data, read as the type of its option."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+_INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_NUMBER = re.compile(
+    r"[+-]?(([0-9]+(_[0-9]+)*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE
+)
+_LARGEST_INTEGER = 2**63 - 1
+_WORDS = MappingProxyType(
+    {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # what they look like
+)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text without quotes, which may stand for nothing; quoted text is a ``str``.
+
+    nulls: the texts that do. A flag's value is empty where a shell variable was: that is no way to say null.
+    """
+
+    text: str
+    nulls: tuple[str, ...] = ("", "~", "null", "Null", "NULL")
+
+    @property
+    def is_null(self) -> bool:
+        return self.text in self.nulls
+
+
+class WrongType(ValueError):
+    """A value that is not of its option's type: ``expected`` says what is."""
+
+    def __init__(self, value: Any, expected: str) -> None:
+        super().__init__(f"{show(value)}; expected {expected}")
+
+
+def read_value(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint``: bool, int, float, str, a Literal, a list of those, or any of them or None.
+
+    What has no quotes is read by the option's type alone: ``010`` is ten for an integer and three characters for a
+    path, ``yes`` is true for a switch. One value for a list is a list of one.
+
+    Raises WrongType.
+    """
+    optional, inner = _split_optional(hint)
+    if value is None or (isinstance(value, Plain) and value.is_null):
+        if optional:
+            return None
+        raise WrongType(None, type_name(hint))
+    if typing.get_origin(inner) is list:
+        (item,) = typing.get_args(inner)
+        return [read_value(each, item) for each in (value if isinstance(value, list | tuple) else [value])]
+    if isinstance(value, list | tuple | dict):
+        raise WrongType(value, type_name(hint))
+    for candidate in typing.get_args(inner) if _is_union(inner) else (inner,):
+        reader = _read_literal if typing.get_origin(candidate) is Literal else _READERS[candidate]
+        found = reader(value, candidate)
+        if found is not None:
+            return found
+    raise WrongType(value, type_name(hint))
+
+
+def show(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    if isinstance(value, Plain):
+        text = value.text or "null"
+    elif isinstance(value, Mapping):
+        text = "a group of keys"
+    elif isinstance(value, list | tuple):
+        text = "[" + ", ".join(show(each) for each in value[:4]) + (", ..." if len(value) > 4 else "") + "]"
+    else:
+        text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def type_name(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    optional, inner = _split_optional(hint)
+    if typing.get_origin(inner) is list:
+        words = f"a list, each {type_name(typing.get_args(inner)[0])}"
+    elif typing.get_origin(inner) is Literal:
+        choices = [str(choice) for choice in typing.get_args(inner)]
+        words = choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+    elif _is_union(inner):
+        words = " or ".join(type_name(each) for each in typing.get_args(inner))
+    else:
+        words = _NAMES[inner]
+    return f"{words} or null" if optional else words
+
+
+def takes_switch(hint: Any) -> bool:
+    """Whether the flag stands alone: true or false, or null where what it is by default depends on other options."""
+    return _split_optional(hint)[1] is bool
+
+
+def takes_list(hint: Any) -> bool:
+    return typing.get_origin(_split_optional(hint)[1]) is list
+
+
+def metavar(hint: Any) -> str:
+    """What stands behind the flag in ``--help``."""
+    _, inner = _split_optional(hint)
+    if typing.get_origin(inner) is Literal:
+        return "{" + ",".join(str(value) for value in typing.get_args(inner)) + "}"
+    if _is_union(inner):
+        return "|".join(metavar(each) for each in typing.get_args(inner))
+    if typing.get_origin(inner) is list:
+        return metavar(typing.get_args(inner)[0]) + " ..."
+    return str(getattr(inner, "__name__", inner)).upper()
+
+
+def _split_optional(hint: Any) -> tuple[bool, Any]:
+    """Whether None is allowed, and the type without it."""
+    if not _is_union(hint):
+        return False, hint
+    kept = tuple(each for each in typing.get_args(hint) if each is not type(None))
+    if len(kept) == len(typing.get_args(hint)):
+        return False, hint
+    return True, kept[0] if len(kept) == 1 else typing.Union[kept]  # noqa: UP007
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _text(value: Any) -> str | None:
+    return value.text if isinstance(value, Plain) else value if isinstance(value, str) else None
+
+
+def _read_bool(value: Any, _: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return _WORDS.get((_text(value) or "").lower())
+
+
+def _read_int(value: Any, _: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if abs(value) <= _LARGEST_INTEGER else None
+    text = _text(value)
+    if text is None or not _INTEGER.fullmatch(text) or len(text) > 30:
+        return None
+    return _read_int(int(text), _)
+
+
+def _read_float(value: Any, _: Any) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if abs(value) <= 2**1023 or isinstance(value, float) else None
+    text = _text(value)
+    return None if text is None or not _NUMBER.fullmatch(text) else float(text)
+
+
+def _read_str(value: Any, _: Any) -> str | None:
+    return _text(value)
+
+
+def _read_literal(value: Any, hint: Any) -> Any:
+    for choice in typing.get_args(hint):
+        if str(choice) == (str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value)):
+            return choice
+    return None
+
+
+_READERS: Mapping[type, Callable[[Any, Any], Any]] = MappingProxyType(
+    {bool: _read_bool, int: _read_int, float: _read_float, str: _read_str}
+)
+_NAMES: Mapping[type, str] = MappingProxyType(
+    {
+        bool: "true or false",
+        int: f"a whole number, at most {_LARGEST_INTEGER}",
+        float: "a number",
+        str: "text",
+    }
+)
