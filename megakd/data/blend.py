@@ -42,6 +42,7 @@ class Blend:
         if not 0 <= seed < 2**62:
             raise UsageError(f"seed {seed}: expected a number from 0 to 2^62")
         self.datasets = list(datasets)
+        self.given_weights = weights
         self.seed = seed
         self._quanta = _quantise([float(d.num_samples) for d in datasets] if weights is None else weights)
         if len(self._quanta) != len(self.datasets):

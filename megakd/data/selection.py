@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megakd.data.indexed import IndexedDataset
 from megakd.data.samples import Samples
+from megakd.data.split import PartSamples
 from megakd.durable import HashingWriter, fsync_directory
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest, write_manifest
@@ -123,13 +124,25 @@ class SelectedSamples:
 
 
 def whole(samples: Samples) -> Samples:
-    """All samples of the dataset, where these are a selection: what is on disk is addressed by their ids."""
-    return samples.source if isinstance(samples, SelectedSamples) else samples
+    """All samples of the dataset, where these are a selection or a part: what is on disk is addressed by their ids."""
+    while isinstance(samples, SelectedSamples | PartSamples):
+        samples = samples.source
+    return samples
 
 
 def whole_ids(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """``[n]`` int64: the ids that samples have among all of the dataset."""
-    return samples.source_ids(sample_ids) if isinstance(samples, SelectedSamples) else sample_ids
+    while isinstance(samples, SelectedSamples | PartSamples):
+        sample_ids = samples.source_ids(sample_ids)
+        samples = samples.source
+    return sample_ids
+
+
+def selection_of(samples: Samples) -> Selection | None:
+    """The selection that these samples, or those they are a part of, were taken by."""
+    while isinstance(samples, PartSamples):
+        samples = samples.source
+    return samples.selection if isinstance(samples, SelectedSamples) else None
 
 
 class SelectionWriter:

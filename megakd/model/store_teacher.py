@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megakd.data.blend import Blend
 from megakd.data.samples import Samples
-from megakd.data.selection import SelectedSamples, whole_ids
+from megakd.data.selection import selection_of, whole_ids
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import empty_rows
 from megakd.logits.prefetch import ReadAhead
@@ -148,7 +148,7 @@ class StoreTeacher:
 def _is_complete(store: LogitsStore | None, samples: Samples) -> bool:
     if store is None:
         return False
-    wanted = store.spec.num_samples
-    if isinstance(samples, SelectedSamples) and store.spec.parents.get("selection") == samples.selection.fingerprint:
-        wanted = samples.num_samples
+    wanted, selection = store.spec.num_samples, selection_of(samples)
+    if selection is not None and store.spec.parents.get("selection") == selection.fingerprint:
+        wanted = len(selection)
     return int(store.manifest.parameters["samples_with_targets"]) == wanted
