@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.batch_sizes import BatchSizes, Ramp
 from megakd.data.blend import Blend, Draws
 from megakd.data.samples import Samples
 from megakd.errors import MismatchError, UsageError
@@ -39,14 +40,14 @@ class StepBatch:
     def __init__(self, loader: Loader, sample_positions: NDArray[np.int64]) -> None:
         self._loader = loader
         self.sample_positions = sample_positions
-        """``[global_batch_size]`` int64: places in the endless order of the blend."""
+        """``[global batch size of this step]`` int64: places in the endless order of the blend."""
         self.draws: Draws = loader.blend.draw(sample_positions)
         """Dataset and sample id of each."""
 
     @property
     def num_microbatches(self) -> int:
         """Microbatches per rank."""
-        return self._loader.num_microbatches
+        return len(self.sample_positions) // (self._loader.micro_batch_size * self._loader.data_parallel_size)
 
     def __len__(self) -> int:
         return self.num_microbatches
@@ -79,6 +80,7 @@ class Loader:
     """An endless iterator of `StepBatch`; `state` says where it is, in plain data.
 
     global_batch_size: samples per step over all ranks; a multiple of micro_batch_size * data_parallel_size.
+    rampup: fewer at first, as ``BatchSizes`` says; the order of the samples is the same with it and without.
     eod_token, eod_mask_loss: leave out of the loss the positions whose input is the end of a document, as Megatron's
         flag does: what follows it is another document's first token.
     vocab_size: refuse token ids beyond it: at once where the manifest tells the largest, else when they are read.
@@ -100,6 +102,7 @@ class Loader:
         eod_token: int | None = None,
         eod_mask_loss: bool = False,
         vocab_size: int | None = None,
+        rampup: Ramp | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (
@@ -109,11 +112,13 @@ class Loader:
         ):
             if value < 1:
                 raise UsageError(f"{name} {value}: expected at least 1")
-        if global_batch_size % (micro_batch_size * data_parallel_size):
-            raise UsageError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-                f"data-parallel size {data_parallel_size} = {micro_batch_size * data_parallel_size}"
-            )
+        self._sizes = BatchSizes(global_batch_size, rampup)
+        for size in self._sizes.levels:
+            if size % (micro_batch_size * data_parallel_size):
+                raise UsageError(
+                    f"global_batch_size {size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                    f"data-parallel size {data_parallel_size} = {micro_batch_size * data_parallel_size}"
+                )
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise UsageError(f"data-parallel rank {data_parallel_rank} of {data_parallel_size}")
         for samples in blend.datasets:
@@ -129,7 +134,6 @@ class Loader:
         self.global_batch_size = global_batch_size
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
-        self.num_microbatches = global_batch_size // (micro_batch_size * data_parallel_size)
         self.consumed_samples = 0
         self._eod_token = eod_token if eod_mask_loss else None
         self._vocab_size = vocab_size
@@ -142,7 +146,7 @@ class Loader:
 
     def __next__(self) -> StepBatch:
         batch = self._step(self.consumed_samples) if self._upcoming is None else self._upcoming
-        self.consumed_samples += self.global_batch_size
+        self.consumed_samples += len(batch.sample_positions)
         self._upcoming = self._step(self.consumed_samples)
         self._prefetch(self._upcoming)
         return batch
@@ -175,11 +179,11 @@ class Loader:
         return Microbatch(tokens, np.ascontiguousarray(rows[:, 1:]), mask, sample_id_B, dataset_index_B)
 
     def _step(self, first: int) -> StepBatch:
-        return StepBatch(self, np.arange(first, first + self.global_batch_size, dtype=np.int64))
+        return StepBatch(self, np.arange(first, first + self._sizes.at(first), dtype=np.int64))
 
     def _prefetch(self, batch: StepBatch) -> None:
         """Tell the kernel what this rank reads next, so that a cold disk is read during the step."""
-        per_microbatch = (self.num_microbatches, self.data_parallel_size, self.micro_batch_size)
+        per_microbatch = (batch.num_microbatches, self.data_parallel_size, self.micro_batch_size)
         datasets, ids = (
             array.reshape(per_microbatch)[:, self.data_parallel_rank].reshape(-1)
             for array in (batch.draws.dataset_index, batch.draws.sample_id)
