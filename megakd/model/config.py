@@ -31,6 +31,21 @@ _PRESETS: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 
+# Far beyond any model; what is larger is a slip, and would end in the middle of an allocation.
+_LARGEST = {
+    "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16,
+    "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "num_experts": 1 << 16, "moe_ffn_hidden_size": 1 << 24,
+    "moe_shared_expert_intermediate_size": 1 << 24, "make_vocab_size_divisible_by": 1 << 24, "fp8_margin": 64,
+    "fp8_amax_history_len": 1 << 16, "init_method_std": 1e3, "norm_epsilon": 1.0, "rotary_base": 1e12,
+    "rope_scaling_factor": 1e6,
+}  # fmt: skip
+
+
+def preset_layers(name: str) -> int | None:
+    """The number of layers of a preset; None for a name that is none."""
+    layers: int | None = _PRESETS.get(name, {}).get("num_layers")
+    return layers
+
 
 @dataclass
 class ModelConfig:
@@ -72,6 +87,11 @@ class ModelConfig:
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "FP8 through Transformer Engine", common=True)
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option("delayed", "FP8 scaling recipe")
     fp8_param_gather: bool = option(False, "keep parameters in FP8 and gather them so")
+    fp8_margin: int = option(0, "delayed scaling: the scale is divided by 2 to this power")
+    fp8_amax_history_len: int = option(1, "delayed scaling: steps whose largest values are kept")
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = option(
+        "most_recent", "delayed scaling: which of them counts"
+    )
     fp4_format: Literal["e2m1"] | None = option(None, "FP4 through Transformer Engine (Blackwell)")
     first_last_layers_bf16: bool = option(False, "first and last layer stay in bf16 under FP8")
     recompute_granularity: Literal["full", "selective"] | None = option(None, "activations recomputed in backward")
@@ -94,7 +114,7 @@ class ModelConfig:
         for name in (
             "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk",
             "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by",
-            "recompute_num_layers",
+            "recompute_num_layers", "fp8_amax_history_len",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
@@ -103,9 +123,45 @@ class ModelConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a positive number")
         if self.rotary_percent > 1:
             raise UsageError(f"--rotary-percent is {self.rotary_percent}; expected at most 1")
+        for name, least in (("rotary_base", 1.0), ("rope_scaling_factor", 1.0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least:g}")
+        for name, most in _LARGEST.items():
+            if getattr(self, name) is not None and getattr(self, name) > most:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at most {most}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= p < 1")
+        self._check_experts()
+        self._check_recompute()
+
+    def _check_experts(self) -> None:
+        if self.num_experts is not None and self.moe_router_topk == 1:
+            raise UsageError(
+                "--moe-router-topk is 1; expected at least 2: the softmax is over the chosen experts, so that one "
+                "alone always weighs 1 and the router learns nothing"
+            )
+        if self.num_experts is not None and self.moe_router_topk > self.num_experts:
+            raise UsageError(
+                f"--moe-router-topk {self.moe_router_topk}: a token cannot go to more than the {self.num_experts} "
+                "experts of --num-experts"
+            )
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            if self.num_experts is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} without experts: add --num-experts")
+        if not 0 <= self.moe_aux_loss_coeff <= 1e6:
+            raise UsageError(f"--moe-aux-loss-coeff is {self.moe_aux_loss_coeff}; expected 0 or more")
+
+    def _check_recompute(self) -> None:
+        options = {"--recompute-method": self.recompute_method, "--recompute-num-layers": self.recompute_num_layers}
+        given = [flag for flag, value in options.items() if value is not None]
+        if self.recompute_granularity == "full" and len(given) < 2:
+            raise UsageError(
+                "--recompute-granularity full needs --recompute-method uniform or block and --recompute-num-layers N: "
+                "how many layers are kept as one input, or recomputed at all"
+            )
+        if self.recompute_granularity != "full" and given:
+            raise UsageError(f"{' and '.join(given)} without --recompute-granularity full")
 
     @property
     def given(self) -> bool:
@@ -135,6 +191,12 @@ class ModelConfig:
         groups = values["num_query_groups"] or heads
         if heads % groups:
             raise UsageError(f"{role}: --num-attention-heads {heads} is not a multiple of --num-query-groups {groups}")
+        rotated = int((self.kv_channels or hidden // heads) * self.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            raise UsageError(
+                f"{role}: --kv-channels {self.kv_channels or hidden // heads} (width of one head) x --rotary-percent "
+                f"{self.rotary_percent} rotates {rotated} numbers; expected an even number, they turn in pairs"
+            )
         ffn = values["ffn_hidden_size"] or (8 * hidden // 3 + 63) // 64 * 64
         untied = values.pop("untie_embeddings_and_output_weights")
         values.update(num_query_groups=groups, ffn_hidden_size=ffn, tied=untied is False)
@@ -182,6 +244,10 @@ class ModelShape:
     recompute_granularity: str | None
     recompute_method: str | None
     recompute_num_layers: int | None
+    # with defaults: checkpoints older than these do not tell them
+    fp8_margin: int = 0
+    fp8_amax_history_len: int = 1
+    fp8_amax_compute_algo: str = "most_recent"
 
     def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:
         """The shape of these weights where they are only asked, in this precision: no dropout, no FP4."""
@@ -213,11 +279,24 @@ class ModelShape:
                     f"{role}: --{name} {value} is not a multiple of --tensor-model-parallel-size {tensor} "
                     f"({value} = {tensor} x {value // tensor} + {value % tensor})"
                 )
+        if self.num_experts:
+            shared, expert_tensor = self.moe_shared_expert_intermediate_size, parallel.expert_tensor_parallel_size
+            for name, width, flag, size in (
+                ("moe-shared-expert-intermediate-size", shared, "tensor-model-parallel-size", tensor),
+                ("moe-ffn-hidden-size", self.moe_ffn_hidden_size, "expert-tensor-parallel-size", expert_tensor),
+            ):
+                if width is not None and width % size:
+                    raise UsageError(f"{role}: --{name} {width} is not a multiple of --{flag} {size}")
         stages = pipeline * (parallel.virtual_pipeline_model_parallel_size or 1)
         if self.num_layers % stages:
             raise UsageError(
                 f"{role}: --num-layers {self.num_layers} is not a multiple of the {stages} pipeline chunks "
                 f"(PP {pipeline} x {parallel.virtual_pipeline_model_parallel_size or 1})"
+            )
+        if self.recompute_num_layers is not None and self.recompute_num_layers > self.num_layers // stages:
+            raise UsageError(
+                f"{role}: --recompute-num-layers {self.recompute_num_layers} of the {self.num_layers // stages} layers "
+                "of a pipeline chunk"
             )
         experts = parallel.expert_model_parallel_size
         if experts > 1 and (self.num_experts is None or self.num_experts % experts):

@@ -178,6 +178,9 @@ def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> 
             "fp8": shape.fp8_format,
             "fp8_recipe": shape.fp8_recipe,
             "fp8_param": shape.fp8_param_gather,
+            "fp8_margin": shape.fp8_margin,
+            "fp8_amax_history_len": shape.fp8_amax_history_len,
+            "fp8_amax_compute_algo": shape.fp8_amax_compute_algo,
             "first_last_layers_bf16": shape.first_last_layers_bf16,
         }
     if shape.fp4_format:

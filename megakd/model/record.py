@@ -92,7 +92,8 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
     values = dict(manifest.parameters)
     shape = dict(values["shape"])
     known = {field.name for field in dataclasses.fields(ModelShape)}
-    if set(shape) != known:
+    needed = {field.name for field in dataclasses.fields(ModelShape) if field.default is dataclasses.MISSING}
+    if not needed <= set(shape) <= known:
         raise MismatchError(
             f"{path}: the recorded model has keys {sorted(set(shape) ^ known)} that this version of megakd does not "
             "share; it was written by another version"
@@ -120,7 +121,8 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
 _FREE_KEYS = {
     "transformer_impl", "recompute_granularity", "recompute_method", "recompute_num_layers", "hidden_dropout",
     "attention_dropout", "init_method_std", "moe_token_dispatcher_type", "moe_aux_loss_coeff", "fp8_format",
-    "fp8_recipe", "fp8_param_gather", "fp4_format", "first_last_layers_bf16", "make_vocab_size_divisible_by",
+    "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
+    "fp4_format", "first_last_layers_bf16", "make_vocab_size_divisible_by",
 }  # fmt: skip
 
 
