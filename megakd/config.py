@@ -229,14 +229,14 @@ class _Reading:
     def given(self) -> frozenset[str]:
         """Places of what somebody chose: by a flag, or in a file.
 
-        A file that names every key of a group is what ``--print-config`` and runs write: there a value that is the
+        A file that names most keys of a group is what ``--print-config`` and runs write: there a value that is the
         default is nobody's choice.
         """
         chosen = set(self._in_flags)
         for key in self._in_files:
             group_name = key.rpartition(".")[0]
             whole = {leaf.key for leaf in self._leaves if leaf.key.rpartition(".")[0] == group_name}
-            if not whole <= self._in_files or self.values[key] != self._by_key[key].default:
+            if 2 * len(whole & self._in_files) <= len(whole) or self.values[key] != self._by_key[key].default:
                 chosen.add(key)
         return frozenset(chosen)
 

@@ -111,7 +111,8 @@ class _Builder:
                 raise self._refuse(event, "a list or a group as a key; expected a name")
             if event.tag is not None or event.anchor is not None:
                 raise self._refuse(event, f"the key '{event.value}' has a tag or an anchor; expected a bare name")
-            key, line = event.value, event.start_mark.line + 1
+            mark: Any = event.start_mark
+            key, line = event.value, mark.line + 1
             if key in lines:
                 raise self._refuse(event, f"'{key}' is given twice (first in line {lines[key]}); keep one")
             lines[key] = line

@@ -1,4 +1,4 @@
-"""What a configuration value may be: text of a flag or of a YAML file, or plain data, read as the type of its option."""
+"""What a configuration value may be: text of a flag or a YAML file, or plain data, read as its option's type."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ def _read_float(value: Any, _: Any) -> float | None:
 
 
 def _read_str(value: Any, _: Any) -> str | None:
-    return _text(value)
+    text = _text(value)
+    return None if text is None or "\0" in text else text  # no file, flag or name has a null byte
 
 
 def _read_literal(value: Any, hint: Any) -> Any:

@@ -52,7 +52,7 @@ def make_tree(data: str, /, **overrides: dict[str, Any]) -> dict[str, Any]:
 def make_config(tree: dict[str, Any]) -> TrainConfig:
     config = from_dict(TrainConfig, tree)
     validate(config)
-    return config
+    return config.resolved()
 
 
 def run_training(tree: dict[str, Any]) -> int:

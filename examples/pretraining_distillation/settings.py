@@ -26,7 +26,8 @@ class Setting:
 
 
 WSD_LR = "--lr-decay-style WSD"
-LM = Setting("lm", "LM alone", cut=None, paper=0.0)
+ALONE = "--kd-alpha 0"
+LM = Setting("lm", "LM alone", ALONE, cut=None, paper=0.0)
 FIRST = Setting("first", "first configuration: top-0.95-100, NLL, τ 1, α 1, cosine LR", paper=1.6)
 
 _P = {0.5: 2.1, 0.6: 1.6, 0.7: 2.1, 0.8: 1.9, 0.85: 1.3, 0.9: 1.3}
@@ -54,7 +55,7 @@ TABLES: Mapping[str, tuple[Setting, ...]] = {
         for alpha, gain in _ALPHA.items()
     ),
     "schedule": (
-        Setting("lm-wsd", "LM alone, WSD LR", WSD_LR, cut=None, paper=1.2),
+        Setting("lm-wsd", "LM alone, WSD LR", f"{ALONE} {WSD_LR}", cut=None, paper=1.2),
         Setting("up", "α rising in a line", "--kd-alpha-schedule linear_up", paper=1.1),
         Setting("down", "α falling in a line", "--kd-alpha-schedule linear_down", paper=4.1),
         Setting("periodic", "α periodic", "--kd-alpha-schedule periodic", paper=0.9),

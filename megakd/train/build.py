@@ -92,6 +92,16 @@ def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objectiv
     )
 
 
+def build_optimizer(config: TrainConfig, student: Student) -> Optimizer:
+    """The optimizer and its learning rate, which counts steps or samples as the run's length does."""
+    return Optimizer(
+        config.optim,
+        student,
+        train_iters=config.training.train_iters,
+        lengths=config.lr_lengths,
+    )
+
+
 def restore(plan: Plan, student: Student, objective: Objective, optimizer: Optimizer, groups: Groups) -> int:
     """Load the state to continue from, in place; the step it was taken at, 0 for a new run."""
     if plan.resume is None or plan.weights_only:
@@ -114,6 +124,7 @@ def build_loader(config: TrainConfig, plan: Plan, groups: Groups) -> Loader:
         eod_token=(plan.tokenizer or {}).get("eod"),
         eod_mask_loss=config.data.eod_mask_loss,
         vocab_size=plan.vocab_size,
+        rampup=config.training.rampup,
         state=plan.resume.loader_state if plan.resume is not None and not plan.weights_only else None,
     )
 
@@ -158,6 +169,10 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         + "".join(f" | logits store {store.folder}" for store in plan.stores if store is not None)
         + (f" | continues after iteration {start_step}" if start_step else "")
     )
+    if plan.valid_blend is None and config.data.has_held_out:
+        metrics.say(f"Warning: nothing is evaluated: --split {config.data.split} leaves no held-out sample of the data")
+    if config.checkpoint.starts_afresh:
+        metrics.say(f"--load {config.checkpoint.load} holds no checkpoint yet: weights come from --seed")
     for change in () if config.evaluate.skip_train else plan.changed_teachers:
         metrics.say(f"Warning: this run goes on with other targets than its checkpoint: {change}")
     schedule = config.kd_schedule()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from megakd.config import group, option
+from megakd.data.batch_sizes import BatchSizes, Ramp
 from megakd.data.packing import Packing
+from megakd.data.split import Split
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
 from megakd.model.config import ModelConfig
+from megakd.model.record import latest_iteration
+from megakd.train.given import check_given
 from megakd.train.journal_config import LogitsSaveConfig
 from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
+from megakd.train.lengths import Lengths, check_lengths, check_told_once, lr_lengths
 from megakd.train.objective_config import ObjectiveConfig
-from megakd.train.stores import WITHOUT
+from megakd.train.teacher_config import TeacherConfig
 
 _MOST_SAMPLES, _MOST_SAMPLES_A_STEP = 2**62, 2**24
 
@@ -21,15 +27,27 @@ _MOST_SAMPLES, _MOST_SAMPLES_A_STEP = 2**62, 2**24
 @dataclass
 class TrainingConfig:
     train_iters: int = option(1000, "optimizer steps of the whole run", common=True)
+    train_samples: int | None = option(
+        None, "length of the whole run in samples, in place of train-iters; the learning rate then counts samples too"
+    )
     micro_batch_size: int = option(1, "samples a rank passes through the model at once", common=True)
     global_batch_size: int = option(8, "samples of one optimizer step, over all ranks", common=True)
+    rampup_batch_size: list[int] = option(
+        [], "START INCREMENT SAMPLES: steps of START samples first, INCREMENT more each time, all over SAMPLES samples"
+    )
     seed: int = option(1234, "seed of weights, data order and dropout", common=True)
     exit_interval: int | None = option(None, "save and stop after this many steps of this process")
+    exit_duration_in_mins: float | None = option(None, "save and stop after this many minutes, with status 75")
 
     def validate(self) -> None:
         for name in ("train_iters", "micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        for name in ("train_samples", "exit_interval"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.exit_duration_in_mins is not None and not 0 < self.exit_duration_in_mins < 1e7:
+            raise UsageError(f"--exit-duration-in-mins is {self.exit_duration_in_mins}; expected minutes, more than 0")
         if self.global_batch_size > _MOST_SAMPLES_A_STEP:
             raise UsageError(
                 f"--global-batch-size is {self.global_batch_size}; expected at most {_MOST_SAMPLES_A_STEP}: every rank "
@@ -41,23 +59,45 @@ class TrainingConfig:
                 f"{self.train_iters * self.global_batch_size} samples; expected at most 2^62, as far as samples can be "
                 "counted"
             )
-        if self.exit_interval is not None and self.exit_interval < 1:
-            raise UsageError(f"--exit-interval is {self.exit_interval}; expected at least 1, or to be left out")
+        if not 0 <= self.seed < 2**62:
+            raise UsageError(f"--seed is {self.seed}; expected 0 to 2^62")
+        if self.rampup_batch_size and len(self.rampup_batch_size) != 3:
+            told = " ".join(map(str, self.rampup_batch_size))
+            raise UsageError(f"--rampup-batch-size {told}: expected three numbers, START INCREMENT SAMPLES")
+        if self.train_samples is not None and self.batch_sizes.train_iters(self.train_samples) < 1:
+            raise UsageError(f"--train-samples {self.train_samples} is less than one step of --global-batch-size")
+
+    @property
+    def rampup(self) -> Ramp | None:
+        return Ramp(*self.rampup_batch_size) if self.rampup_batch_size else None
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of each step."""
+        return BatchSizes(self.global_batch_size, self.rampup)
 
     def check_batch(self, data_parallel_size: int) -> None:
         """Refuse a global batch that does not split over data-parallel ranks."""
         piece = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % piece:
-            raise UsageError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size x data-parallel "
-                f"size = {self.micro_batch_size} x {data_parallel_size} = {piece}"
-            )
+        for size in self.batch_sizes.levels:
+            if size % piece:
+                flag = "--global-batch-size" if size == self.global_batch_size else "--rampup-batch-size comes to"
+                raise UsageError(
+                    f"{flag} {size} is not a multiple of --micro-batch-size x data-parallel size = "
+                    f"{self.micro_batch_size} x {data_parallel_size} = {piece}"
+                )
 
 
 @dataclass
 class DataConfig:
     data_path: list[str | float] = option([], "training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", common=True)
     valid_data_path: list[str | float] = option([], "held-out data, in the same form", common=True)
+    split: str | None = option(
+        None,
+        "shares of training, held-out and test documents of --data-path, as 969,30,1: each dataset is cut in that "
+        "order "
+        "(default: all of it for training)",
+    )
     seq_length: int = option(1024, "tokens of one sample", common=True)
     packing: Packing = option(
         "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
@@ -78,72 +118,46 @@ class DataConfig:
     def validate(self) -> None:
         if not self.data_path:
             raise UsageError("missing --data-path: the prefix of a dataset made by 'megakd preprocess'")
-        if self.seq_length < 1:
-            raise UsageError(f"--seq-length is {self.seq_length}; expected at least 1")
-
-
-@dataclass
-class TeacherConfig:
-    load: str | None = option(None, "teacher's checkpoint folder; its model is read from there", common=True)
-    iteration: int | None = option(None, "which checkpoint of that folder (default: the latest)")
-    tensor_model_parallel_size: int | None = option(None, "TP of the teacher (default: the student's)", common=True)
-    pipeline_model_parallel_size: int | None = option(None, "PP of the teacher (default: the student's)", common=True)
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the teacher's layers")
-    bf16: bool | None = option(None, "run the teacher in bfloat16 (default: as the student)")
-    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the teacher in FP8 (Transformer Engine)")
-    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
-    logits_load_dir: list[str] = option(
-        [],
-        "targets from logits stores: a folder of 'megakd capture' for each dataset of --data-path, or 'none' for one "
-        "without; what has no stored targets asks --teacher-load, or trains on the LM loss alone",
-        common=True,
-        flag="--logits-load-dir",
-    )
-    valid_logits_load_dir: list[str] = option([], "the same for --valid-data-path", flag="--valid-logits-load-dir")
-    logits_load_decode_threads: int = option(
-        1, "threads a rank that read and decode stored targets", flag="--logits-load-decode-threads"
-    )
-    logits_load_prefetch_depth: int = option(
-        2, "microbatches whose stored targets are held ahead", flag="--logits-load-prefetch-depth"
-    )
+        if not 1 <= self.seq_length <= 1 << 30:
+            raise UsageError(f"--seq-length is {self.seq_length}; expected 1 to {1 << 30}")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= 1 << 30:
+            raise UsageError(f"--vocab-size is {self.vocab_size}; expected 1 to {1 << 30}")
+        if self.split is not None:
+            shares = self.split_shares.shares  # refuses a text that tells none
+            if self.valid_data_path and shares[1]:
+                raise UsageError(
+                    f"--split {self.split} and --valid-data-path both say what is held out: drop one, or give the "
+                    "second part no share"
+                )
 
     @property
-    def reads_stores(self) -> bool:
-        """Whether any of the training data has stored targets."""
-        return any(folder != WITHOUT for folder in self.logits_load_dir)
+    def split_shares(self) -> Split:
+        return Split(self.split or "1")
 
     @property
-    def is_there(self) -> bool:
-        """Whether there is anything to distil from."""
-        return self.load is not None or self.reads_stores
-
-    def validate(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                flag = f"--teacher-{name.replace('_', '-')}"
-                raise UsageError(f"{flag} is {getattr(self, name)}; expected at least 1")
-        if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
-            raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
-        for name, least in (("logits_load_decode_threads", 1), ("logits_load_prefetch_depth", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected {least} or more")
-        if self.logits_load_dir and not self.reads_stores:
-            raise UsageError(f"--logits-load-dir names '{WITHOUT}' for every dataset: drop it")
-        if self.valid_logits_load_dir and not self.is_there:
-            raise UsageError("--valid-logits-load-dir without a teacher: add --logits-load-dir or --teacher-load")
+    def has_held_out(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.valid_data_path) or self.split_shares.shares[1] > 0
 
 
 @dataclass
 class OptimConfig:
     lr: float = option(3e-4, "peak learning rate", common=True)
     min_lr: float = option(0.0, "learning rate at the end of the decay", common=True)
-    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = option(
+    decoupled_lr: float | None = option(None, "peak learning rate of embeddings and output weight (default: as --lr)")
+    decoupled_min_lr: float | None = option(None, "the same at the end of the decay (default: as --min-lr)")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = option(
         "cosine", "decay after warm-up", common=True
     )
-    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0", common=True)
+    lr_warmup_iters: int = option(0, "steps of linear warm-up", common=True)
+    lr_warmup_samples: int = option(0, "the same in samples, with --train-samples")
+    lr_warmup_fraction: float | None = option(None, "the same as a share of the decay's steps or samples")
+    lr_warmup_init: float = option(0.0, "learning rate at which the warm-up starts")
     lr_decay_iters: int | None = option(None, "step at which the decay ends (default: train-iters)")
+    lr_decay_samples: int | None = option(None, "the same in samples (default: train-samples)")
     lr_wsd_decay_style: DecayShape = option("minus_sqrt", "shape of WSD's final decay (minus_sqrt: 1 - sqrt)")
     lr_wsd_decay_iters: int | None = option(None, "steps of WSD's final decay (default: a tenth of the run)")
+    lr_wsd_decay_samples: int | None = option(None, "the same in samples, with --train-samples")
     weight_decay: float = option(0.1, "decoupled weight decay; none on norms and biases", common=True)
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
@@ -153,7 +167,7 @@ class OptimConfig:
     def validate(self) -> None:
         if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
             raise UsageError(f"--lr {self.lr} and --min-lr {self.min_lr}; expected 0 <= min-lr <= lr and lr > 0")
-        for name in ("clip_grad", "weight_decay", "lr_warmup_iters"):
+        for name in ("clip_grad", "weight_decay", "lr_warmup_iters", "lr_warmup_samples"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 or more")
         for name in ("adam_beta1", "adam_beta2"):
@@ -161,45 +175,52 @@ class OptimConfig:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= beta < 1")
         if not self.adam_eps > 0:
             raise UsageError(f"--adam-eps is {self.adam_eps}; expected a positive number")
-        for name in ("lr_decay_iters", "lr_wsd_decay_iters"):
+        for name in ("lr_decay_iters", "lr_wsd_decay_iters", "lr_decay_samples", "lr_wsd_decay_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-
-    def check_length(self, train_iters: int, *, with_phases: bool = False) -> None:
-        """Refuse phases that do not fit into the run. with_phases: of WSD, whatever the learning rate's style."""
-        end, decay = self.decay_iters(train_iters), self.wsd_decay_iters(train_iters)
-        if self.lr_warmup_iters >= end:
-            raise UsageError(f"--lr-warmup-iters {self.lr_warmup_iters} leaves nothing of the {end} decay steps")
-        if (self.lr_decay_style == "WSD" or with_phases) and self.lr_warmup_iters + decay > end:
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
+            raise UsageError(f"--lr-warmup-fraction is {self.lr_warmup_fraction}; expected 0 <= share < 1")
+        if not 0 <= self.lr_warmup_init <= self.lr:
+            raise UsageError(f"--lr-warmup-init is {self.lr_warmup_init}; expected 0 to --lr {self.lr}")
+        low = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+        if self.decoupled_lr is None and self.decoupled_min_lr is not None:
+            raise UsageError(f"--decoupled-min-lr {self.decoupled_min_lr} without --decoupled-lr")
+        if self.decoupled_lr is not None and not max(low, self.lr_warmup_init) <= self.decoupled_lr > 0 <= low:
             raise UsageError(
-                f"--lr-warmup-iters {self.lr_warmup_iters} + --lr-wsd-decay-iters {decay} exceed --lr-decay-iters {end}"
+                f"--decoupled-lr {self.decoupled_lr} with a least rate of {low}; expected 0 <= least <= peak, peak > 0"
             )
 
     def phases(self, train_iters: int) -> Phases:
-        """Those of the WSD style, whether it is chosen or not."""
-        return Phases(
-            end=self.decay_iters(train_iters),
-            warmup=self.lr_warmup_iters,
-            decay=self.wsd_decay_iters(train_iters),
-            decay_style=self.lr_wsd_decay_style,
-        )
-
-    def decay_iters(self, train_iters: int) -> int:
-        return self.lr_decay_iters or train_iters
-
-    def wsd_decay_iters(self, train_iters: int) -> int:
-        return self.lr_wsd_decay_iters or max(1, self.decay_iters(train_iters) // 10)
+        """Those of the WSD style in steps, whether it is chosen or not, of a run whose length is told in steps."""
+        return lr_lengths(self, train_iters).phases(int, self.lr_wsd_decay_style)
 
 
 @dataclass
 class CheckpointConfig:
     save: str | None = option(None, "folder for checkpoints, records and the resolved configuration", common=True)
     load: str | None = option(
-        None, "folder to start from (default: continue in --save if it holds a checkpoint)", common=True
+        None,
+        "folder to start from (default: continue in --save if it holds a checkpoint); where it is --save and holds "
+        "none yet, the run starts from the seed",
+        common=True,
     )
     save_interval: int = option(1000, "steps between checkpoints; one more at the end", common=True)
     async_save: bool = option(False, "write checkpoints in the background")
     finetune: bool = option(False, "from --load take the weights only: new optimizer, step 0, first sample")
+    exit_on_missing_checkpoint: bool = option(
+        False, "refuse a --load without a checkpoint also where it is --save, instead of starting there"
+    )
+
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether the run loads from the folder it saves to, as Megatron's scripts do, before anything is there.
+
+        Weights to start from (``finetune``) and any other folder must be there: a name with a slip would train a model
+        from the seed.
+        """
+        if not (self.load and self.save) or self.finetune or self.exit_on_missing_checkpoint:
+            return False
+        return Path(self.load).resolve() == Path(self.save).resolve() and latest_iteration(self.save) is None
 
     def validate(self) -> None:
         if self.save_interval < 0:
@@ -262,13 +283,14 @@ class TrainConfig:
     )
 
     def validate(self) -> None:
-        if self.evaluate.skip_train and not self.data.valid_data_path:
-            raise UsageError("--skip-train only evaluates: it needs --valid-data-path")
-        if self.teacher.valid_logits_load_dir and not self.data.valid_data_path:
-            raise UsageError("--valid-logits-load-dir is for held-out data: add --valid-data-path")
+        if self.evaluate.skip_train and not self.data.has_held_out:
+            raise UsageError("--skip-train only evaluates: it needs --valid-data-path or --split")
+        if self.teacher.valid_logits_load_dir and not self.data.has_held_out:
+            raise UsageError("--valid-logits-load-dir is for held-out data: add --valid-data-path or --split")
         self._check_objective()
         with_phases = self.teacher.is_there and self.objective.has_phases
-        self.optim.check_length(self.training.train_iters, with_phases=with_phases)
+        check_lengths(self.optim, self.lr_lengths, with_phases=with_phases)
+        check_told_once(self.training)
         if self.parallel.context_parallel_size > 1 and self.data.seq_length % (2 * self.parallel.context_parallel_size):
             raise UsageError(
                 f"--seq-length {self.data.seq_length} is not a multiple of 2 x --context-parallel-size "
@@ -314,8 +336,29 @@ class TrainConfig:
         """What alpha and the temperature are at each step; None where nothing is distilled."""
         if not self.teacher.is_there or self.objective.kd_alpha == 0:
             return None
-        train_iters = self.training.train_iters
-        return self.objective.schedule(train_iters, self.optim.phases(train_iters))
+        return self.objective.schedule(self.training.train_iters, self.phases())
+
+    @property
+    def lr_lengths(self) -> Lengths:
+        """Phases of the learning rate, in steps or, with ``train_samples``, in samples."""
+        return lr_lengths(self.optim, self.training.train_iters, self.training.train_samples)
+
+    def phases(self) -> Phases:
+        """Those of the WSD style in steps, whether it is chosen or not."""
+        lengths, style = self.lr_lengths, self.optim.lr_wsd_decay_style
+        return lengths.phases(self.training.batch_sizes.steps_of if lengths.unit == "samples" else int, style)
+
+    def resolved(self) -> TrainConfig:
+        """This configuration with ``train_iters`` where the length is told in samples."""
+        training = self.training
+        if training.train_samples is None:
+            return self
+        train_iters = training.batch_sizes.train_iters(training.train_samples)
+        return replace(self, training=replace(training, train_iters=train_iters))
+
+    def check_given(self, given: frozenset[str]) -> None:
+        """Refuse what was asked for and would do nothing. given: places in the tree of what somebody chose."""
+        check_given(self, given)
 
     @property
     def trains_taid(self) -> bool:

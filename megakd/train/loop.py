@@ -10,6 +10,7 @@ from megakd.train.build import (
     build_loader,
     build_metrics,
     build_objective,
+    build_optimizer,
     build_student,
     build_teacher,
     build_writer,
@@ -17,7 +18,6 @@ from megakd.train.build import (
 )
 from megakd.train.config import TrainConfig
 from megakd.train.culprits import name_samples
-from megakd.train.optim import Optimizer
 from megakd.train.preflight import Plan
 from megakd.train.signals import StopRequest
 from megakd.train.standing import Standing
@@ -37,11 +37,11 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     """
     last_step = config.training.train_iters
     groups = init_parallel(config.parallel, seed=config.training.seed)
-    stop = StopRequest(groups.device)
+    stop = StopRequest(groups.device, minutes=config.training.exit_duration_in_mins)
     student = build_student(config, plan, groups)
     teacher = build_teacher(config, plan, groups)  # a model, logits stores, both, or none
     objective = build_objective(config, plan, groups)
-    optimizer = Optimizer(config.optim, student, train_iters=last_step)
+    optimizer = build_optimizer(config, student)
     start_step = restore(plan, student, objective, optimizer, groups)
     batches = build_loader(config, plan, groups)
     metrics = build_metrics(config, plan, groups, start_step)
@@ -62,7 +62,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         before, batch = Standing.of(batches, groups), next(batches)
         try:
             loss = run_step(student, batch, teacher, objective, groups, step=step, keep=journal.at(step))
-            update = optimizer.step(step)
+            update = optimizer.step(step, before.consumed_samples)
         except (NonFiniteError, MismatchError, CorruptError) as refusal:
             before.restore()  # nothing of this step was applied: what was trained up to it is sound
             save(step - 1)

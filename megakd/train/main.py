@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
-from megakd.config import parse
+from megakd.config import list_leaves, parse
 from megakd.known_warnings import ignore_known_warnings
 from megakd.losses.terms import legality_table
 from megakd.train.config import TrainConfig
 from megakd.train.kd_schedule import schedule_help
+from megakd.train.megatron.dialect import MegatronFlags
+from megakd.train.megatron.help import megatron_help
 from megakd.train.preflight import check_run
 
 HELP = "pre-train a student on an indexed dataset, with or without a teacher (under torchrun or alone)"
@@ -17,6 +20,9 @@ HELP = "pre-train a student on an indexed dataset, with or without a teacher (un
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check everything that can be checked without a process group, then train. Returns the exit status."""
+    if "--help-megatron" in (sys.argv[1:] if argv is None else argv):
+        print("\n".join(megatron_help(list_leaves(TrainConfig))))
+        return 0
     config = parse(
         TrainConfig,
         argv,
@@ -30,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "",
             "schedules (--kd-alpha-schedule, --kd-temperature-schedule):",
             *schedule_help(),
+            "",
+            "launch lines of Megatron-LM: --help-megatron lists its flags and what each comes to here",
         ],
+        dialect=MegatronFlags(),
     )
     ignore_known_warnings()
     plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -62,6 +62,8 @@ class Metrics:
         self._start = self._last = time.perf_counter()
         self._times: list[float] = []
         self._token_flops: list[float] = []
+        self._batch_sizes: list[int] = []
+        self._samples = config.training.batch_sizes.consumed_after(start_step)
         self._file: int | None = None
         self._writers: list[Writer] = []
         if not self._writes:
@@ -89,6 +91,9 @@ class Metrics:
         self._times.append(seconds)
         self._token_flops.append(self._cost.student + self._cost.teacher * loss.modelled_share)
         training = self._config.training
+        size, self._samples = samples - self._samples, samples
+        # a run may go on with another size than it was started with: the first difference tells nothing then
+        self._batch_sizes.append(size if size in training.batch_sizes.levels else training.global_batch_size)
         record: dict[str, Any] = {
             "step": step,
             "samples": samples,
@@ -118,6 +123,7 @@ class Metrics:
             self._report(step, record)
             self._times.clear()
             self._token_flops.clear()
+            self._batch_sizes.clear()
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record and print one evaluation."""
@@ -149,7 +155,7 @@ class Metrics:
     def _report(self, step: int, record: dict[str, Any]) -> None:
         training = self._config.training
         seconds = sum(self._times) / len(self._times)
-        tokens = training.global_batch_size * self._config.data.seq_length
+        tokens = sum(self._batch_sizes) / len(self._batch_sizes) * self._config.data.seq_length
         flops = tokens * sum(self._token_flops) / len(self._token_flops)
         throughput = flops / seconds / self._world_size / 1e12
         left = timedelta(seconds=round(min(seconds * (training.train_iters - step), _LONGEST_SECONDS)))
@@ -160,7 +166,7 @@ class Metrics:
             f"throughput per GPU (TFLOP/s/GPU): {throughput:.3f}",
             f"tokens/s: {tokens / seconds:.0f}",
             f"learning rate: {record['lr']:.6E}",
-            f"global batch size: {training.global_batch_size:5d}",
+            f"global batch size: {self._batch_sizes[-1]:5d}",
             f"lm loss: {record['lm_loss']:.6E}",
         ]
         if record["kd_loss"] is not None:

@@ -14,6 +14,7 @@ from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
 from megakd.train.adamw import use_where_fused_adam_is_missing
 from megakd.train.config import OptimConfig
+from megakd.train.lengths import Lengths
 from megakd.train.schedules import build_lr_schedule, set_rate
 
 # isort: split
@@ -98,9 +99,19 @@ def wrap_student(chunks: list[HiddenGPTModel], parallel: ParallelConfig, groups:
 
 
 class Optimizer:
-    """megatron's optimizer with the learning-rate schedule, one call a step."""
+    """megatron's optimizer with the learning-rate schedule, one call a step.
 
-    def __init__(self, optim: OptimConfig, student: Student, *, train_iters: int) -> None:
+    lengths: phases of the learning rate; where they are in samples, it counts those.
+    """
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        student: Student,
+        *,
+        train_iters: int,
+        lengths: Lengths | None = None,
+    ) -> None:
         use_where_fused_adam_is_missing()
         config = student.chunks[0].config
         self._clip = optim.clip_grad
@@ -110,6 +121,8 @@ class Optimizer:
                 optimizer="adam",
                 lr=optim.lr,
                 min_lr=optim.min_lr,
+                decoupled_lr=optim.decoupled_lr,
+                decoupled_min_lr=optim.decoupled_min_lr,
                 weight_decay=optim.weight_decay,
                 adam_beta1=optim.adam_beta1,
                 adam_beta2=optim.adam_beta2,
@@ -122,7 +135,8 @@ class Optimizer:
             ),
             student.wrapped,
         )
-        self.schedule = build_lr_schedule(optim, self.inner, train_iters=train_iters)
+        self.schedule = build_lr_schedule(optim, self.inner, train_iters=train_iters, lengths=lengths)
+        self._counts_samples = lengths is not None and lengths.unit == "samples"
 
     def zero_grad(self) -> None:
         for chunk in self._student.wrapped:
@@ -143,13 +157,15 @@ class Optimizer:
                 model.start_param_sync()
         self._student.whole()
 
-    def step(self, step: int) -> Update:
+    def step(self, step: int, samples_before: int = 0) -> Update:
         """Clip by the global norm and apply, at the learning rate of ``step`` (the first is 1).
+
+        samples_before: samples of all steps before this one; a schedule in samples counts them.
 
         Raises:
             NonFiniteGradientError: on every rank, if any gradient is not finite; nothing was applied.
         """
-        lr = set_rate(self.schedule, step)
+        lr = set_rate(self.schedule, samples_before if self._counts_samples else step - 1)
         if self.inner.prepare_grads():
             raise NonFiniteGradientError(f"step {step}: a gradient is not finite; the step was not applied")
         grad_norm = float(self.inner.get_grad_norm())

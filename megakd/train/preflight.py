@@ -17,7 +17,8 @@ from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.packing import Packing, open_samples
 from megakd.data.recorded import open_tokenizer
 from megakd.data.samples import Samples
-from megakd.data.selection import SelectedSamples, Selection
+from megakd.data.selection import SelectedSamples, Selection, selection_of
+from megakd.data.split import PartSamples, Split
 from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
@@ -56,8 +57,8 @@ class Plan:
         """Fingerprints of what this run is made from."""
         found = {f"data{index}": samples.dataset.fingerprint for index, samples in enumerate(self.blend.datasets)}
         for index, samples in enumerate(self.blend.datasets):
-            if isinstance(samples, SelectedSamples):
-                found[f"selection{index}"] = samples.selection.fingerprint
+            if (selection := selection_of(samples)) is not None:
+                found[f"selection{index}"] = selection.fingerprint
         for index, store in enumerate(self.stores):
             if store is not None:
                 found[f"logits{index}"] = store.fingerprint
@@ -91,8 +92,9 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         _check_interleaving(config, data_size)
     data = config.data
     blend = _open_blend(config, data.data_path, data.packing, data.selection, seed=config.training.seed)
-    valid_packing = data.valid_packing or data.packing
-    valid_blend = _open_blend(config, data.valid_data_path, valid_packing, seed=0) if data.valid_data_path else None
+    if data.split is not None:
+        blend = _part_of(blend, data.split_shares, 0) or blend
+    valid_blend = _open_valid_blend(config)
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
     vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
@@ -158,6 +160,40 @@ def _open_blend(
     return Blend(datasets, weights, seed)
 
 
+def _open_valid_blend(config: TrainConfig) -> Blend | None:
+    """The held-out data: datasets of its own, or the second part of a split; None where there is none."""
+    data = config.data
+    packing = data.valid_packing or data.packing
+    if data.valid_data_path:
+        return _open_blend(config, data.valid_data_path, packing, seed=0)
+    if data.split is None or data.split_shares.shares[1] == 0:
+        return None
+    found = _part_of(_open_blend(config, data.data_path, packing, seed=0), data.split_shares, 1)
+    if found is None and config.evaluate.skip_train:
+        raise UsageError(f"--skip-train only evaluates, and --split {data.split} leaves no sample to evaluate on")
+    return found
+
+
+def _part_of(blend: Blend, split: Split, part: int) -> Blend | None:
+    """One part of every dataset of a blend, drawn from by the same weights; without those that have no sample in it.
+
+    Raises UsageError where the training part of one has none.
+    """
+    datasets, weights = [], []
+    for samples, weight in zip(blend.datasets, blend.given_weights or [1.0] * len(blend.datasets)):
+        first, end = split.documents(samples.dataset.num_documents, part)
+        cut = PartSamples(samples, first, end)
+        if cut.num_samples:
+            datasets.append(cut)
+            weights.append(weight)
+        elif part == 0:
+            raise UsageError(
+                f"--split {split.text}: the training part of {samples.dataset.prefix}, documents {first} to {end} of "
+                f"{samples.dataset.num_documents}, has no sample; change --split, or drop the dataset"
+            )
+    return Blend(datasets, blend.given_weights and weights, blend.seed) if datasets else None
+
+
 def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing) -> Samples:
     data = config.data
     tokenizer = partial(
@@ -178,8 +214,10 @@ def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:
 
 
 def _check_interleaving(config: TrainConfig, data_size: int) -> None:
-    count = config.training.global_batch_size // (config.training.micro_batch_size * data_size)
-    if count % config.parallel.pipeline_model_parallel_size:
+    for size in config.training.batch_sizes.levels:
+        count = size // (config.training.micro_batch_size * data_size)
+        if not count % config.parallel.pipeline_model_parallel_size:
+            continue
         raise UsageError(
             f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size "
             f"{config.parallel.pipeline_model_parallel_size} microbatches a step; this run has {count} "
@@ -227,7 +265,7 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
     checkpoint, weights_only = config.checkpoint, False
     if checkpoint.save and latest_iteration(checkpoint.save) is not None:
         record = read_record(checkpoint.save, role="--save")  # a run that was stopped continues, whatever --load says
-    elif checkpoint.load:
+    elif checkpoint.load and not checkpoint.starts_afresh:
         record, weights_only = read_record(checkpoint.load, role="--load"), checkpoint.finetune
     else:
         return None, False
@@ -251,6 +289,7 @@ def _check_order(config: TrainConfig, blend: Blend, data_size: int, resume: Chec
             micro_batch_size=config.training.micro_batch_size,
             global_batch_size=config.training.global_batch_size,
             data_parallel_size=data_size,
+            rampup=config.training.rampup,
             state=resume.loader_state,
         )
     except MismatchError as error:

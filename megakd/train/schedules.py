@@ -6,30 +6,36 @@ from typing import Any
 
 import megakd.parallel  # noqa: F401  (before any megatron import)
 from megakd.train.config import OptimConfig
+from megakd.train.lengths import Lengths, lr_lengths
 
 # isort: split
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
-def build_lr_schedule(optim: OptimConfig, optimizer: Any, *, train_iters: int) -> OptimizerParamScheduler:
-    """megatron's scheduler, counting finished steps as Megatron-LM's training loop does: ``set_rate`` is what moves it.
+def build_lr_schedule(
+    optim: OptimConfig, optimizer: Any, *, train_iters: int, lengths: Lengths | None = None
+) -> OptimizerParamScheduler:
+    """megatron's scheduler, counting what is finished as Megatron-LM's training loop does: ``set_rate`` is what moves it.
+
+    lengths: where its phases end, in the unit that it counts; those of a run of ``train_iters`` steps where None.
 
     WSD holds the peak until ``lr_wsd_decay_iters`` before the end, then decays linearly, by half a cosine,
     exponentially (``2 * 0.5^x - 1``) or as ``1 - sqrt(x)``. Weight decay is constant.
     """
+    lengths = lengths or lr_lengths(optim, train_iters)
     schedule = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=optim.lr_warmup_init,
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=optim.lr_warmup_iters,
-        lr_decay_steps=optim.decay_iters(train_iters),
+        lr_warmup_steps=lengths.warmup,  # a share of the steps need not be whole
+        lr_decay_steps=lengths.end,
         lr_decay_style=optim.lr_decay_style,
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
-        wsd_decay_steps=optim.wsd_decay_iters(train_iters) if optim.lr_decay_style == "WSD" else None,
+        wsd_decay_steps=lengths.wsd_decay if optim.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=optim.lr_wsd_decay_style if optim.lr_decay_style == "WSD" else None,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=False,
@@ -37,12 +43,13 @@ def build_lr_schedule(optim: OptimConfig, optimizer: Any, *, train_iters: int) -
     return schedule
 
 
-def set_rate(schedule: OptimizerParamScheduler, step: int) -> float:
-    """Give the optimizer the learning rate for the update of ``step``, the first of which is 1, and return it.
+def set_rate(schedule: OptimizerParamScheduler, finished: int) -> float:
+    """Give the optimizer the learning rate for the update that follows, and return it.
 
-    It is the schedule's value after the ``step - 1`` updates before, Megatron's convention (decision 0011): the first
-    update without a warm-up has the peak rate, the last one is a step short of the end of the decay.
+    finished: steps, or samples where the schedule counts those, of the updates before it. Its value there is Megatron's
+    convention (decision 0011): the first update without a warm-up has the peak rate, the last one is a step short of
+    the end of the decay.
     """
     schedule.num_steps = 0
-    schedule.step(step - 1)
+    schedule.step(finished)
     return float(schedule.get_lr({}))

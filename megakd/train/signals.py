@@ -1,11 +1,14 @@
 """SIGTERM and SIGINT: the first one asks the run to finish its step, save and exit; a second one ends it at once.
 
+So does the end of the time that a run was given.
+
 A launcher passes on what it gets, and a scheduler may signal launcher and ranks alike: what comes within two seconds of
 the first signal is the same request.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -18,10 +21,14 @@ _SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether any rank was asked to stop. Install it once, in the main thread."""
+    """Whether any rank was asked to stop. Install it once, in the main thread.
 
-    def __init__(self, device: torch.device) -> None:
+    minutes: from now on, after which a run is to stop by itself.
+    """
+
+    def __init__(self, device: torch.device, *, minutes: float | None = None) -> None:
         self._device = device
+        self._ends_at = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._asked_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -35,6 +42,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """The same answer on every rank. All ranks call it, once a step."""
-        flag = torch.tensor(int(self._asked_at is not None), dtype=torch.int32, device=self._device)
+        asked = self._asked_at is not None or time.monotonic() >= self._ends_at
+        flag = torch.tensor(int(asked), dtype=torch.int32, device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

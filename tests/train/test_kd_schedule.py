@@ -96,7 +96,7 @@ def test_wsd_alpha_is_the_learning_rate(style: Any) -> None:
     alpha = ObjectiveConfig(kd_alpha=0.8, kd_alpha_schedule="wsd").schedule(100, optim.phases(100)).alpha
     rate = build_lr_schedule(optim, Holder(), train_iters=100)
     for step in range(1, 121):
-        assert alpha.at(step) / 0.8 == pytest.approx(set_rate(rate, step) / 2.0, abs=1e-12)
+        assert alpha.at(step) / 0.8 == pytest.approx(set_rate(rate, step - 1) / 2.0, abs=1e-12)
 
 
 def test_defaults_of_a_run() -> None:

@@ -46,7 +46,7 @@ def rates(optim: OptimConfig, steps: int) -> list[float]:
     schedule = build_lr_schedule(optim, Holder(), train_iters=steps)
     found = []
     for step in range(1, steps + 1):
-        rate = set_rate(schedule, step)
+        rate = set_rate(schedule, step - 1)
         assert schedule.optimizer.param_groups[0]["lr"] == rate
         found.append(rate)
     return found

@@ -1,0 +1,47 @@
+"""What somebody asked for that would do nothing: refused, where a default would be left out without a word."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from megakd.errors import UsageError
+
+if TYPE_CHECKING:
+    from megakd.train.config import TrainConfig
+
+_OF_A_MODEL = ("iteration", "transformer_impl", "bf16", "fp8_format", "fp8_recipe")
+_OF_STORES = ("logits_load_decode_threads", "logits_load_prefetch_depth")
+
+
+def check_given(config: TrainConfig, given: frozenset[str]) -> None:
+    """Refuse options of distillation with nothing to distil from, and a length that is told twice.
+
+    given: places in the tree of what flags and files say. ``--kd-alpha 0`` says itself that nothing is distilled.
+    """
+    training, teacher = config.training, config.teacher
+    if {"training.train_iters", "training.train_samples"} <= given and training.train_samples is not None:
+        comes_to = training.batch_sizes.train_iters(training.train_samples)
+        if training.train_iters != comes_to:
+            raise UsageError(
+                f"--train-iters {training.train_iters} and --train-samples {training.train_samples} ({comes_to} steps) "
+                "say one thing twice: drop one"
+            )
+    without_kd = "objective.kd_alpha" in given and config.objective.kd_alpha == 0
+    distils = re.compile(r"objective\.((?:kd|taid)_.*|lm_weight)")
+    asked = [] if without_kd else sorted(found[1] for key in given if (found := distils.fullmatch(key)))
+    if asked and not teacher.is_there:
+        raise UsageError(
+            f"{_flags(asked)} without a teacher: the run would train on the LM loss alone. Add --teacher-load DIR or "
+            f"--logits-load-dir DIR, or drop {'it' if len(asked) == 1 else 'them'}"
+        )
+    asked = [name for name in _OF_A_MODEL if f"teacher.{name}" in given]
+    if asked and teacher.load is None:
+        raise UsageError(f"{_flags(asked, 'teacher-')} without a model as teacher: add --teacher-load DIR")
+    asked = [name for name in _OF_STORES if f"teacher.{name}" in given]
+    if asked and not teacher.reads_stores:
+        raise UsageError(f"{_flags(asked)} without a store: add --logits-load-dir DIR")
+
+
+def _flags(names: list[str], prefix: str = "") -> str:
+    return ", ".join(f"--{prefix}{name.replace('_', '-')}" for name in names)

@@ -1,0 +1,61 @@
+"""What a run distils from can be told: a model, logits stores, or both. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megakd.config import option
+from megakd.errors import UsageError
+from megakd.train.stores import WITHOUT
+
+
+@dataclass
+class TeacherConfig:
+    load: str | None = option(None, "teacher's checkpoint folder; its model is read from there", common=True)
+    iteration: int | None = option(None, "which checkpoint of that folder (default: the latest)")
+    tensor_model_parallel_size: int | None = option(None, "TP of the teacher (default: the student's)", common=True)
+    pipeline_model_parallel_size: int | None = option(None, "PP of the teacher (default: the student's)", common=True)
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the teacher's layers")
+    bf16: bool | None = option(None, "run the teacher in bfloat16 (default: as the student)")
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the teacher in FP8 (Transformer Engine)")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
+    logits_load_dir: list[str] = option(
+        [],
+        "targets from logits stores: a folder of 'megakd capture' for each dataset of --data-path, or 'none' for one "
+        "without; what has no stored targets asks --teacher-load, or trains on the LM loss alone",
+        common=True,
+        flag="--logits-load-dir",
+    )
+    valid_logits_load_dir: list[str] = option([], "the same for --valid-data-path", flag="--valid-logits-load-dir")
+    logits_load_decode_threads: int = option(
+        1, "threads a rank that read and decode stored targets", flag="--logits-load-decode-threads"
+    )
+    logits_load_prefetch_depth: int = option(
+        2, "microbatches whose stored targets are held ahead", flag="--logits-load-prefetch-depth"
+    )
+
+    @property
+    def reads_stores(self) -> bool:
+        """Whether any of the training data has stored targets."""
+        return any(folder != WITHOUT for folder in self.logits_load_dir)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is anything to distil from."""
+        return self.load is not None or self.reads_stores
+
+    def validate(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                flag = f"--teacher-{name.replace('_', '-')}"
+                raise UsageError(f"{flag} is {getattr(self, name)}; expected at least 1")
+        if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
+            raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
+        for name, least in (("logits_load_decode_threads", 1), ("logits_load_prefetch_depth", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected {least} or more")
+        if self.logits_load_dir and not self.reads_stores:
+            raise UsageError(f"--logits-load-dir names '{WITHOUT}' for every dataset: drop it")
+        if self.valid_logits_load_dir and not self.is_there:
+            raise UsageError("--valid-logits-load-dir without a teacher: add --logits-load-dir or --teacher-load")
