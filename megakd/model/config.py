@@ -293,10 +293,11 @@ class ModelShape:
                 f"{role}: --num-layers {self.num_layers} is not a multiple of the {stages} pipeline chunks "
                 f"(PP {pipeline} x {parallel.virtual_pipeline_model_parallel_size or 1})"
             )
-        if self.recompute_num_layers is not None and self.recompute_num_layers > self.num_layers // stages:
+        layers, group = self.num_layers // stages, self.recompute_num_layers
+        if group is not None and (group > layers or (self.recompute_method == "uniform" and layers % group)):
             raise UsageError(
-                f"{role}: --recompute-num-layers {self.recompute_num_layers} of the {self.num_layers // stages} layers "
-                "of a pipeline chunk"
+                f"{role}: --recompute-num-layers {group} of the {layers} layers of a pipeline chunk: expected at most as "
+                "many, with --recompute-method uniform a divisor"
             )
         experts = parallel.expert_model_parallel_size
         if experts > 1 and (self.num_experts is None or self.num_experts % experts):

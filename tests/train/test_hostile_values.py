@@ -89,6 +89,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"student": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 5}},
         "--recompute-num-layers 5 of the 4 layers",
     ),
+    "recompute in groups that do not fit": (
+        {"student": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3}},
+        "--recompute-num-layers 3 of the 4 layers .* a divisor",
+    ),
     "odd heads": ({"student": {"kv_channels": 7}}, "--kv-channels 7 .* rotates 7 numbers; expected an even number"),
     "odd heads by default": ({"student": {"hidden_size": 36, "num_attention_heads": 4}}, "--kv-channels 9"),
     "nothing rotated": ({"student": {"rotary_percent": 0.1}}, "rotates 0 numbers"),
