@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megakd.console import keep_stream_numbers, tell
 from megakd.errors import ExitStatus
@@ -33,7 +35,9 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     """Call ``main`` and turn its exceptions into the documented exit statuses, each with one line on stderr."""
     keep_stream_numbers()
     try:
-        return int(main(argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell_warning
+            return int(main(argv))
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
@@ -45,6 +49,13 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
             raise  # not foreseen: the traceback is the message
         tell(f"error: {error}")
         return int(ExitStatus.FAILED if status is None else status)
+
+
+def _tell_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """One line, without the place in the source where it was written down."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from megakd.__main__ import run as run_verb
 from megakd.config import dump, from_dict, group, option, parse, to_dict
 from megakd.errors import UsageError
 from megakd.suggestions import near_names
@@ -202,3 +204,13 @@ def test_a_name_is_suggested_only_where_there_is_little_doubt() -> None:
         "--x": [],
     }
     assert {name: near_names(name, known) for name in near} == near
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_are_one_line_without_the_source(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: object) -> int:
+        warnings.warn("no manifest;\n  made elsewhere", stacklevel=1)
+        return 0
+
+    assert run_verb(main) == 0
+    assert capsys.readouterr().err == "warning: no manifest; made elsewhere\n"

@@ -296,8 +296,8 @@ class ModelShape:
         layers, group = self.num_layers // stages, self.recompute_num_layers
         if group is not None and (group > layers or (self.recompute_method == "uniform" and layers % group)):
             raise UsageError(
-                f"{role}: --recompute-num-layers {group} of the {layers} layers of a pipeline chunk: expected at most as "
-                "many, with --recompute-method uniform a divisor"
+                f"{role}: --recompute-num-layers {group} of the {layers} layers of a pipeline chunk: expected at most "
+                "as many, with --recompute-method uniform a divisor"
             )
         experts = parallel.expert_model_parallel_size
         if experts > 1 and (self.num_experts is None or self.num_experts % experts):

@@ -99,7 +99,7 @@ class MegatronFlags:
                 notes.append(f"{given.name}: {reading.note}")
             elif entry is not None and entry.verdict == "same":
                 quiet.append(given.name)
-        refused += _refuse_gpt(line)
+        refused = [*_refuse_gpt(line), *refused]  # what the model is comes first
         if os.environ.get("RANK", "0") != "0":
             return Translation(own, refused)
         if quiet:
