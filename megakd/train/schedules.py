@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 def build_lr_schedule(
     optim: OptimConfig, optimizer: Any, *, train_iters: int, lengths: Lengths | None = None
 ) -> OptimizerParamScheduler:
-    """megatron's scheduler, counting what is finished as Megatron-LM's training loop does: ``set_rate`` is what moves it.
+    """megatron's scheduler, counting what is finished as Megatron-LM's training loop does; ``set_rate`` moves it.
 
     lengths: where its phases end, in the unit that it counts; those of a run of ``train_iters`` steps where None.
 
