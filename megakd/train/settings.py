@@ -18,7 +18,9 @@ from megakd.train.config import TrainConfig
 
 _RESOLVED = "config.yaml"
 _SEGMENTS = "configs"
-_OF_THIS_PROCESS = {"train_iters", "exit_interval"}  # a longer run is no other one, but where a phase ends with it
+_OF_THIS_PROCESS = {  # a longer run is no other one, but where a phase ends with it
+    "train_iters", "train_samples", "exit_interval", "exit_duration_in_mins",
+}  # fmt: skip
 _OF_THE_SCHEDULES = {  # the record of KDSchedule tells these
     "kd_alpha", "kd_alpha_schedule", "kd_alpha_min", "lm_weight", "kd_temperature", "kd_temperature_schedule",
     "kd_temperature_min", "kd_schedule_iters", "kd_schedule_period",
@@ -33,18 +35,25 @@ _OF_THE_MODEL = (  # what may change of a model when its training goes on, and c
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """The settings that have an effect in this run, with the values that defaults come to, by the names of the flags
     with underscores. Plain data, for the checkpoint's record."""
-    steps, optim = config.training.train_iters, config.optim
+    optim, lengths = config.optim, config.lr_lengths
     found = {key: value for key, value in asdict(config.training).items() if key not in _OF_THIS_PROCESS}
-    found |= asdict(optim)
-    found |= {"lr_decay_iters": optim.decay_iters(steps), "lr_wsd_decay_iters": optim.wsd_decay_iters(steps)}
-    if optim.lr_decay_style != "WSD":
-        del found["lr_wsd_decay_iters"], found["lr_wsd_decay_style"]
+    found |= {
+        key: value for key, value in asdict(optim).items() if not key.endswith(("_iters", "_samples", "_fraction"))
+    }
+    warmup = lengths.warmup
+    found[f"lr_warmup_{lengths.unit}"] = int(warmup) if warmup.is_integer() else warmup
+    if optim.lr_decay_style == "WSD":
+        found[f"lr_wsd_decay_{lengths.unit}"] = lengths.wsd_decay
+    else:
+        del found["lr_wsd_decay_style"]
     if optim.lr_decay_style == "constant":
-        del found["lr_decay_iters"], found["min_lr"]
+        del found["min_lr"]
+    else:
+        found[f"lr_decay_{lengths.unit}"] = lengths.end
     if config.kd_schedule() is not None:
         found |= asdict(config.objective)
     if config.trains_taid:
-        found["train_iters"] = steps
+        found["train_iters"] = config.training.train_iters
     found |= {"z_loss_coeff": config.objective.z_loss_coeff, "rho_keep": config.objective.rho_keep}
     found["eod_mask_loss"] = config.data.eod_mask_loss
     return {key: value for key, value in found.items() if key not in _OF_THE_SCHEDULES | _OF_THE_CODE}
