@@ -64,7 +64,8 @@ class TrainingConfig:
         if self.rampup_batch_size and len(self.rampup_batch_size) != 3:
             told = " ".join(map(str, self.rampup_batch_size))
             raise UsageError(f"--rampup-batch-size {told}: expected three numbers, START INCREMENT SAMPLES")
-        if self.train_samples is not None and self.batch_sizes.train_iters(self.train_samples) < 1:
+        sizes = self.batch_sizes  # refuses a ramp that does not come to the global batch
+        if self.train_samples is not None and sizes.train_iters(self.train_samples) < 1:
             raise UsageError(f"--train-samples {self.train_samples} is less than one step of --global-batch-size")
 
     @property
