@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megakd.data.batch_sizes import BatchSizes, Ramp
 from megakd.data.blend import Blend, Draws
+from megakd.data.boundaries import begins_document
 from megakd.data.samples import Samples
 from megakd.errors import MismatchError, UsageError
 
@@ -81,8 +82,8 @@ class Loader:
 
     global_batch_size: samples per step over all ranks; a multiple of micro_batch_size * data_parallel_size.
     rampup: fewer at first, as ``BatchSizes`` says; the order of the samples is the same with it and without.
-    eod_token, eod_mask_loss: leave out of the loss the positions whose input is the end of a document, as Megatron's
-        flag does: what follows it is another document's first token.
+    eod_token, eod_mask_loss: leave out of the loss the labels behind an end-of-document id, as Megatron's flag does,
+        and those with which a document starts by the index, for documents that end with no id (``data.boundaries``).
     vocab_size: refuse token ids beyond it: at once where the manifest tells the largest, else when they are read.
     state: what `state` returned, to continue there. The global batch size may differ; nothing else may.
 
@@ -124,8 +125,9 @@ class Loader:
         for samples in blend.datasets:
             if samples.seq_length != seq_length:
                 raise UsageError(f"{samples.dataset.prefix}: samples of {samples.seq_length}, seq_length {seq_length}")
-        if eod_mask_loss and eod_token is None:
-            raise UsageError("eod_mask_loss needs the end-of-document token: the tokenizer has none")
+        if eod_mask_loss:
+            for samples in blend.datasets:
+                samples.dataset.check()  # now: its index is not read before the first step otherwise
         if vocab_size is not None:
             check_vocabulary(blend.datasets, vocab_size)
         self.blend = blend
@@ -135,7 +137,7 @@ class Loader:
         self.data_parallel_rank = data_parallel_rank
         self.data_parallel_size = data_parallel_size
         self.consumed_samples = 0
-        self._eod_token = eod_token if eod_mask_loss else None
+        self._eod_token, self._eod_mask_loss = eod_token, eod_mask_loss
         self._vocab_size = vocab_size
         self._upcoming: StepBatch | None = None
         if state is not None:
@@ -165,6 +167,7 @@ class Loader:
         """Read samples by dataset and id as one microbatch."""
         rows = np.empty((len(sample_id_B), self.seq_length + 1), dtype=np.int64)
         lengths = np.empty(len(sample_id_B), dtype=np.int64)
+        mask = np.ones((len(sample_id_B), self.seq_length), dtype=np.bool_)
         for dataset in np.unique(dataset_index_B).tolist():
             here = dataset_index_B == dataset
             samples = self.blend.datasets[dataset]
@@ -172,11 +175,12 @@ class Loader:
             lengths[here] = samples.lengths(sample_id_B[here])
             if self._vocab_size is not None and samples.dataset.max_token_id is None:
                 _check_ids(samples, sample_id_B[here], rows[here], self._vocab_size)
-        tokens = np.ascontiguousarray(rows[:, :-1])
-        mask = np.arange(1, self.seq_length + 1) < lengths[:, None]  # where the label is no padding
-        if self._eod_token is not None:
-            mask &= tokens != self._eod_token
-        return Microbatch(tokens, np.ascontiguousarray(rows[:, 1:]), mask, sample_id_B, dataset_index_B)
+            if self._eod_mask_loss:
+                first = begins_document(samples, sample_id_B[here], rows[here], eod_token=self._eod_token)
+                mask[here] = ~first[:, 1:]
+        mask &= np.arange(1, self.seq_length + 1) < lengths[:, None]  # where the label is no padding
+        tokens, labels = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+        return Microbatch(tokens, labels, mask, sample_id_B, dataset_index_B)
 
     def _step(self, first: int) -> StepBatch:
         return StepBatch(self, np.arange(first, first + self._sizes.at(first), dtype=np.int64))

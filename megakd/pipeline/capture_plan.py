@@ -26,7 +26,7 @@ from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.capture_work import StoreWork
 from megakd.pipeline.range_config import RangeRunConfig, precision
 from megakd.pipeline.score_parts import Parts
-from megakd.pipeline.score_plan import common_tokenizer, skipped_token
+from megakd.pipeline.score_plan import common_tokenizer, masked_labels, skipped_token
 
 _SHARD_TOKENS = 1 << 22  # a shard at most: hundreds of megabytes, and what a killed rank repeats
 _LEAST_SHARDS = 64  # of a dataset, so that many ranks find work
@@ -143,7 +143,7 @@ class CapturePlan:
     spec: StoreSpec
     work: StoreWork
     eod_token: int | None
-    """At that input nothing is scored; None: everything is."""
+    """What ends a document beside the index, if scores are made and their mask policy asks."""
 
 
 def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
@@ -184,12 +184,12 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
         details={"precision": precision(shape), "teacher_iteration": record.iteration},
     )
     ids = None if selection is None else np.asarray(selection.ids)
-    eod_token = skipped_token(config.mask_policy, tokenizer)
+    eod_token = skipped_token(config.mask_policy, dataset, tokenizer)
     scores = None
     if config.scores_output is not None:
         if Path(config.scores_output).resolve() == Path(config.output).resolve():
             raise UsageError(f"--scores-output {config.scores_output} is --output too: give it a folder of its own")
-        scores = _scores(config, spec, shape, ids, tokenizer)
+        scores = _scores(config, spec, shape, ids, tokenizer, masked_labels(config.mask_policy, dataset))
     ranks = token_ranks(dataset, record.vocab_size)
     work = StoreWork(Path(config.output), spec, ranks, ids=ids, scores=scores)
     work.check_all()
@@ -202,6 +202,7 @@ def _scores(
     shape: ModelShape,
     ids: NDArray[np.int64] | None,
     tokenizer: dict[str, Any] | None,
+    masked: dict[str, str],
 ) -> Parts:
     """What of the scores is made in the same ranges."""
     sampled = {} if ids is None else {"sampled": {"selection": spec.parents["selection"], "num_scored": len(ids)}}
@@ -213,7 +214,7 @@ def _scores(
         parameters={
             "packing": spec.packing,
             "seq_length": spec.seq_length,
-            "mask_policy": config.mask_policy,
+            **masked,
             "precision": precision(shape),
             **sampled,
         },

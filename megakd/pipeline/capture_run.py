@@ -54,7 +54,12 @@ class Capturer:
     def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._config, self._plan, self._groups = config, plan, groups
         self._model = RangeModel(
-            config, plan.samples, teacher, vocab_size=plan.record.vocab_size, eod_token=plan.eod_token
+            config,
+            plan.samples,
+            teacher,
+            vocab_size=plan.record.vocab_size,
+            eod_mask_loss=config.mask_policy != "all",
+            eod_token=plan.eod_token,
         )
         padded = padded_vocab(config, plan.record, plan.shape)
         shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)

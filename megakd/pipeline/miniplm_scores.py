@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megakd.data.boundaries import INDEX_AND_IDS
 from megakd.data.indexed import IndexedDataset
 from megakd.data.ranges import DocumentSamples
 from megakd.data.recorded import recorded_tokenizer
@@ -63,6 +64,8 @@ def import_scores(
             "packing": samples.packing,
             "seq_length": seq_length,
             "mask_policy": mask_policy,
+            # an instance is a sample, so no document of the index starts inside one
+            **({} if mask_policy == "all" else {"boundaries": INDEX_AND_IDS}),
             "precision": "fp16",  # the only one MiniPLM's scorer has by default; its files do not say
             "imported_from": "MiniPLM",
         },

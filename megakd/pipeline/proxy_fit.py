@@ -91,7 +91,7 @@ class _Fit:
             micro_batch_size=1,
             global_batch_size=1,
             eod_token=plan.eod_token,
-            eod_mask_loss=plan.eod_token is not None,
+            eod_mask_loss=plan.mask_policy != "all",
             vocab_size=plan.record.vocab_size,
         )
         self.steps = steps_an_epoch(plan)

@@ -25,7 +25,7 @@ from megakd.model.record import CheckpointRecord, latest_iteration, read_record
 from megakd.pipeline.proxy_record import FORMAT, MANIFEST, VERSION
 from megakd.pipeline.score_plan import common_tokenizer, skipped_token
 from megakd.pipeline.select_config import SelectConfig
-from megakd.pipeline.select_scores import open_sources
+from megakd.pipeline.select_scores import open_sources, outdated
 
 _SETTINGS = (
     "teacher_scale", "held_out_fraction", "ratio", "epochs", "patience", "global_batch_size", "lr", "warmup_fraction",
@@ -113,6 +113,7 @@ class ProxyPlan:
     samples: Samples
     mask_policy: str
     eod_token: int | None
+    """What ends a document beside the index, if the mask policy asks."""
     tokenizer: dict[str, Any] | None
     trained: Part
     held_out: Part
@@ -146,6 +147,8 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     samples, teacher, reference = source.samples, source.scores["teacher"], source.scores["reference"]
     assert samples is not None  # --data-path is given
     _check_scores(config, teacher, reference)
+    if (warning := outdated(source)) is not None:
+        raise MismatchError(f"{warning}: score anew")
     tokenizer = common_tokenizer(samples.dataset, record)
     check_vocabulary([samples], record.vocab_size)
     shape = dataclasses.replace(
@@ -173,7 +176,7 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
         shape=shape,
         samples=samples,
         mask_policy=mask_policy,
-        eod_token=skipped_token(mask_policy, tokenizer),
+        eod_token=skipped_token(mask_policy, samples.dataset, tokenizer),
         tokenizer=tokenizer,
         trained=trained,
         held_out=held_out,

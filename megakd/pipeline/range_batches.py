@@ -33,18 +33,18 @@ class Stretches:
         return Stretches(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), lengths)
 
     @staticmethod
-    def of_documents(rows: NDArray[np.int64], lengths: NDArray[np.int64], eod_token: int) -> Stretches:
-        """Every document, and part of one, of samples ``[n, S + 1]``: each ends with its end-of-document token or with
-        its sample. One of a single token is left out: nothing in it could be predicted.
+    def of_documents(first: NDArray[np.bool_], lengths: NDArray[np.int64]) -> Stretches:
+        """Every document, and part of one, of samples: each ends where the next one starts, or with its sample. One of
+        a single token is left out: nothing in it could be predicted.
+
+        first: ``[n, S + 1]``, whether a document starts with a token (``data.boundaries.begins_document``).
 
         To a causal model with rotary positions, which sees differences of positions alone, a document by itself is
         the same as a whole sample with a mask between documents and positions that begin anew in each.
         """
-        within = np.arange(rows.shape[1]) < lengths[:, None]
-        first = np.zeros_like(within)
-        first[:, 0] = True
-        first[:, 1:] = rows[:, :-1] == eod_token
-        places, starts = np.nonzero(first & within)
+        within = np.arange(first.shape[1]) < lengths[:, None]
+        begins = first | (np.arange(first.shape[1]) == 0)
+        places, starts = np.nonzero(begins & within)
         stops = np.where(np.append(places[1:], -1) == places, np.append(starts[1:], 0), lengths[places])
         long = stops - starts > 1
         return Stretches(places[long], starts[long], (stops - starts)[long])

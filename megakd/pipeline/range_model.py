@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
+from megakd.data.boundaries import begins_document, ids_end_documents
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples import Samples
 from megakd.model.checkpoint import load_teacher
@@ -37,8 +38,8 @@ _ROWS_AT_ONCE = 64
 class RangeModel:
     """One copy of a model over samples of a dataset.
 
-    eod_token: the labels behind it are masked; None: no label is. by_document: the model sees every document of a
-    sample by itself.
+    eod_mask_loss: the labels with which another document starts are masked; eod_token: what else ends one, beside the
+    index. by_document: the model sees every document of a sample by itself.
     """
 
     def __init__(
@@ -48,18 +49,20 @@ class RangeModel:
         teacher: ModelTeacher,
         *,
         vocab_size: int,
+        eod_mask_loss: bool = False,
         eod_token: int | None = None,
         by_document: bool = False,
     ) -> None:
         self._config, self._samples, self._teacher = config, samples, teacher
-        self._eod_token, self._by_document = eod_token, by_document
+        self._by_document = by_document
+        self._eod_token = eod_token if ids_end_documents(samples.dataset) else None
         self._loader = Loader(
             Blend([samples], None, seed=0),
             seq_length=config.seq_length,
             micro_batch_size=1,
             global_batch_size=1,
             eod_token=eod_token,
-            eod_mask_loss=eod_token is not None,
+            eod_mask_loss=eod_mask_loss,
             vocab_size=vocab_size,
         )
 
@@ -83,11 +86,12 @@ class RangeModel:
         lengths = self._samples.lengths(ids)
         if not self._by_document:
             return Stretches.of_samples(lengths)
-        assert self._eod_token is not None
         parts = []
         for first in range(0, len(ids), _ROWS_AT_ONCE):
             some = slice(first, first + _ROWS_AT_ONCE)
-            part = Stretches.of_documents(self._samples.read(ids[some]), lengths[some], self._eod_token)
+            rows = self._samples.read(ids[some])
+            begins = begins_document(self._samples, ids[some], rows, eod_token=self._eod_token)
+            part = Stretches.of_documents(begins, lengths[some])
             parts.append(replace(part, places=part.places + first))
         return Stretches.join(parts)
 

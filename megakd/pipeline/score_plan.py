@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config import option
+from megakd.data.boundaries import boundaries_of, check_boundaries
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import check_vocabulary
 from megakd.data.packing import open_samples
@@ -46,8 +47,9 @@ class ScoreConfig(RangeRunConfig):
     iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
     mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
         "all",
-        "all: every position is scored; skip_after_eod: not the token after an end of document (MiniPLM's code); "
-        "reset: each document by itself, as with an attention mask and positions by document",
+        "all: every position is scored; skip_after_eod: not the token with which another document starts, by the "
+        "index or behind an end-of-document id (MiniPLM's code); reset: each document by itself too, as with an "
+        "attention mask and positions by document",
         common=True,
     )
     per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
@@ -89,7 +91,7 @@ class ScorePlan:
     shape: ModelShape
     samples: Samples
     eod_token: int | None
-    """What ends a document, if the mask policy asks; at that input nothing is scored. None: everything is."""
+    """What ends a document beside the index, if the mask policy asks and the tokenizer has one."""
     parts: Parts
     proxy: Proxy | None = None
     """What makes numbers of the model's hidden states; None: its own head, log-probabilities."""
@@ -118,7 +120,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
     samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
     check_vocabulary([samples], record.vocab_size)
-    eod_token = skipped_token(config.mask_policy, tokenizer)
+    eod_token = skipped_token(config.mask_policy, dataset, tokenizer)
     ids: NDArray[np.int64] | None = None
     optional: dict[str, Any] = {}
     if proxy is not None:
@@ -136,7 +138,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
         parameters={
             "packing": samples.packing,
             "seq_length": config.seq_length,
-            "mask_policy": config.mask_policy,
+            **masked_labels(config.mask_policy, dataset),
             "precision": precision(shape),
             **optional,
         },
@@ -148,20 +150,20 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     return ScorePlan(record, shape, samples, eod_token, parts, proxy)
 
 
-def skipped_token(mask_policy: str, tokenizer: Mapping[str, Any] | None) -> int | None:
-    """The input whose label is not scored under a mask policy; None: every label is.
+def skipped_token(mask_policy: str, dataset: IndexedDataset, tokenizer: Mapping[str, Any] | None) -> int | None:
+    """The input whose label is not scored under a mask policy, beside those that the index tells; None: none.
 
     Raises UsageError where the policy needs an end-of-document id that nothing records.
     """
     if mask_policy == "all":
         return None
-    eod = (tokenizer or {}).get("eod")
-    if eod is None:
-        raise UsageError(
-            f"--mask-policy {mask_policy} needs the end-of-document id, and neither the dataset's manifest nor the "
-            "checkpoint records one; use --mask-policy all"
-        )
-    return int(eod)
+    return check_boundaries(dataset, tokenizer, f"--mask-policy {mask_policy}", instead="use --mask-policy all")
+
+
+def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
+    """What scores record of the labels that they leave out, by parameter."""
+    told_by = {} if mask_policy == "all" else {"boundaries": boundaries_of(dataset)}
+    return {"mask_policy": mask_policy, **told_by}
 
 
 def _columns(config: ScoreConfig) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class Scorer:
             plan.samples,
             teacher,
             vocab_size=plan.record.vocab_size,
+            eod_mask_loss=config.mask_policy != "all",
             eod_token=plan.eod_token,
             by_document=config.mask_policy == "reset" and plan.proxy is None,  # a proxy judges samples as a whole
         )

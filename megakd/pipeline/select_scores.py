@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.boundaries import starts_between
 from megakd.data.indexed import IndexedDataset
 from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer
@@ -139,7 +140,7 @@ def _check_role(config: SelectConfig, name: str, several: Sequence[Scores]) -> N
 
 def _check_pair(one: Scores, other: Scores) -> None:
     """Refuse scores that are not of the same tokens of the same samples."""
-    for key in ("packing", "seq_length", "mask_policy", "num_samples", "sampled"):
+    for key in ("packing", "seq_length", "mask_policy", "boundaries", "num_samples", "sampled"):
         values = [scores.manifest.parameters.get(key) for scores in (one, other)]
         if values[0] != values[1]:
             raise MismatchError(
@@ -177,6 +178,18 @@ def _open_samples(config: SelectConfig, index: int, scores: Scores) -> Samples:
     return samples
 
 
+def outdated(source: Source) -> str | None:
+    """A warning where scores that leave labels out were made before the index told which; None where none were."""
+    for scores in source.scores.values():
+        policy = scores.manifest.parameters.get("mask_policy", "all")
+        if policy != "all" and "boundaries" not in scores.manifest.parameters:
+            return (
+                f"{scores.folder}: mask policy {policy}, by end-of-document ids alone: where documents end without, "
+                "nothing was left out; this version of 'megakd score' takes the documents' starts from the index"
+            )
+    return None
+
+
 def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> NDArray[np.int32] | int:
     if config.normalise == "token":
         return scores.counts
@@ -184,14 +197,19 @@ def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> N
         return 1
     assert samples is not None  # byte needs --data-path
     tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
-    skipped = tokenizer.eod if scores.manifest.parameters.get("mask_policy", "all") != "all" else None
-    return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped)
+    parameters = scores.manifest.parameters
+    skipped = tokenizer.eod if parameters.get("mask_policy", "all") != "all" else None
+    by_index = "boundaries" in parameters
+    return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped, skip_starts=by_index)
 
 
-def sample_bytes(samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None) -> NDArray[np.int32]:
+def sample_bytes(
+    samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None, skip_starts: bool = False
+) -> NDArray[np.int32]:
     """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a file without a name.
 
-    skip_after: labels behind this id were not scored and do not count.
+    skip_after, skip_starts: labels behind this id, and those with which documents of the index start, were not scored
+        and do not count.
     """
     with tempfile.TemporaryFile() as stream:
         stream.truncate(4 * samples.num_samples)
@@ -205,6 +223,8 @@ def sample_bytes(samples: Samples, token_bytes: NDArray[np.int32], *, skip_after
         bytes_each = token_bytes[tokens]
         if skip_after is not None:
             bytes_each[1:][tokens[:-1] == skip_after] = 0
+        if skip_starts:
+            bytes_each[starts_between(samples.dataset, base, base + len(tokens)) - base] = 0
         before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
         sizes[ids] = before[ends - base] - before[np.minimum(starts + 1, ends) - base]  # empty documents have no first
     return sizes

@@ -215,6 +215,7 @@ def build_evaluator(
         blend=plan.valid_blend,
         config=config,
         vocab_size=plan.vocab_size,
+        eod_token=(plan.tokenizer or {}).get("eod"),
         token_bytes=_token_bytes(config, plan, metrics),
         tokenizer=(plan.tokenizer or {}).get("hash"),
     )

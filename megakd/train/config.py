@@ -114,7 +114,11 @@ class DataConfig:
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None
     ) = option(None, "for bits per byte (default: what the dataset's manifest records)")
     tokenizer_model: str | None = option(None, "model file of the tokenizer (default: as the manifest records)")
-    eod_mask_loss: bool = option(False, "no loss on the token after an end of document")
+    eod_mask_loss: bool = option(
+        False,
+        "no loss, in training and evaluation, on the token after an end-of-document id, nor on one with which a "
+        "document starts by the index",
+    )
 
     def validate(self) -> None:
         if not self.data_path:

@@ -28,8 +28,8 @@ _OF_KD = ("kd", "agreement", "teacher_entropy")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens, in nats, those of KD over the tokens about which the teacher says anything; no
-    gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
+    """Means over the held-out tokens that the loss mask keeps, in nats, those of KD over the tokens about which the
+    teacher says anything; no gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
 
     lm_loss: cross-entropy of the labels, which compares runs of every kind. kd_loss: from the teacher on the held-out
     data; None where none knows it. total_loss: the objective of the training, ``lm_weight`` x LM + ``alpha`` x KD with
@@ -81,8 +81,9 @@ class HeldOut:
 class Evaluator:
     """Runs ``eval_iters`` global batches from the beginning of the held-out order.
 
-    token_bytes: ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out. tokenizer: hash of the
-    tokenizer that made the data, None where it is not known.
+    eod_token: what ends a document beside the index, for ``--eod-mask-loss``. token_bytes: ``[V]``, UTF-8 bytes of
+    each token, for bits per byte; None leaves it out. tokenizer: hash of the tokenizer that made the data, None where
+    it is not known.
     """
 
     student: Student
@@ -92,6 +93,7 @@ class Evaluator:
     blend: Blend
     config: TrainConfig
     vocab_size: int
+    eod_token: int | None
     token_bytes: NDArray[np.int32] | None
     tokenizer: str | None = None
 
@@ -139,6 +141,8 @@ class Evaluator:
             global_batch_size=self.config.training.global_batch_size,
             data_parallel_rank=self.groups.data_rank,
             data_parallel_size=self.groups.data_size,
+            eod_token=self.eod_token,
+            eod_mask_loss=self.config.data.eod_mask_loss,  # means over the same kind of positions as in training
             vocab_size=self.vocab_size,
         )
 

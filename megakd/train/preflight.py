@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from megakd.data.blend import Blend, parse_data_path
+from megakd.data.boundaries import check_boundaries
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.packing import Packing, open_samples
@@ -101,6 +102,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     if vocab_size is None:
         raise UsageError("the data has no manifest that tells its vocabulary: set --vocab-size")
     check_vocabulary(datasets, vocab_size)
+    for samples in datasets if data.eod_mask_loss else ():
+        check_boundaries(samples.dataset, tokenizer, "--eod-mask-loss", instead="drop the flag")
     teacher, teacher_shape = _check_teacher(config, world_size, vocab_size, tokenizer)
     open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
     stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")

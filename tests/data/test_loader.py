@@ -158,8 +158,6 @@ def test_sizes_that_do_not_divide(folder, sizes, message):
 def test_other_refusals(folder):
     with pytest.raises(UsageError, match="samples of 7, seq_length 8"):
         Loader(blend_of(folder), seq_length=8, micro_batch_size=1, global_batch_size=1)
-    with pytest.raises(UsageError, match="end-of-document"):
-        Loader(blend_of(folder), seq_length=SEQ, micro_batch_size=1, global_batch_size=1, eod_mask_loss=True)
 
 
 def test_ids_beyond_the_vocabulary_are_refused_before_the_first_step(folder):

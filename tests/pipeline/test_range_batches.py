@@ -31,7 +31,9 @@ def test_stretches_end_with_documents_and_samples() -> None:
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 4, (200, 12))
     lengths = rng.integers(2, 13, 200)
-    found = Stretches.of_documents(rows, lengths, eod_token=0)
+    first = np.zeros(rows.shape, dtype=np.bool_)
+    first[:, 1:] = rows[:, :-1] == 0
+    found = Stretches.of_documents(first, lengths)
     expected = []
     for place, (row, length) in enumerate(zip(rows.tolist(), lengths.tolist())):
         start = 0

@@ -58,16 +58,20 @@ def twin(load: str, data: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def twin_of_reset(load: str, data: str) -> np.ndarray:
-    """``[num_samples, seq_length]``, NaN behind an end of document: every document of a sample with a mask of its own
-    and positions that begin anew, one label after the other."""
-    model, tokens = build_twin(load), IndexedDataset(data).tokens
+    """``[num_samples, seq_length]``, NaN where another document starts: every document of a sample with a mask of its
+    own and positions that begin anew, one label after the other."""
+    model, dataset = build_twin(load), IndexedDataset(data)
+    tokens, starts = dataset.tokens, {dataset.document_start(document) for document in range(dataset.num_documents)}
+    assert dataset.manifest is not None
+    texts = "append_eod" in dataset.manifest.parameters  # each document is one, an id inside of it a literal
     found = []
     for start in range(0, len(tokens) - SEQ, SEQ):
         row, values, first = tokens[start : start + SEQ + 1], np.full(SEQ, np.nan), 0
         for place in range(SEQ):
-            if row[place] == TOKENIZER["eod"]:
+            behind_id, at_start = row[place] == TOKENIZER["eod"], start + place + 1 in starts
+            if at_start or (behind_id and not texts):
                 first = place + 1
-            else:
+            if not (behind_id or at_start):
                 values[place] = read_row(model, row[first : place + 2])[0][-1]
         found.append(values)
     return np.stack(found)
@@ -100,10 +104,10 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return made
 
 
-def write_tokens(prefix: Path, tokens: np.ndarray, lengths: Any) -> str:
+def write_tokens(prefix: Path, tokens: np.ndarray, lengths: Any, parameters: Any = None) -> str:
     writer = IndexedWriter(prefix, np.uint16)
     writer.add_documents(tokens.astype(np.uint16), np.asarray(lengths, np.int32))
-    writer.finish(parameters={}, parents={}, tokenizer=TOKENIZER)
+    writer.finish(parameters=parameters or {}, parents={}, tokenizer=TOKENIZER)
     return str(prefix)
 
 
@@ -141,8 +145,10 @@ def test_what_follows_an_end_of_document_is_left_out(made: dict[str, Any], world
     more = {"mask_policy": "skip_after_eod", "per_token_log_probs": True}
     assert world(1).run(run_score, make_score_tree(made, tmp_path / "s", **more)) == [0]
     inputs = ConcatSamples(IndexedDataset(made["data"]), SEQ).read(np.arange(SAMPLES))[:, :-1]
-    scored = inputs != TOKENIZER["eod"]
-    assert not scored.all() and scored.any()
+    behind_id = inputs == TOKENIZER["eod"]
+    first = (np.arange(1, 1 + SAMPLES * SEQ) % 50 == 0).reshape(SAMPLES, SEQ)  # of a document, whatever it is behind
+    scored = ~(behind_id | first)
+    assert (behind_id & ~first).any() and (first & ~behind_id).any()
     scores = Scores(tmp_path / "s")
     assert (scores.counts == scored.sum(1)).all()
     expected = np.where(scored, made["model log_probs"], 0).sum(1)
@@ -151,11 +157,19 @@ def test_what_follows_an_end_of_document_is_left_out(made: dict[str, Any], world
     assert (np.isnan(scores.token_log_probs) == ~scored).all()
 
 
-def test_documents_by_themselves(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told_by", ["ids", "index"])
+def test_documents_by_themselves(told_by: str, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, VOCAB - 1, 1000)
-    tokens[np.cumsum(rng.integers(1, 12, 150))] = TOKENIZER["eod"]  # documents of 1 to 11 tokens, some over an edge
-    data = write_tokens(tmp_path / "data", tokens, [len(tokens)])
+    tokens, lengths = rng.integers(0, VOCAB - 1, 1000), rng.integers(1, 12, 150)
+    lengths = lengths[np.cumsum(lengths) < 1000]  # documents of 1 to 11 tokens, some over an edge
+    if told_by == "ids":
+        tokens[np.cumsum(lengths)] = TOKENIZER["eod"]
+        lengths = np.array([1000])
+    else:
+        lengths[-1] += 1000 - lengths.sum()
+        tokens[::41] = TOKENIZER["eod"]  # literals in the texts
+    by_ids = told_by == "ids"
+    data = write_tokens(tmp_path / "data", tokens, lengths, None if by_ids else {"append_eod": False})
     (expected,) = world(1).run(twin_of_reset, made["model"], data)
     ((with_context, _),) = world(1).run(twin, made["model"], data)
     more = {"mask_policy": "reset", "per_token_log_probs": True, "per_token_entropy": True, "data_path": data}
@@ -170,6 +184,9 @@ def test_documents_by_themselves(made: dict[str, Any], world: Worlds, tmp_path: 
     assert (np.isnan(np.asarray(scores.token_entropies)) == ~scored).all()
     assert set(world(2).run(run_score, make_score_tree(made, tmp_path / "two", **more))) == {0}
     assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert scores.manifest.parameters["boundaries"] == ("index and end-of-document ids" if by_ids else "index")
+    if not by_ids:
+        return
     more |= {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     assert set(world(4).run(run_score, make_score_tree(made, tmp_path / "split", **more))) == {0}
     split = Scores(tmp_path / "split")

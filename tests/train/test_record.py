@@ -140,3 +140,40 @@ def test_floating_point_operations_count_the_teacher() -> None:
     cost = Cost.of(shape, shape, seq_length=10, vocab_size=100)
     assert cost.teacher == forward and cost.student == 3 * forward
     assert Cost.of(shape, None, seq_length=10, vocab_size=100).teacher == 0
+
+
+@pytest.mark.parametrize("ends", ["without", "mixed"])
+def test_evaluation_is_over_the_labels_that_training_is_over(ends: str, world: Worlds, tmp_path: Path) -> None:
+    """--eod-mask-loss leaves out the first tokens of documents in either, and their bytes, however documents end."""
+    tokenizer = build_tokenizer("ByteTokenizer", None)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(97, 123, length) for length in rng.integers(1, 40, 60)]
+    end = {"without": [False], "mixed": [True, False]}[ends]
+    documents = [np.append(ids, tokenizer.eod) if end[i % len(end)] else ids for i, ids in enumerate(documents)]
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_documents(np.concatenate(documents), np.array([len(ids) for ids in documents], np.int32))
+        writer.finish(parameters={"append_eod": False}, tokenizer=tokenizer.describe())
+    data, save = str(tmp_path / "data"), tmp_path / "run"
+    tree = make_tree(
+        data,
+        data={"valid_data_path": [data], "eod_mask_loss": True},
+        training={"train_iters": 8},
+        evaluate={"eval_interval": 8, "eval_iters": 1000},
+        checkpoint={"save": str(save)},
+    )
+    assert world(1).run(run_training, tree) == [0]
+    stream, starts = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
+    batches = (len(stream) - 1) // 16 // 8
+    plan = check_run(make_config(tree), 1)
+    assert plan.valid_blend is not None
+    samples = plan.valid_blend.draw(np.arange(8 * batches)).sample_id
+    labels = (samples[:, None] * 16 + 1 + np.arange(16)).reshape(-1)
+    scored = labels[~np.isin(labels, starts)]
+    assert len(scored) < len(labels)
+    (valid,) = [record["valid"] for record in records(save) if "valid" in record]
+    assert valid["num_tokens"] == len(scored)
+    num_bytes = int(np.sum(stream[scored] != tokenizer.eod))
+    bits = valid["lm_loss"] * len(scored) / math.log(2) / num_bytes
+    assert valid["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    first = (plan.blend.draw(np.arange(8)).sample_id[:, None] * 16 + 1 + np.arange(16)).reshape(-1)
+    assert world(1).run(one_step, tree | {"checkpoint": {}})[0]["tokens"] == int(np.sum(~np.isin(first, starts)))
