@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megakd.console import keep_stream_numbers, tell
+from megakd.durable import FULL
 from megakd.errors import ExitStatus
+from megakd.output import explain_unwritten, flush_output, print_any_name
 
 VERBS = {
     "preprocess": "megakd.pipeline.preprocess",
@@ -34,32 +36,49 @@ VERBS = {
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call ``main`` and turn its exceptions into the documented exit statuses, each with one line on stderr."""
     keep_stream_numbers()
+    print_any_name()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _tell_warning
-            return int(main(argv))
+            status = int(main(argv))
+    except SystemExit:  # of --help
+        if unwritten := flush_output():
+            raise SystemExit(explain_unwritten(unwritten)) from None
+        raise
     except KeyboardInterrupt:
         tell("interrupted")
         return 130
     except BrokenPipeError:
+        flush_output()
         return ExitStatus.FAILED
     except (ValueError, OSError) as error:
-        status = getattr(error, "status", None)
-        if status is None and not isinstance(error, OSError):
+        own = getattr(error, "status", None)
+        if own is None and not isinstance(error, OSError):
             raise  # not foreseen: the traceback is the message
+        unwritten = flush_output()
+        if own is None and isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            unwritten = error  # of an output without a buffer; files that are written tell their names
+        if own is None and unwritten is not None:
+            return explain_unwritten(unwritten)
         tell(f"error: {error}")
-        return int(ExitStatus.FAILED if status is None else status)
+        return int(ExitStatus.FAILED if own is None else own)
+    unwritten = flush_output()
+    return status if unwritten is None else explain_unwritten(unwritten)
 
 
 def _tell_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """One line, without the place in the source where it was written down."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    tell(f"warning: {' '.join(str(message).split())}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns its exit status."""
+    return run(_dispatch, argv)
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m megakd VERB [flags]\n\nverbs:")
@@ -75,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in VERBS:
         tell(f"error: unknown verb '{arguments[0]}'; expected one of {', '.join(VERBS)}")
         return ExitStatus.USAGE
-    return run(importlib.import_module(VERBS[arguments[0]]).main, arguments[1:])
+    return int(importlib.import_module(VERBS[arguments[0]]).main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from megakd.errors import NoSpaceError, UsageError
 
 BLOCK_BYTES = 64 * 2**20
 _READ_BYTES = 4 * 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 Progress = Callable[[int], object]
@@ -168,7 +168,7 @@ def explain_no_space(path: str | os.PathLike[str], *, needed_bytes: int | None =
     try:
         yield
     except OSError as error:
-        if isinstance(error, NoSpaceError) or error.errno not in _FULL:
+        if isinstance(error, NoSpaceError) or error.errno not in FULL:
             raise
         try:
             free = f"{shutil.disk_usage(Path(path).parent).free} bytes are free"

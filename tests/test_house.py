@@ -30,6 +30,8 @@ LAYERS = (
             "layout",
             "hashing",
             "console",
+            "file_names",
+            "output",
             "known_warnings",
             "mortal",
             "_csrc",
