@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import xxhash
 from megakd import __version__
 from megakd.durable import BLOCK_BYTES, FileRecord, HashingWriter, Progress, atomic_write, commit_file, hash_file
 from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.file_names import as_json, present_name, printable
 
 __all__ = [
     "FileRecord",
@@ -96,8 +98,8 @@ def write_manifest(
         version=version,
         megakd_version=__version__,
         parameters=_plain(parameters),
-        parents=dict(parents),
-        tokenizer=None if tokenizer is None else _plain(tokenizer),
+        parents=as_json(parents),
+        tokenizer=None if tokenizer is None else _with_path(_plain(tokenizer), os.path.abspath),
         files=tuple(files),
     )
     body = _body(manifest)
@@ -177,6 +179,9 @@ def _parse(path: Path) -> Manifest:
         raise CorruptError(f"{path}: not a manifest: {error}") from error
     if not isinstance(body, dict) or set(body) != _KEYS:
         found = sorted(body) if isinstance(body, dict) else type(body).__name__
+        if not isinstance(body, dict) or len(_KEYS & set(body)) < len(_KEYS) / 2:
+            shown = ", ".join(found[:8]) if isinstance(found, list) else f"a {found}"
+            raise UsageError(f"{path}: JSON, but not a manifest of megakd's: it holds {shown}")
         raise CorruptError(f"{path}: not a manifest: keys {found}, expected {sorted(_KEYS)}")
     checksum = body.pop("checksum")
     if checksum != _hash_json(body):
@@ -184,13 +189,14 @@ def _parse(path: Path) -> Manifest:
     try:
         manifest = Manifest(
             path=path,
-            **{key: body[key] for key in _KEYS - {"checksum", "files"}},
+            **{key: body[key] for key in _KEYS - {"checksum", "files", "tokenizer"}},
+            tokenizer=None if body["tokenizer"] is None else _with_path(body["tokenizer"], partial(_found, path)),
             files=tuple(_file_record(path, record) for record in body["files"]),
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise CorruptError(f"{path}: not a manifest: {error}") from error
     # With the bytes equal to what we would write, no flipped byte can hide in the white space.
-    if raw != _encode({**_body(manifest), "checksum": checksum}):
+    if raw != _encode({**body, "checksum": checksum}):
         raise CorruptError(f"{path}: not in canonical form; the manifest was changed")
     return manifest
 
@@ -198,19 +204,43 @@ def _parse(path: Path) -> Manifest:
 def _file_record(path: Path, record: Mapping[str, Any]) -> FileRecord:
     if not isinstance(record["name"], str) or not isinstance(record["size_bytes"], int):
         raise CorruptError(f"{path}: file {record['name']!r} of {record['size_bytes']!r} bytes is no file record")
-    return FileRecord(**{**record, "blocks": tuple(record["blocks"])})
+    name = present_name(path, record["name"])
+    return FileRecord(**{**record, "name": name, "blocks": tuple(record["blocks"])})
+
+
+def _with_path(tokenizer: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    path = tokenizer.get("path")
+    return {**tokenizer, "path": change(path)} if isinstance(path, str) else dict(tokenizer)
+
+
+def _stored(manifest: Path, path: str) -> str:
+    """Where a tokenizer lies, so that it is found from any folder: what is in the manifest's own folder from there, so
+    that both can be moved, anything else from the root."""
+    beside = os.path.relpath(path, os.path.abspath(manifest.parent))
+    return printable(path if beside == ".." or beside.startswith("../") else beside)
+
+
+def _found(manifest: Path, path: str) -> str:
+    """The inverse. Older versions recorded a path from the folder that they were called in."""
+    if os.path.isabs(path):
+        return path
+    candidates = [os.path.abspath(manifest.parent / path), os.path.abspath(path)]
+    return next(filter(os.path.exists, candidates), candidates[0])
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:
+    tokenizer = manifest.tokenizer
+    if tokenizer is not None:
+        tokenizer = _with_path(tokenizer, partial(_stored, manifest.path))
     return {
         "format": manifest.format,
         "version": manifest.version,
         "megakd_version": manifest.megakd_version,
         "parameters": manifest.parameters,
         "parents": manifest.parents,
-        "tokenizer": manifest.tokenizer,
+        "tokenizer": tokenizer,
         "files": [
-            {"name": f.name, "size_bytes": f.size_bytes, "xxh3_128": f.xxh3_128, "blocks": list(f.blocks)}
+            {"name": printable(f.name), "size_bytes": f.size_bytes, "xxh3_128": f.xxh3_128, "blocks": list(f.blocks)}
             for f in manifest.files
         ],
     }
@@ -222,7 +252,7 @@ def _tokenizer_hash(tokenizer: Mapping[str, Any] | None) -> Any:
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy in JSON's own types; ValueError for NaN, which orjson would write as null."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps(as_json(value), allow_nan=False))
     return plain
 
 

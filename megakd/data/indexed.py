@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megakd.data.concatenate import Part, concatenate
+from megakd.data.data_path import find_prefix
 from megakd.data.idx_format import (
     best_dtype,
     bin_path,
@@ -26,7 +27,7 @@ from megakd.data.idx_format import (
     write_idx,
 )
 from megakd.data.indexed_writer import FORMAT, FORMAT_VERSION, IndexedWriter
-from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.errors import CorruptError, MismatchError
 from megakd.manifest import Manifest, read_manifest
 
 __all__ = ["IndexedDataset", "IndexedWriter", "Part", "best_dtype", "concatenate", "write_idx"]
@@ -37,18 +38,16 @@ _CHECK_AT_OPEN = 1 << 20
 
 
 class IndexedDataset:
-    """A dataset by its prefix. Its arrays are read-only views of the mapped files and stay valid after it is gone.
+    """A dataset by its prefix, or what else stands for it (`data_path`). Its arrays are read-only views of the mapped
+    files and stay valid after it is gone.
 
     Raises UsageError where a file is missing, CorruptError for any disagreement between header, index, ``.bin`` and
     manifest, MismatchError if ``expect_fingerprint`` is not this dataset's. Warns where there is no manifest.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> None:
-        self.prefix = Path(prefix)
+        self.prefix = prefix = find_prefix(prefix)
         self._idx_path, tokens_path = idx_path(prefix), bin_path(prefix)
-        for path in (tokens_path, self._idx_path):
-            if not path.is_file():
-                raise UsageError(f"{path}: no such file; data paths are prefixes, without .bin or .idx")
         header = read_header(self._idx_path)
         index = _map(self._idx_path)
         self.dtype = header.dtype
@@ -154,11 +153,9 @@ class IndexedDataset:
             )
             return None
         manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSION)
-        names = [record.name for record in manifest.files]
+        names = [record.name for record in manifest.files]  # those they have now, if the dataset was renamed
         if names != [bin_path(self.prefix).name, idx_path(self.prefix).name]:
-            raise CorruptError(
-                f"{path}: names {names}; the dataset was renamed: use its old name, or delete the manifest and adopt it"
-            )
+            raise CorruptError(f"{path}: names {names}, expected a .bin and an .idx")
         recorded = manifest.parameters.get("dataset", {})
         for key, found in (
             ("dtype", self.dtype.name),

@@ -24,6 +24,7 @@ from megakd.data.indexed import best_dtype, concatenate
 from megakd.data.tokenizer import build_tokenizer
 from megakd.durable import HashingWriter
 from megakd.errors import DataBudgetError, MismatchError, UsageError
+from megakd.file_names import as_json, printable
 from megakd.manifest import Manifest
 from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.pipeline.interrupt import BackgroundHashes, StopFlag
@@ -107,7 +108,7 @@ def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, 
         "choice": choice.as_dict(),
         "flags": [config.json_keys, config.append_eod, config.max_doc_bytes, config.shard_bytes],
     }
-    return xxhash.xxh3_128_hexdigest(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(as_json(content), option=orjson.OPT_SORT_KEYS))
 
 
 def _version(package: str) -> str:
@@ -216,7 +217,7 @@ def _bad_lines(file: str, shards: list[Shard]) -> Iterator[bytes]:
                 for line in stream:
                     record = orjson.loads(line)
                     record["line"] += lines_before
-                    yield orjson.dumps({"file": file, **record}, option=orjson.OPT_APPEND_NEWLINE)
+                    yield orjson.dumps({"file": printable(file), **record}, option=orjson.OPT_APPEND_NEWLINE)
         lines_before += shard.counts.lines
 
 

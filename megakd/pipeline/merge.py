@@ -60,6 +60,7 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
         raise UsageError(f"{output}: the output is one of the inputs")
     make_parent(output)
     datasets = [IndexedDataset(prefix) for prefix in inputs]
+    inputs = [dataset.prefix for dataset in datasets]
     for dataset in datasets:
         dataset.check()
     if len({dataset.dtype for dataset in datasets}) > 1:

@@ -12,6 +12,7 @@ import orjson
 from megakd.config import parse, to_dict
 from megakd.durable import atomic_write
 from megakd.errors import ExitStatus, UsageError
+from megakd.file_names import as_json
 from megakd.pipeline.distillation_law import law_as_dict
 from megakd.pipeline.plan_config import CostConfig, FitConfig, PlanConfig
 from megakd.pipeline.plan_costs import (
@@ -32,6 +33,7 @@ from megakd.pipeline.scaling import Estimate, ScalingFit, fit_scaling
 
 HELP = "count what refining and training cost, fit scaling laws to training curves, weigh a teacher against more data"
 FORMAT, VERSION = "megakd-plan", 1
+_READABLE = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "plan.md", ("\n".join(lines).rstrip() + "\n").encode())
-        atomic_write(folder / "plan.json", orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        atomic_write(folder / "plan.md", ("\n".join(lines).rstrip() + "\n").encode(errors="backslashreplace"))
+        atomic_write(folder / "plan.json", orjson.dumps(as_json(result), option=_READABLE))
         if distillation is not None and distillation.fit is not None:
-            law = orjson.dumps(law_as_dict(distillation.law), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            law = orjson.dumps(as_json(law_as_dict(distillation.law)), option=_READABLE)
             atomic_write(folder / "distillation_law.json", law)
         if picture is not None:
             atomic_write(folder / "scaling.png", picture)

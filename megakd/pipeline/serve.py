@@ -1,8 +1,12 @@
-"""The worker's end of a pool (see `workers`): settings and jobs come in, answers go out, as lines of JSON."""
+"""The worker's end of a pool (see `workers`): settings and jobs come in, answers go out, as lines of JSON.
+
+Python's own JSON, which carries the names of files whatever their bytes.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import queue
 import sys
@@ -10,8 +14,6 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import orjson
 
 Report = Callable[[Mapping[str, Any]], object]
 """Sends one answer about the job that is being done."""
@@ -32,7 +34,7 @@ def serve(prepare: Callable[[dict[str, Any]], Work]) -> int:
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
 
     def answer(message: Mapping[str, Any]) -> None:
-        os.write(answers, orjson.dumps(message) + b"\n")
+        os.write(answers, json.dumps(message).encode() + b"\n")
 
     try:
         work = prepare(inbox.get())
@@ -52,5 +54,5 @@ def serve(prepare: Callable[[dict[str, Any]], Work]) -> int:
 def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Pass on what comes in. The end of the input is the end of the parent, or its wish: end at once, mid-job too."""
     for line in sys.stdin.buffer:
-        inbox.put(orjson.loads(line))
+        inbox.put(json.loads(line))
     os._exit(0)

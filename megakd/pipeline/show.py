@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config import option, parse
+from megakd.data.data_path import prefixes_in
 from megakd.data.idx_format import idx_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
@@ -18,7 +19,7 @@ from megakd.errors import ExitStatus, MismatchError, UsageError
 from megakd.pipeline.run_record import is_run
 from megakd.pipeline.show_artefact import describe_artefact, flat
 from megakd.pipeline.show_run import describe_run
-from megakd.pipeline.verify import existing_manifests
+from megakd.pipeline.verify import existing_manifests, find_manifests
 
 HELP = "print what a dataset, scores, a selection, a training run or another artefact holds"
 _BAR = 40
@@ -49,8 +50,11 @@ class ShowConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb."""
     config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
-    others = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
+    found = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
     run = is_run(Path(config.prefix))
+    if not found and not run and Path(config.prefix).is_dir() and not prefixes_in(config.prefix):
+        find_manifests(config.prefix)  # says what could lie there
+    others = [path for path in found if path.name == "manifest.json" or not path.name.endswith(".manifest.json")]
     if others or run:
         if config.documents or config.tokenizer_type is not None:
             raise UsageError(f"{config.prefix}: --documents and --tokenizer-type show a dataset, which this is not")

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megakd.config import option, parse
+from megakd.data.data_path import find_prefix, prefixes_in, without_ending
 from megakd.data.idx_format import bin_path, idx_path, manifest_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.indexed_writer import FORMAT, write_dataset_manifest
@@ -27,6 +28,7 @@ from megakd.pipeline.proxy_record import MANIFEST as PROXY
 
 HELP = "hash the files of an artefact and compare them with its manifest"
 _IN_FOLDERS = ("manifest.json", SCORES, SELECTION, STORE, PROXY)
+_SHOWN = 8
 _TOKENS_AT_ONCE = 1 << 22
 
 
@@ -87,12 +89,27 @@ def find_manifests(name: str) -> list[Path]:
     """`existing_manifests`, of which there must be one. Raises UsageError."""
     paths = existing_manifests(name)
     if not paths:
-        looked = ", ".join(
-            map(str, [manifest_path(name), f"{name}.json", *(Path(name) / each for each in _IN_FOLDERS)])
-        )
-        hint = f"; `megakd verify --adopt {name}` checks the dataset and writes one" if idx_path(name).exists() else ""
-        raise UsageError(f"{name}: no manifest: looked for {looked}{hint}")
+        if Path(name).is_dir():
+            raise UsageError(f"{name}: no manifest in this folder ({', '.join(_IN_FOLDERS)}){_inside(Path(name))}")
+        if idx_path(name).exists() or without_ending(name) is not None:
+            hint = f"`megakd verify --adopt {name}` checks the dataset and writes one"
+            raise UsageError(f"{name}: a dataset without a manifest; {hint}")
+        looked = f"{manifest_path(name)}, {name}.json and the folder {name}"
+        raise UsageError(f"{name}: no manifest: looked for {looked}")
     return paths
+
+
+def _inside(folder: Path) -> str:
+    """What of a folder's content is an artefact by itself, for messages."""
+    if not any(folder.iterdir()):
+        return "; it is empty"
+    if (folder / "report.html").is_file():
+        return "; a report lies there, report.html: nothing reads it back, so it has none"
+    if prefixes := prefixes_in(folder):
+        return f"; `megakd verify --adopt {prefixes[0]}` checks the dataset in it and writes one"
+    inside = [each for each in sorted(folder.glob("*/")) if any((each / own).is_file() for own in _IN_FOLDERS)]
+    more = ", ..." if len(inside) > _SHOWN else ""
+    return f"; artefacts lie in {', '.join(map(str, inside[:_SHOWN]))}{more}" if inside else ""
 
 
 def existing_manifests(name: str) -> list[Path]:
@@ -106,9 +123,18 @@ def existing_manifests(name: str) -> list[Path]:
         return [manifest_path(name)]
     if path.is_dir():
         own = [path / each for each in _IN_FOLDERS if (path / each).is_file()]
-        return own + [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
+        own += [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
+        if own or not prefixes_in(path):
+            return own
+    if path.is_dir() or without_ending(path) is not None:
+        return [each for each in [manifest_path(find_prefix(path))] if each.is_file()]
     beside = [] if idx_path(name).exists() else [Path(f"{name}.json")]  # such as PREFIX.sentence-1024.json
-    return [each for each in (path, *beside) if each.is_file()][:1]
+    found = [each for each in (path, *beside) if each.is_file()][:1]
+    if found and found[0].suffix != ".json":
+        own = [path.parent / each for each in _IN_FOLDERS if (path.parent / each).is_file()]
+        meant = f"; it lies in an artefact: give its folder, {path.parent}" if own else ""
+        raise UsageError(f"{name}: not an artefact, nor a manifest (.json) of one{meant}")
+    return found
 
 
 def verify(path: Path) -> tuple[Manifest, list[str]]:
@@ -144,6 +170,7 @@ def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer |
 
     Raises CorruptError for a broken index, UsageError for an id below 0 or outside ``vocab_size``.
     """
+    prefix = find_prefix(prefix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the manifest is missing is why we are here
         dataset = IndexedDataset(prefix)

@@ -8,6 +8,7 @@ dies.
 
 from __future__ import annotations
 
+import json
 import os
 import selectors
 import signal
@@ -18,8 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
-
-import orjson
 
 import megakd
 from megakd import errors
@@ -140,7 +139,7 @@ class _Worker:
         self.heard = time.monotonic()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
-            message: dict[str, Any] = orjson.loads(line)
+            message: dict[str, Any] = json.loads(line)
             if "error" in message:
                 raise _error_of(message)
             if "done" in message:
@@ -162,7 +161,7 @@ class _Worker:
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(orjson.dumps(message) + b"\n")
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return  # it is dead, which its output will tell

@@ -22,6 +22,7 @@ import orjson
 
 from megakd.config import to_dict
 from megakd.errors import UsageError
+from megakd.file_names import printable
 from megakd.manifest import atomic_write
 from megakd.train.config import LoggingConfig, TrainConfig
 from megakd.train.trackers import CLOSE_SECONDS, Kind, Tracked, serve
@@ -133,14 +134,19 @@ def _asked(config: LoggingConfig) -> dict[Kind, tuple[str, bool]]:
     """For each tracker, the flag that asks for it, and whether it does."""
     by_server = config.mlflow_tracking_uri is not None or config.mlflow_experiment is not None
     flag = "--mlflow-tracking-uri" if config.mlflow_tracking_uri is not None else "--mlflow-experiment"
-    return {"wandb": ("--wandb-project", config.wandb_project is not None), "mlflow": (flag, by_server)}
+    return {"wandb": ("--wandb-project", bool(config.wandb_project)), "mlflow": (flag, by_server)}
 
 
 def _open_board(opening: Opening) -> Writer | None:
     board = opening.config.logging.tensorboard_dir
     if board is None and opening.folder is not None:
         board = str(opening.folder / "tensorboard")
-    return None if board is None else TensorBoardWriter(board, start_step=opening.start_step)
+    if board is None:
+        return None
+    if printable(board) != board:
+        opening.say("no TensorBoard: its writer takes only names in UTF-8; --tensorboard-dir gives it another folder")
+        return None
+    return TensorBoardWriter(board, start_step=opening.start_step)
 
 
 def _open_tracker(kind: Kind, opening: Opening) -> Writer | None:
