@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -12,9 +12,11 @@ from megakd.config import parse, to_dict
 from megakd.data.recorded import open_tokenizer
 from megakd.durable import atomic_write
 from megakd.errors import ExitStatus
+from megakd.file_names import as_json
 from megakd.pipeline.lock import RunLock
 from megakd.pipeline.report_config import ReportConfig
-from megakd.pipeline.report_figures import Figures, count
+from megakd.pipeline.report_figures import count
+from megakd.pipeline.report_head import Head, describe
 from megakd.pipeline.report_page import render
 from megakd.pipeline.report_plots import draw
 from megakd.pipeline.report_scoring import Scoring, open_scoring
@@ -57,50 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if samples is not None and tokenizer is not None:
             ids = sorted({sample for several in figures.extremes.values() for sample in several.tolist()})
             texts = {sample: decode(samples, sample, tokenizer, chars=config.extreme_chars) for sample in ids}
-        facts = describe(config, scoring, figures)
-        plots = draw(figures, tables)
-        page = render(facts, tables, plots, texts)
-        write(folder, config, scoring, facts, tables, plots, page)
-    for name, value in facts.items():
+        head = describe(config, scoring, figures)
+        plots = draw(figures, tables, scoring.normalise)
+        page = render(head, tables, plots, texts)
+        write(folder, config, scoring, head, tables, plots, page)
+    for name, value in head.facts.items():
         print(visible(f"{name}: {value}"))
+    for warning in head.warnings:
+        print(visible(f"warning: {warning}"), file=sys.stderr)
     print(f"{folder / 'report.html'}: {len(page)} bytes")
     return ExitStatus.COMPLETE
-
-
-def describe(config: ReportConfig, scoring: Scoring, figures: Figures) -> dict[str, Any]:
-    """What stands at the head of the page."""
-    scores = scoring.source.any_scores
-    kept = config.selection or f"the {scoring.ratio:g} of the samples with the largest scores"
-    facts = {
-        "dataset": f"{config.data_path or ''} {scoring.source.dataset}".strip(),
-        "teacher's scores": config.teacher_scores,
-        "reference's scores": config.reference_scores,
-        "kept": kept,
-        "score": f"NLL of the reference - {scoring.teacher_scale:g} x NLL of the teacher, per {scoring.normalise}",
-        "packing": f"{scores.manifest.parameters['packing']}, {scores.manifest.parameters['seq_length']} tokens",
-        "samples": f"{figures.num_candidates} with a score, of {scoring.source.num_samples}",
-        "tokens": figures.num_tokens,
-        "samples kept": f"{figures.num_kept} ({figures.num_kept / figures.num_candidates:.4f})",
-    }
-    if scoring.selection is not None:
-        rule = dict(scoring.selection.manifest.parameters["rule"])
-        shown = {key: value for key, value in rule.items() if key not in ("domains", "datasets")}
-        facts["selected by"] = orjson.dumps(shown).decode()
-    if figures.decisions is not None:
-        agreeing = int(figures.decisions.trace())
-        facts["agreement"] = (
-            f"{agreeing / figures.num_candidates:.4f} with "
-            f"{config.other_teacher_scores or config.teacher_scores} and "
-            f"{config.other_reference_scores or config.reference_scores}, each keeping {scoring.ratio:g}"
-        )
-    return facts
 
 
 def write(
     folder: Path,
     config: ReportConfig,
     scoring: Scoring,
-    facts: dict[str, Any],
+    head: Head,
     tables: dict[str, Table],
     plots: dict[str, bytes],
     page: bytes,
@@ -122,6 +97,9 @@ def write(
         "version": VERSION,
         "config": to_dict(config),
         "parents": {"dataset": scoring.source.dataset, **parents},
-        "facts": facts,
+        "facts": head.facts,
+        "warnings": head.warnings,
     }
-    atomic_write(folder / "report.json", orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    atomic_write(
+        folder / "report.json", orjson.dumps(as_json(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    )

@@ -123,7 +123,7 @@ def open_scoring(config: ReportConfig) -> Scoring:
             folders[others[model]] = folder
     selection = None if config.selection is None else Selection(config.selection)
     asked = SelectConfig(
-        output=["all"],
+        output=[_domain(selection)],
         scores=[f"{name}={folder}" for name, folder in folders.items()],
         weights=[f"{name}=1" for name in folders],  # only opened by it; the weights are the rules' below
         data_path=[] if config.data_path is None else [config.data_path],
@@ -152,6 +152,14 @@ def open_scoring(config: ReportConfig) -> Scoring:
         ratio=config.ratio if config.ratio is not None else float(_recorded(selection, "ratio", 0.5)),
         seed=seed,
     )
+
+
+def _domain(selection: Selection | None) -> str:
+    """What ``select`` calls the whole dataset as a domain: its output, or the name that it had then."""
+    if selection is None:
+        return "all"
+    name, known = os.path.basename(os.path.abspath(selection.folder)), list(_recorded(selection, "domains", {}))
+    return known[0] if name not in known and len(known) == 1 else name
 
 
 def _recorded(selection: Selection | None, key: str, default: Any) -> Any:

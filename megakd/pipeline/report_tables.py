@@ -41,7 +41,7 @@ def build_tables(scoring: Scoring, figures: Figures, ngrams: Sequence[Diversity]
         _scores(figures),
         _cumulative(figures),
         _nll(figures),
-        _domains(figures),
+        _domains(scoring, figures),
         _lengths(figures),
         Table("correlations", ("one", "other", "pearson", "spearman"), list(figures.correlations)),
     ]
@@ -82,13 +82,21 @@ def _nll(figures: Figures) -> Table:
     return Table("nll", header, rows)
 
 
-def _domains(figures: Figures) -> Table:
+def _domains(scoring: Scoring, figures: Figures) -> Table:
+    """Those of ``--domains``; without them, those that the selection was made by, as it recorded them."""
+    header = ("domain", *_AMOUNTS, "mean_score")
+    recorded = {} if scoring.selection is None else scoring.selection.manifest.parameters["rule"].get("domains", {})
+    if len(figures.domains) == 1 and len(recorded) > 1:
+        keys = ("candidates", "candidate_tokens", "kept", "kept_tokens")
+        columns = [np.array([domain[key] for domain in recorded.values()], np.int64) for key in keys]
+        amounts = _amounts(Amounts(*columns))
+        return Table("domains", header, [(name, *row, float("nan")) for name, row in zip(recorded, amounts)])
     sums = figures.domain_score_sums.tolist()
     rows = [
         (name, *amounts, _share(total, amounts[0]))
         for name, amounts, total in zip(figures.domains, _amounts(figures.by_domain), sums)
     ]
-    return Table("domains", ("domain", *_AMOUNTS, "mean_score"), rows)
+    return Table("domains", header, rows)
 
 
 def _lengths(figures: Figures) -> Table:

@@ -21,11 +21,11 @@ from megakd.manifest import Manifest
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_domains import Share, allocate, read_pieces
 from megakd.pipeline.select_materialize import materialize
-from megakd.pipeline.select_scores import Source, open_sources
+from megakd.pipeline.select_scores import Source, open_sources, outdated
 from megakd.pipeline.select_threshold import NOTHING, Keys, Piece, Ranks, Rule, Survey, score_at, share_of
+from megakd.pipeline.select_warnings import degenerate_warnings, quota_warnings
 
 HELP = "keep the samples with the largest difference of scores"
-DEGENERATE = 0.95
 _RECORDED = (
     "normalise",
     "rank_difference",
@@ -65,8 +65,6 @@ class Outcome:
 
     manifests: list[Manifest]
     domains: dict[str, Domain]
-    shares: list[Share]
-    """What was asked for."""
     correlations: dict[str, float]
     """Of the score with each model's NLL (or its rank)."""
     survey: Survey
@@ -78,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = open_sources(config)
     outcome = select(config, sources)
     tell(_table(outcome), on="stdout")
-    _warn(config, outcome)
+    rule = outcome.manifests[0].parameters["rule"]
+    doubts = [*quota_warnings(rule), *degenerate_warnings(rule["weights"], outcome.correlations)]
+    for warning in [*doubts, *(warning for source in sources if (warning := outdated(source)))]:
+        tell(f"warning: {warning}")
     for source, manifest in zip(sources, outcome.manifests):
         tell(
             f"{source.output}: {manifest.parameters['num_kept']} samples, fingerprint {manifest.fingerprint}",
@@ -134,7 +135,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     thresholds = _thresholds(config, shares, pieces, find, num_candidates=whole.candidates)
     manifests = _write(config, sources, keys, pieces, thresholds, domains)
     correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
-    return Outcome(manifests, domains, shares, correlations, whole)
+    return Outcome(manifests, domains, correlations, whole)
 
 
 def _refuse_sampled(source: Source) -> None:
@@ -265,26 +266,3 @@ def _table(outcome: Outcome) -> str:
         f"{survey.empty} without anything to score; correlation of the score with the NLL of {', '.join(known)}"
     )
     return "\n".join(lines)
-
-
-def _warn(config: SelectConfig, outcome: Outcome) -> None:
-    for share in outcome.shares if config.allocation == "quota" else ():
-        domain = outcome.domains[share.domains[0]]
-        there, kept = domain.candidates, domain.kept
-        if config.ratio_of == "tokens":
-            there, kept = domain.candidate_tokens, domain.kept_tokens
-        # of tokens a part of a sample may always lack
-        if there < share.budget or (kept < share.budget and config.ratio_of == "samples"):
-            tell(
-                f"warning: {share.domains[0]}: its quota is {share.budget} {config.ratio_of}, there are {there}, kept "
-                f"are {kept}: the selection is smaller than --ratio {config.ratio}, and the other domains are a larger "
-                "part of it than --quota says; lower the ratio or this domain's quota"
-            )
-    for name, value in outcome.correlations.items():
-        if len(outcome.correlations) > 1 and abs(value) > DEGENERATE:
-            scale = f"--teacher-scale (now {config.teacher_scale:g})" if config.teacher_scores else "--weights"
-            tell(
-                f"warning: correlation {value:.3f} of the score with the NLL of {name}: the selection is little more "
-                f"than a ranking by {name} alone; change {scale} so that the models weigh alike, or use "
-                "--rank-difference"
-            )

@@ -4,78 +4,21 @@ from __future__ import annotations
 
 import csv
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.select_twin import scores_of, write
+from pipeline.report_corpus import Corpus, Page
+from pipeline.select_twin import write
 
 from megakd.__main__ import run
-from megakd.data.indexed import IndexedDataset, IndexedWriter
-from megakd.data.packing import open_samples
-from megakd.data.selection import Selection
+from megakd.data.indexed import IndexedWriter
 from megakd.data.tokenizer import ByteTokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline import report, report_plots, report_scoring
 from megakd.pipeline.report import TABLES, main
 from megakd.pipeline.report_figures import Column, images
-from megakd.pipeline.select import main as select
-
-SEQ = 30
-HOSTILE = "<script>alert('&amp;')</script>\u202e \x07]]></pre>\"$x$"
-
-
-class Corpus:
-    """Documents of text, and scores of a teacher and of two references over its samples."""
-
-    def __init__(self, folder: Path, packing: Any = "concat", seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        texts = [HOSTILE * 4, *("word " * int(n) + "end. " for n in rng.integers(1, 40, 50))]
-        documents = [[*text.encode(), 256] for text in texts]
-        with IndexedWriter(folder / "data", np.uint16) as writer:
-            writer.add_documents(
-                np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents], np.int32)
-            )
-            writer.finish(tokenizer=ByteTokenizer().describe())
-        self.folder, self.dataset = folder, IndexedDataset(folder / "data")
-        self.samples = open_samples(packing, self.dataset, SEQ, ByteTokenizer)
-        n = self.samples.num_samples
-        self.counts = self.samples.lengths(np.arange(n)) - 1
-        self.counts[rng.random(n) < 0.1] = 0
-        common = rng.normal(3, 1, n)
-        self.log_probs = {
-            name: (-(common + rng.normal(0.2, 0.4, n)).round(1) * self.counts).astype(np.float32) for name in "tro"
-        }
-        self.log_probs["t"][1] = -50.0 * max(1, self.counts[1])  # the smallest by far
-        self.told = {"dataset": self.dataset.fingerprint, "seq_length": SEQ, "packing": packing}
-        for name, values in self.log_probs.items():
-            write(folder / name, values, self.counts, model=name, tokenizer=ByteTokenizer().describe(), **self.told)
-        self.ids = np.flatnonzero(self.counts)
-
-    def flags(self, *more: Any) -> list[str]:
-        given = ["--teacher-scores", self.folder / "t", "--reference-scores", self.folder / "r", *more]
-        return [str(word) for word in given]
-
-    def report(self, *more: Any) -> dict[str, list[dict[str, str]]]:
-        assert main(self.flags("--output", self.folder / "out", *more)) == 0
-        return {path.stem: list(csv.DictReader(path.open())) for path in (self.folder / "out").glob("*.csv")}
-
-    def select(self, *more: Any) -> list[int]:
-        assert select(self.flags("--output", self.folder / "kept", *more)) == 0
-        return [int(i) for i in Selection(self.folder / "kept").ids]
-
-    def columns(self, scale: float = 1.0) -> dict[str, Any]:
-        """NLLs and scores of the candidates alone."""
-        count = self.counts[self.ids]
-        values = {name: each[self.ids] for name, each in self.log_probs.items()}
-        return {
-            "NLL of the teacher": -values["t"] / count.astype(np.float32),
-            "NLL of the reference": -values["r"] / count.astype(np.float32),
-            "score": scores_of([(1.0, values["r"]), (-scale, values["t"])], count),
-            "other score": scores_of([(1.0, values["o"]), (-scale, values["t"])], count),
-        }
 
 
 @pytest.fixture(autouse=True)
@@ -223,39 +166,23 @@ def test_diversity_is_a_count_of_tuples(tmp_path: Path) -> None:
     assert {row["samples"] for row in drawn} == {"5"}
 
 
-class Page(HTMLParser):
-    """Tags, attributes and text as a browser sees them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def test_the_page_stands_alone_and_text_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "draw", report_plots.draw)
     corpus = Corpus(tmp_path)
     corpus.report("--data-path", tmp_path / "data", "--extremes", 10)
     source = (tmp_path / "out" / "report.html").read_text()
     page = Page(source)
-    assert "script" not in page.tags and page.tags.count("img") == 5 == len(page.links)
+    assert "script" not in page.tags and page.tags.count("img") == 4 == len(page.links)
     assert all(link.startswith("data:image/png;base64,iVBOR") for link in page.links)
     assert not re.search(r"https?:|url\(|@import", source)
     sample = ByteTokenizer().decode(corpus.samples.read(np.array([1]))[0].tolist())
     shown = sample.replace("\u202e", "\\u202e").replace("\x07", "\\u0007")
     assert any(c in sample for c in "<>&") and shown in page.text  # it is the one with the smallest score
     assert "\u202e" not in source and "\x07" not in source
-    for name in ("scores", "cumulative", "nll", "domains", "lengths"):
+    for name in ("scores", "cumulative", "nll", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "domains.png").exists() and "By domain" not in page.text  # there is one alone
+    assert "negative log-likelihood (NLL) under the reference minus the teacher's, in nats a token" in page.text
 
 
 def test_the_same_bytes_again_and_nothing_left_over(tmp_path: Path) -> None:
