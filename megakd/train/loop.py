@@ -67,7 +67,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
             before.restore()  # nothing of this step was applied: what was trained up to it is sound
             save(step - 1)
             writer.finish()
-            metrics.close()
+            metrics.close(complete=False)
             raise name_samples(refusal, student, batch, teacher, objective, groups, step=step) from None
         objective.advance(step, loss.kd)
         metrics.log(step, loss, update, samples=batches.consumed_samples)
@@ -81,7 +81,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
             except (NonFiniteError, MismatchError, CorruptError):  # of held-out data: what was trained is sound
                 save(step)
                 writer.finish()
-                metrics.close()
+                metrics.close(complete=False)
                 raise
         if _due(step, config.checkpoint.save_interval, at_end or stopped):
             save(step)
