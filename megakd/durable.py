@@ -49,6 +49,18 @@ def hash_file(path: str | os.PathLike[str], *, progress: Progress | None = None)
     return hashes.record(Path(path).name)
 
 
+def hash_block(path: str | os.PathLike[str], block: int) -> str:
+    """XXH3-128 of one block of a file, in hexadecimal; the last block is shorter."""
+    hashes, left = xxhash.xxh3_128(), BLOCK_BYTES
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        stream.seek(block * BLOCK_BYTES)
+        while left and (count := stream.readinto(buffer[: min(left, _READ_BYTES)])):
+            hashes.update(buffer[:count])
+            left -= count
+    return hashes.hexdigest()
+
+
 class HashingWriter:
     """A binary file that is hashed while it is written, under a temporary name until `commit`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,16 @@ import orjson
 import xxhash
 
 from megakd import __version__
-from megakd.durable import BLOCK_BYTES, FileRecord, HashingWriter, Progress, atomic_write, commit_file, hash_file
+from megakd.durable import (
+    BLOCK_BYTES,
+    FileRecord,
+    HashingWriter,
+    Progress,
+    atomic_write,
+    commit_file,
+    hash_block,
+    hash_file,
+)
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.file_names import as_json, present_name, printable
 
@@ -28,8 +37,10 @@ __all__ = [
     "Manifest",
     "atomic_write",
     "commit_file",
+    "faults_in_blocks",
     "hash_file",
     "read_manifest",
+    "unlisted_files",
     "verify_files",
     "write_manifest",
 ]
@@ -150,9 +161,45 @@ def verify_files(path: str | os.PathLike[str], *, progress: Progress | None = No
             faults.append(f"{record.name}: {found.size_bytes} bytes on disk, {record.size_bytes} in the manifest")
         for block, (have, want) in enumerate(zip(found.blocks, record.blocks)):
             if have != want:
-                start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, found.size_bytes)
-                faults.append(f"{record.name}: block {block} (bytes {start} to {stop}) has XXH3-128 {have}, not {want}")
+                faults.append(_block_fault(record, block, have))
     return faults
+
+
+def faults_in_blocks(
+    manifest: Manifest, names: Collection[str] | None = None, *, share: int = 0, num_shares: int = 1
+) -> list[str]:
+    """Hash the blocks of the files that ``manifest`` names, or of those in ``names`` alone; a line for each fault.
+
+    Processes that each take one ``share`` of ``num_shares`` hash every byte once between them.
+    """
+    root = manifest.path.parent
+    records = [record for record in manifest.files if names is None or record.name in names]
+    blocks = [(record, block) for record in records for block in range(len(record.blocks))]
+    faults = []
+    for record, block in blocks[share::num_shares]:
+        try:
+            have = hash_block(root / record.name, block)
+        except OSError as error:  # a bad sector, say
+            faults.append(f"{record.name}: block {block} cannot be read: {error.strerror}")
+            continue
+        if have != record.blocks[block]:
+            faults.append(_block_fault(record, block, have))
+    return faults
+
+
+def unlisted_files(manifest: Manifest) -> list[str]:
+    """Names in the manifest's folder that the manifest does not know, for artefacts that have a folder of their own.
+
+    What a network file system keeps of a file that was removed while it was open is not counted.
+    """
+    root, known = manifest.path.parent, {record.name for record in manifest.files} | {manifest.path.name}
+    files = (path for path in root.rglob("*") if not path.is_dir() and not path.name.startswith(".nfs"))
+    return sorted({str(path.relative_to(root)) for path in files} - known)
+
+
+def _block_fault(record: FileRecord, block: int, have: str) -> str:
+    start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, record.size_bytes)
+    return f"{record.name}: block {block} (bytes {start} to {stop}) has XXH3-128 {have}, not {record.blocks[block]}"
 
 
 def _locate(manifest_path: Path, name: str) -> str:
@@ -204,6 +251,10 @@ def _parse(path: Path) -> Manifest:
 def _file_record(path: Path, record: Mapping[str, Any]) -> FileRecord:
     if not isinstance(record["name"], str) or not isinstance(record["size_bytes"], int):
         raise CorruptError(f"{path}: file {record['name']!r} of {record['size_bytes']!r} bytes is no file record")
+    if len(record["blocks"]) != -(-record["size_bytes"] // BLOCK_BYTES):
+        raise CorruptError(
+            f"{path}: {record['name']} of {record['size_bytes']} bytes has {len(record['blocks'])} blocks"
+        )
     name = present_name(path, record["name"])
     return FileRecord(**{**record, "name": name, "blocks": tuple(record["blocks"])})
 

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.config import to_dict
-from megakd.errors import MismatchError, NoSpaceError
-from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
+from megakd.errors import CorruptError, MismatchError, NoSpaceError
+from megakd.manifest import FileRecord, atomic_write, faults_in_blocks, hash_file, write_manifest
 from megakd.model.config import ModelShape
+from megakd.model.damage import damaged
 from megakd.model.gpt import HiddenGPTModel
 from megakd.model.metadata import read_tensor_names
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
@@ -130,13 +131,12 @@ def record_parameters(
 
 def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], optimizer: Any, groups: Groups) -> None:
     """Weights, optimizer state and (in the same layout) random states of ``record``, in place."""
-    path = record.path
     tree = _model_state(chunks, groups)
     tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=True, metadata=_metadata(groups))
     same_layout = record.layout == _layout(groups)
     if same_layout:
         tree["rng_state"] = _rng_state(groups)
-    loaded = _load(tree, path, role="checkpoint")
+    loaded = _load(tree, record)
     _set_model_state(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
@@ -146,7 +146,7 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
 
 def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
     """The weights of ``record`` and nothing else, in place."""
-    _set_model_state(chunks, _load(_model_state(chunks, groups), record.path, role="checkpoint"))
+    _set_model_state(chunks, _load(_model_state(chunks, groups), record))
 
 
 def load_teacher(
@@ -174,7 +174,7 @@ def load_teacher(
             replica_id=(0, 0, student.collection.dp_cp.rank()),
             allow_shape_mismatch=True,
         )
-    loaded = _load(tree, record.path, role="teacher", reads_twice=True)
+    loaded = _load(tree, record, reads_twice=True)
     _set_model_state(chunks, loaded)
     return loaded.get("head")
 
@@ -205,11 +205,37 @@ def _metadata(groups: Groups) -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
 
 
-def _load(tree: dict[str, Any], path: Path, *, role: str, reads_twice: bool = False) -> dict[str, Any]:
+def _load(tree: dict[str, Any], record: CheckpointRecord, *, reads_twice: bool = False) -> dict[str, Any]:
+    _check_content(record)
+    path = record.path
     read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
-    _check_complete(tree, path, role)
+    _check_complete(tree, path, record.role)
     loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), validate_access_integrity=not reads_twice)
     return loaded
+
+
+def _check_content(record: CheckpointRecord) -> None:
+    """Hold every byte of the checkpoint against its manifest, each on one rank; every rank raises or none.
+
+    It is read from the page cache right after.
+
+    Raises:
+        CorruptError: names file and block, and the checkpoint before it.
+    """
+    assert record.manifest is not None
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    found = faults_in_blocks(record.manifest, share=rank, num_shares=num_ranks)
+    gathered: list[list[str]] = [[] for _ in range(num_ranks)]
+    dist.all_gather_object(gathered, found)
+    faults = sorted(fault for own in gathered for fault in own)
+    if not faults:
+        return
+    error: list[CorruptError | None] = [None]
+    if rank == 0:
+        error = [damaged(record.path, faults, role=record.role, flag=record.flag, hash_all=True)]
+    dist.broadcast_object_list(error)
+    assert error[0] is not None
+    raise error[0]
 
 
 def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:

@@ -21,6 +21,11 @@ _METADATA_NAMES: dict[str, set[str] | None] = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "Path", "PurePosixPath"},
 }
+# what an unpickler raises over bytes that no pickler wrote
+BROKEN_PICKLE = (
+    OSError, EOFError, pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
 
 
@@ -37,7 +42,7 @@ def read_tensor_names(path: Path) -> set[str]:
         with open(path / ".metadata", "rb") as file:
             metadata = _PlainUnpickler(file).load()
         return set(metadata.state_dict_metadata)
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError, TypeError, ValueError) as error:
+    except BROKEN_PICKLE as error:
         raise CorruptError(f"{path / '.metadata'} cannot be trusted: {error}") from None
 
 

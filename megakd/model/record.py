@@ -11,10 +11,10 @@ from typing import Any
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest
 from megakd.model.config import ModelShape
+from megakd.model.damage import MANIFEST, checkpoint_folders, damaged, faults_beside_tensors
 
 FORMAT, VERSION = "megakd-checkpoint", 1
 TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class CheckpointRecord:
     loss carries from step to step; empty for most, and in checkpoints that are older than it. parents: fingerprints of
     what it was made from. journal: those of the rows that the run had kept of its own model by then
     (``logits.journal``); None in checkpoints that are older. settings: what ``train.settings`` says of the run; None in
-    checkpoints that are older, and in those that no run has written.
+    checkpoints that are older, and in those that no run has written. manifest:
+    with the hashes that loading holds its files against. role, flag: what it is to the command that reads it, and what
+    chooses another one there, for messages.
     """
 
     path: Path
@@ -44,6 +46,9 @@ class CheckpointRecord:
     parents: dict[str, str] = dataclasses.field(default_factory=dict)
     journal: tuple[str, ...] | None = None
     settings: dict[str, Any] | None = None
+    manifest: Manifest | None = None
+    role: str = "checkpoint"
+    flag: str = ""
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -54,38 +59,59 @@ def checkpoint_path(folder: str | Path, iteration: int) -> Path:
 def latest_iteration(folder: str | Path) -> int | None:
     """The iteration of the newest whole checkpoint in ``folder``; None if there is none.
 
-    The tracker file is moved last, so it never names a half-written checkpoint.
+    The tracker file is moved last, so it never names a half-written checkpoint. Where it is missing, the newest that
+    has its manifest counts.
 
     Raises:
         CorruptError: the tracker file does not hold a number.
     """
     tracker = Path(folder) / TRACKER
     if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if not re.fullmatch(r"\d+", text):
-        raise CorruptError(f"{tracker} holds '{text[:40]}'; expected the number of an iteration")
+        whole = _whole_ones(Path(folder))
+        return int(whole[-1].removeprefix("iter_")) if whole else None
+    text = tracker.read_text(errors="replace").strip()
+    if not re.fullmatch(r"\d+", text, re.ASCII):
+        raise CorruptError(
+            f"{tracker} holds {text[:40]!r}; expected the number of an iteration; whole checkpoints there: "
+            f"{', '.join(_whole_ones(Path(folder))) or 'none'}: write the number of one into it"
+        )
     return int(text)
 
 
-def read_record(folder: str | Path, iteration: int | None = None, *, role: str = "checkpoint") -> CheckpointRecord:
-    """The record of a checkpoint in ``folder``; the newest one, or ``iteration``.
+def read_record(
+    folder: str | Path, iteration: int | None = None, *, role: str = "checkpoint", flag: str = ""
+) -> CheckpointRecord:
+    """The record of a checkpoint in ``folder``: of ``iteration``, or the newest one.
+
+    Its small files are hashed; the tensors are when they are loaded. role, flag: see `CheckpointRecord`.
 
     Raises:
-        UsageError: there is no such checkpoint. CorruptError: files are missing or have another size. MismatchError:
-        written by an unknown version.
+        UsageError: there is no such checkpoint. CorruptError: files are missing, have another size or other content;
+        names the checkpoint before it. MismatchError: written by an unknown version.
     """
     if not Path(folder).is_dir():
-        raise UsageError(f"{role}: folder {folder} does not exist")
+        raise UsageError(f"{role}: folder {folder} {'is a file' if Path(folder).exists() else 'does not exist'}")
     if iteration is None:
         iteration = latest_iteration(folder)
         if iteration is None:
             raise UsageError(f"{role}: {folder} holds no checkpoint ({TRACKER} is missing)")
     path = checkpoint_path(folder, iteration)
     if not (path / MANIFEST).exists():
-        found = sorted(p.name for p in Path(folder).glob("iter_*") if (p / MANIFEST).exists())
-        raise UsageError(f"{role}: {path} has no {MANIFEST}; whole checkpoints there: {', '.join(found) or 'none'}")
-    return _understand(read_manifest(path / MANIFEST, format=FORMAT, version=VERSION), path)
+        found = ", ".join(_whole_ones(Path(folder))) or "none"
+        choose = f" ({flag} N takes another)" if flag else ""
+        raise UsageError(f"{role}: {path} has no {MANIFEST}; whole checkpoints there: {found}{choose}")
+    try:
+        manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION)
+        faults = faults_beside_tensors(manifest)
+    except CorruptError as error:
+        faults = [str(error)]
+    if faults:
+        raise damaged(path, faults, role=role, flag=flag, hash_all=False)
+    return dataclasses.replace(_understand(manifest, path), role=role, flag=flag)
+
+
+def _whole_ones(folder: Path) -> list[str]:
+    return [path.name for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
 
 
 def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
@@ -114,6 +140,7 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
         parents=dict(manifest.parents),
         journal=tuple(values["journal"]) if "journal" in values else None,
         settings=dict(values["settings"]) if "settings" in values else None,
+        manifest=manifest,
     )
 
 

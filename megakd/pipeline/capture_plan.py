@@ -152,7 +152,7 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
     Raises UsageError, MismatchError (also for a store in ``--output`` that is another than this one), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
-    return check_capture_of(read_record(config.load, config.iteration, role="--load"), config)
+    return check_capture_of(read_record(config.load, config.iteration, role="--load", flag="--iteration"), config)
 
 
 def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:

@@ -134,7 +134,7 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     Raises MismatchError for scores, dataset and model that do not belong together or another fit in ``--output``,
     UsageError for too few scored samples, CorruptError for scores that are not finite.
     """
-    record = read_record(config.load, config.iteration, role="--load")
+    record = read_record(config.load, config.iteration, role="--load", flag="--iteration")
     (source,) = open_sources(
         SelectConfig(
             output=[config.output],  # only opened by it

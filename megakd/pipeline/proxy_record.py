@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.errors import CorruptError, MismatchError
-from megakd.manifest import HashingWriter, Manifest, read_manifest, write_manifest
+from megakd.manifest import HashingWriter, Manifest, faults_in_blocks, read_manifest, write_manifest
 from megakd.model.record import CheckpointRecord, read_record
 
 FORMAT, VERSION = "megakd-proxy", 1
@@ -51,6 +51,8 @@ def read_proxy(folder: str | os.PathLike[str]) -> Proxy:
     """
     path = Path(folder)
     manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION)
+    if faults := faults_in_blocks(manifest):
+        raise CorruptError(f"--proxy {path} is damaged: {faults[0]}; fit it anew with 'megakd proxy'")
     record = read_record(path, int(manifest.parameters["iteration"]), role="--proxy")
     expected = manifest.parents["model"]
     if record.fingerprint != expected:

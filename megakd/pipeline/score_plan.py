@@ -108,7 +108,7 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
         proxy.check_samples(packing=config.packing, seq_length=config.seq_length, mask_policy=config.mask_policy)
         return check_score_of(proxy.record, config, proxy)
     assert config.load is not None  # validate
-    return check_score_of(read_record(config.load, config.iteration, role="--load"), config)
+    return check_score_of(read_record(config.load, config.iteration, role="--load", flag="--iteration"), config)
 
 
 def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:

@@ -173,6 +173,11 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         metrics.say(f"Warning: nothing is evaluated: --split {config.data.split} leaves no held-out sample of the data")
     if config.checkpoint.starts_afresh:
         metrics.say(f"--load {config.checkpoint.load} holds no checkpoint yet: weights come from --seed")
+    if config.checkpoint.ckpt_step is not None and start_step:
+        metrics.say(
+            f"Warning: --ckpt-step {config.checkpoint.ckpt_step}: later checkpoints stay until this run writes theirs; "
+            "leave the flag out to go on with what it writes"
+        )
     for change in () if config.evaluate.skip_train else plan.changed_teachers:
         metrics.say(f"Warning: this run goes on with other targets than its checkpoint: {change}")
     schedule = config.kd_schedule()

@@ -209,6 +209,9 @@ class CheckpointConfig:
         "none yet, the run starts from the seed",
         common=True,
     )
+    ckpt_step: int | None = option(
+        None, "start from the checkpoint of this step: of --load, or of --save without it (default: the latest)"
+    )
     save_interval: int = option(1000, "steps between checkpoints; one more at the end", common=True)
     async_save: bool = option(False, "write checkpoints in the background")
     finetune: bool = option(False, "from --load take the weights only: new optimizer, step 0, first sample")
@@ -230,6 +233,12 @@ class CheckpointConfig:
     def validate(self) -> None:
         if self.save_interval < 0:
             raise UsageError(f"--save-interval is {self.save_interval}; expected 0 (at the end alone) or more")
+
+    def validate(self) -> None:
+        if self.ckpt_step is not None and not (self.load or self.save):
+            raise UsageError(
+                f"--ckpt-step {self.ckpt_step} chooses a checkpoint: of which folder? Add --load or --save"
+            )
 
 
 @dataclass

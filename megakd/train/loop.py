@@ -92,7 +92,8 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     if start_step >= last_step and not config.evaluate.skip_train:
         metrics.say(f"nothing to do: the checkpoint is at iteration {start_step}, --train-iters is {last_step}")
     if stopped and config.checkpoint.save:
-        metrics.say(f"stopped after iteration {step} as asked; the same command continues from here")
+        without = " without --ckpt-step" if config.checkpoint.ckpt_step is not None else ""
+        metrics.say(f"stopped after iteration {step} as asked; the same command{without} continues from here")
     elif stopped:
         metrics.say(f"stopped after iteration {step} as asked; nothing was saved, because there is no --save")
     metrics.close(complete=not stopped)

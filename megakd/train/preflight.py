@@ -234,7 +234,7 @@ def _check_teacher(
     own = config.teacher
     if own.load is None:
         return None, None
-    record = read_record(own.load, own.iteration, role="teacher")
+    record = read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration")
     if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
         raise MismatchError(
             "teacher and data have different tokenizers: the teacher was trained with "
@@ -266,10 +266,14 @@ def _check_teacher(
 
 def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> tuple[CheckpointRecord | None, bool]:
     checkpoint, weights_only = config.checkpoint, False
-    if checkpoint.save and latest_iteration(checkpoint.save) is not None:
-        record = read_record(checkpoint.save, role="--save")  # a run that was stopped continues, whatever --load says
+    own_step = checkpoint.ckpt_step if checkpoint.load in (None, checkpoint.save) else None
+    if checkpoint.save and (own_step is not None or latest_iteration(checkpoint.save) is not None):
+        # a run that was stopped continues, whatever --load says
+        flag = "--ckpt-step" if checkpoint.load is None else f"--load {checkpoint.save} --ckpt-step"
+        record = read_record(checkpoint.save, own_step, role="--save", flag=flag)
     elif checkpoint.load and not checkpoint.starts_afresh:
-        record, weights_only = read_record(checkpoint.load, role="--load"), checkpoint.finetune
+        record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step")
+        weights_only = checkpoint.finetune
     else:
         return None, False
     distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer

@@ -19,6 +19,8 @@ import yaml
 from runs import losses, make_tree, run_training, weights, write_dataset
 from worlds import Worlds
 
+from megakd.manifest import hash_file, read_manifest, write_manifest
+
 TP2 = {"tensor_model_parallel_size": 2}
 
 
@@ -172,12 +174,23 @@ class Hostile:
         return os.system, ("touch /tmp/megakd-hostile-metadata-ran",)
 
 
+def record_again(file: Path) -> None:
+    """Make the manifest of a checkpoint agree with a file that was changed, as one who means harm would."""
+    old = read_manifest(file.parent / "manifest.json")
+    files = [hash_file(file) if record.name == file.name else record for record in old.files]
+    write_manifest(
+        old.path, format=old.format, version=old.version, parameters=old.parameters, parents=old.parents,
+        tokenizer=old.tokenizer, files=files,
+    )  # fmt: skip
+
+
 def test_hostile_metadata_runs_nothing(data: str, world: Worlds, tmp_path: Path) -> None:
     tree = make_tree(data, training={"train_iters": 1}, checkpoint={"save": str(tmp_path / "run")})
     assert world(1).run(run_training, tree) == [0]
     metadata = tmp_path / "run" / "iter_0000001" / ".metadata"
     size = metadata.stat().st_size
     metadata.write_bytes(pickle.dumps(Hostile()).ljust(size, b"."))
+    record_again(metadata)
     proof = Path("/tmp/megakd-hostile-metadata-ran")
     proof.unlink(missing_ok=True)
     tree["training"]["train_iters"] = 2
