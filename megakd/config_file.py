@@ -20,34 +20,36 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 20
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str, flag: str = "--config") -> dict[str, Any]:
     """The tree of a file: mappings with text keys, lists, quoted text (``str``) and the rest (``Plain``).
+
+    flag: what names the file, for messages.
 
     Raises UsageError, one line with file and line number: a file that cannot be read, is not UTF-8 or no mapping of
     keys, several documents, a key given twice, tags, references to what is still open, more than ``MAX_VALUES``
     values with references followed, or deeper than ``MAX_DEPTH``.
     """
-    text = _read_text(path)
+    text = _read_text(path, flag)
     try:
         return _Builder(path).build(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise UsageError(f"{path}{_line(error)}: not YAML: {_problem(error)}") from None
 
 
-def _read_text(path: str) -> str:
+def _read_text(path: str, flag: str) -> str:
     try:
         with Path(path).open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from None
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
     except ValueError as error:  # a name with a null byte
-        raise UsageError(f"--config {path!r}: {error}") from None
+        raise UsageError(f"{flag} {path!r}: {error}") from None
     if len(content) > MAX_BYTES:
-        raise UsageError(f"--config {path}: larger than {MAX_BYTES >> 20} MiB; expected a configuration file")
+        raise UsageError(f"{flag} {path}: larger than {MAX_BYTES >> 20} MiB; expected a configuration file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--config {path}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
+        raise UsageError(f"{flag} {path}: byte {error.start} is not UTF-8 text; save it as UTF-8") from None
 
 
 class _Builder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.config import to_dict
-from megakd.errors import CorruptError, MismatchError, NoSpaceError
-from megakd.manifest import FileRecord, atomic_write, faults_in_blocks, hash_file, write_manifest
+from megakd.errors import NoSpaceError
+from megakd.manifest import FileRecord, atomic_write, hash_file, write_manifest
 from megakd.model.config import ModelShape
-from megakd.model.damage import damaged
+from megakd.model.foreign import KeyForm
 from megakd.model.gpt import HiddenGPTModel
 from megakd.model.metadata import read_tensor_names
+from megakd.model.read_checkpoint import read_tree, read_weights, wanted_tensors
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
 from megakd.mortal import die_with_parent
 from megakd.parallel import Groups, random_states, set_random_states
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -136,7 +136,7 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
     same_layout = record.layout == _layout(groups)
     if same_layout:
         tree["rng_state"] = _rng_state(groups)
-    loaded = _load(tree, record)
+    loaded = read_tree(tree, record)
     _set_model_state(chunks, loaded)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
@@ -146,7 +146,9 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
 
 def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
     """The weights of ``record`` and nothing else, in place."""
-    _set_model_state(chunks, _load(_model_state(chunks, groups), record))
+    form = KeyForm.of(read_tensor_names(record.path))
+    tree = _model_state(chunks, groups, layers_apart=form.layers_apart)
+    _set_model_state(chunks, read_weights(tree, record, form))
 
 
 def load_teacher(
@@ -161,7 +163,8 @@ def load_teacher(
 
     rows: the head's rows a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
     """
-    tree = _model_state(chunks, groups)
+    form = KeyForm.of(read_tensor_names(record.path))
+    tree = _model_state(chunks, groups, layers_apart=form.layers_apart)
     head = None
     if student.is_last_stage:
         config = chunks[0].config
@@ -174,7 +177,7 @@ def load_teacher(
             replica_id=(0, 0, student.collection.dp_cp.rank()),
             allow_shape_mismatch=True,
         )
-    loaded = _load(tree, record, reads_twice=True)
+    loaded = read_weights(tree, record, form, reads_twice=True)
     _set_model_state(chunks, loaded)
     return loaded.get("head")
 
@@ -190,9 +193,10 @@ def _use_mortal_results_queue() -> None:
         filesystem_async._results_queue = manager.Queue()
 
 
-def _model_state(chunks: list[HiddenGPTModel], groups: Groups) -> dict[str, Any]:
+def _model_state(chunks: list[HiddenGPTModel], groups: Groups, *, layers_apart: bool = False) -> dict[str, Any]:
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=_metadata(groups)) for name, chunk in zip(names, chunks)}
+    metadata = _metadata(groups) | ({"non_homogeneous_layers": True} if layers_apart else {})
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks)}
 
 
 def _set_model_state(chunks: list[HiddenGPTModel], loaded: dict[str, Any]) -> None:
@@ -205,65 +209,6 @@ def _metadata(groups: Groups) -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
 
 
-def _load(tree: dict[str, Any], record: CheckpointRecord, *, reads_twice: bool = False) -> dict[str, Any]:
-    _check_content(record)
-    path = record.path
-    read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
-    _check_complete(tree, path, record.role)
-    loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), validate_access_integrity=not reads_twice)
-    return loaded
-
-
-def _check_content(record: CheckpointRecord) -> None:
-    """Hold every byte of the checkpoint against its manifest, each on one rank; every rank raises or none.
-
-    It is read from the page cache right after.
-
-    Raises:
-        CorruptError: names file and block, and the checkpoint before it.
-    """
-    assert record.manifest is not None
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    found = faults_in_blocks(record.manifest, share=rank, num_shares=num_ranks)
-    gathered: list[list[str]] = [[] for _ in range(num_ranks)]
-    dist.all_gather_object(gathered, found)
-    faults = sorted(fault for own in gathered for fault in own)
-    if not faults:
-        return
-    error: list[CorruptError | None] = [None]
-    if rank == 0:
-        error = [damaged(record.path, faults, role=record.role, flag=record.flag, hash_all=True)]
-    dist.broadcast_object_list(error)
-    assert error[0] is not None
-    raise error[0]
-
-
-def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:
-    """Every weight that the model has must be in the checkpoint, in its shape; every rank raises or none."""
-    available = dist_checkpointing.load_tensors_metadata(str(path))
-    problems = []
-    for tensor in _wanted_tensors(tree):
-        found = available.get(tensor.key)
-        if found is None:
-            problems.append(f"{tensor.key} is missing")
-        elif not tensor.allow_shape_mismatch and tuple(found.global_shape) != tuple(tensor.global_shape):
-            problems.append(f"{tensor.key} is {tuple(found.global_shape)} there, {tuple(tensor.global_shape)} here")
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, problems)
-    merged = sorted({problem for rank in gathered for problem in rank})
-    if merged:
-        raise MismatchError(f"{role}: {path} does not fit the model: {'; '.join(merged[:5])} ({len(merged)} in all)")
-
-
-def _wanted_tensors(tree: dict[str, Any]) -> Iterator[ShardedTensor]:
-    for value in nested_values(tree):
-        if isinstance(value, ShardedTensorFactory):
-            value = value.build()
-            yield from (part for part in nested_values(value) if isinstance(part, ShardedTensor))
-        elif isinstance(value, ShardedTensor):
-            yield value
-
-
 def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
     """Refuse to begin a checkpoint that the disk cannot hold; every rank raises or none.
 
@@ -272,7 +217,7 @@ def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
     """
     mine = sum(
         tensor.data.nbytes
-        for tensor in _wanted_tensors(tree)
+        for tensor in wanted_tensors(tree)
         if is_main_replica(tensor.replica_id) and tensor.data is not None
     )
     needed = torch.tensor([mine, 0], dtype=torch.int64, device=groups.device)

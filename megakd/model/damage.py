@@ -8,6 +8,7 @@ from pathlib import Path
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, faults_in_blocks, read_manifest, unlisted_files
 
+FORMAT, VERSION = "megakd-checkpoint", 1
 MANIFEST = "manifest.json"
 _SHARDS = "__"  # what names of the large files, those with the tensors, begin with
 

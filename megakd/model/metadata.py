@@ -10,6 +10,8 @@ import torch
 
 from megakd.errors import CorruptError, MismatchError
 from megakd.model.config import ModelShape
+from megakd.model.foreign import KeyForm
+from megakd.model.plain_pickle import BROKEN_PICKLE
 
 # module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
 _METADATA_NAMES: dict[str, set[str] | None] = {
@@ -21,11 +23,6 @@ _METADATA_NAMES: dict[str, set[str] | None] = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "Path", "PurePosixPath"},
 }
-# what an unpickler raises over bytes that no pickler wrote
-BROKEN_PICKLE = (
-    OSError, EOFError, pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
 
 
@@ -52,7 +49,9 @@ def check_weights(path: Path, shape: ModelShape, role: str) -> None:
     Raises:
         MismatchError: names the missing weights.
     """
-    missing = sorted(shape.weight_names() - read_tensor_names(path))
+    names = read_tensor_names(path)
+    form = KeyForm.of(names)
+    missing = sorted(shape.weight_names() - {form.plain(name) for name in names if name.startswith(form.prefix)})
     if missing:
         raise MismatchError(
             f"{role}: {path} does not fit the model: {', '.join(missing[:5])} "

@@ -26,7 +26,7 @@ from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.capture_work import StoreWork
 from megakd.pipeline.range_config import RangeRunConfig, precision
 from megakd.pipeline.score_parts import Parts
-from megakd.pipeline.score_plan import common_tokenizer, masked_labels, skipped_token
+from megakd.pipeline.score_plan import common_tokenizer, masked_labels, skipped_token, with_vocabulary
 
 _SHARD_TOKENS = 1 << 22  # a shard at most: hundreds of megabytes, and what a killed rank repeats
 _LEAST_SHARDS = 64  # of a dataset, so that many ranks find work
@@ -152,12 +152,16 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
     Raises UsageError, MismatchError (also for a store in ``--output`` that is another than this one), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
-    return check_capture_of(read_record(config.load, config.iteration, role="--load", flag="--iteration"), config)
+    record = read_record(
+        config.load, config.iteration, role="--load", flag="--iteration", shape=config.described_shape()
+    )
+    return check_capture_of(record, config)
 
 
 def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:
     """The same for a teacher that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
+    record = with_vocabulary(record, dataset)
     tokenizer = common_tokenizer(dataset, record)
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load")

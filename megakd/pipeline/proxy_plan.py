@@ -23,7 +23,7 @@ from megakd.manifest import Manifest, read_manifest
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, latest_iteration, read_record
 from megakd.pipeline.proxy_record import FORMAT, MANIFEST, VERSION
-from megakd.pipeline.score_plan import common_tokenizer, skipped_token
+from megakd.pipeline.score_plan import common_tokenizer, skipped_token, with_vocabulary
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_scores import open_sources, outdated
 
@@ -149,6 +149,7 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     _check_scores(config, teacher, reference)
     if (warning := outdated(source)) is not None:
         raise MismatchError(f"{warning}: score anew")
+    record = with_vocabulary(record, samples.dataset)
     tokenizer = common_tokenizer(samples.dataset, record)
     check_vocabulary([samples], record.vocab_size)
     shape = dataclasses.replace(

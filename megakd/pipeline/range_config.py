@@ -10,6 +10,7 @@ from megakd.data.packing import Packing
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.model.config import ModelShape
+from megakd.model.foreign import read_shape
 from megakd.model.record import CheckpointRecord
 
 
@@ -38,6 +39,9 @@ class RangeRunConfig:
         "auto", "code that sweeps the logits"
     )
     head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
+    model_config: str | None = option(
+        None, "YAML that describes the model of a checkpoint that does not (plain megatron-core), as a run's student"
+    )
     log_interval: float = option(10.0, "seconds between progress lines", common=True)
 
     def validate(self) -> None:
@@ -62,6 +66,10 @@ class RangeRunConfig:
             sequence_parallel=self.sequence_parallel,
             distributed_timeout_minutes=self.distributed_timeout_minutes,
         )
+
+    def described_shape(self) -> ModelShape | None:
+        """What ``model_config`` describes."""
+        return None if self.model_config is None else read_shape(self.model_config, "--model-config")
 
     def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
         """The model of a checkpoint as it is run here."""

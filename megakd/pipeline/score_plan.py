@@ -108,12 +108,16 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
         proxy.check_samples(packing=config.packing, seq_length=config.seq_length, mask_policy=config.mask_policy)
         return check_score_of(proxy.record, config, proxy)
     assert config.load is not None  # validate
-    return check_score_of(read_record(config.load, config.iteration, role="--load", flag="--iteration"), config)
+    record = read_record(
+        config.load, config.iteration, role="--load", flag="--iteration", shape=config.described_shape()
+    )
+    return check_score_of(record, config)
 
 
 def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
+    record = with_vocabulary(record, dataset)
     tokenizer = common_tokenizer(dataset, record)
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
@@ -169,6 +173,22 @@ def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
 def _columns(config: ScoreConfig) -> tuple[str, ...]:
     extra = [TOKEN_LOG_PROBS] * config.per_token_log_probs + [TOKEN_ENTROPIES] * config.per_token_entropy
     return (LOG_PROBS, COUNTS, *extra)
+
+
+def with_vocabulary(record: CheckpointRecord, dataset: IndexedDataset) -> CheckpointRecord:
+    """The record with the dataset's vocabulary, where a foreign checkpoint tells the rows of its embedding alone.
+
+    Raises UsageError where nothing tells it: rows beyond the vocabulary would take part in every softmax.
+    """
+    if record.rows is None:
+        return record
+    own = recorded_tokenizer(dataset)
+    if own is None:
+        raise UsageError(
+            f"{record.path} tells {record.rows} rows of an embedding, padding among them, and {dataset.prefix} no "
+            f"tokenizer: `megakd verify --adopt {dataset.prefix} --tokenizer-type T --tokenizer-model FILE` records it"
+        )
+    return record.of_vocabulary(int(own["vocab_size"]))
 
 
 def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from megakd.data.idx_format import idx_path
 from megakd.data.indexed import IndexedDataset
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
 from megakd.errors import ExitStatus, MismatchError, UsageError
+from megakd.model.damage import MANIFEST as CHECKPOINT
 from megakd.pipeline.run_record import is_run
 from megakd.pipeline.show_artefact import describe_artefact, flat
 from megakd.pipeline.show_run import describe_run
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found and not run and Path(config.prefix).is_dir() and not prefixes_in(config.prefix):
         find_manifests(config.prefix)  # says what could lie there
     others = [path for path in found if path.name == "manifest.json" or not path.name.endswith(".manifest.json")]
+    if run:  # which tells its checkpoints in a line
+        others = [path for path in others if path.name != CHECKPOINT]
     if others or run:
         if config.documents or config.tokenizer_type is not None:
             raise UsageError(f"{config.prefix}: --documents and --tokenizer-type show a dataset, which this is not")

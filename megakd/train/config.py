@@ -233,8 +233,6 @@ class CheckpointConfig:
     def validate(self) -> None:
         if self.save_interval < 0:
             raise UsageError(f"--save-interval is {self.save_interval}; expected 0 (at the end alone) or more")
-
-    def validate(self) -> None:
         if self.ckpt_step is not None and not (self.load or self.save):
             raise UsageError(
                 f"--ckpt-step {self.ckpt_step} chooses a checkpoint: of which folder? Add --load or --save"

@@ -234,7 +234,8 @@ def _check_teacher(
     own = config.teacher
     if own.load is None:
         return None, None
-    record = read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration")
+    record = read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration", shape=own.shape())
+    record = record.of_vocabulary(vocab_size)
     if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
         raise MismatchError(
             "teacher and data have different tokenizers: the teacher was trained with "
@@ -272,10 +273,16 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
         flag = "--ckpt-step" if checkpoint.load is None else f"--load {checkpoint.save} --ckpt-step"
         record = read_record(checkpoint.save, own_step, role="--save", flag=flag)
     elif checkpoint.load and not checkpoint.starts_afresh:
-        record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step")
         weights_only = checkpoint.finetune
+        record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step", shape=student)
     else:
         return None, False
+    if record.foreign and not weights_only:
+        raise MismatchError(
+            f"{record.path} was not written by 'megakd train': no run to continue; to start from its weights: "
+            f"--load {record.path.parent} --finetune, and another --save"
+        )
+    record = record.of_vocabulary(vocab_size)
     distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
     check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
     if config.trains_taid and not weights_only and "taid" not in record.objective_state:

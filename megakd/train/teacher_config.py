@@ -7,6 +7,8 @@ from typing import Literal
 
 from megakd.config import option
 from megakd.errors import UsageError
+from megakd.model.config import ModelShape
+from megakd.model.foreign import read_shape
 from megakd.train.stores import WITHOUT
 
 
@@ -14,6 +16,10 @@ from megakd.train.stores import WITHOUT
 class TeacherConfig:
     load: str | None = option(None, "teacher's checkpoint folder; its model is read from there", common=True)
     iteration: int | None = option(None, "which checkpoint of that folder (default: the latest)")
+    model_config: str | None = option(
+        None,
+        "YAML that describes the model of a checkpoint that does not (plain megatron-core): keys as of the student",
+    )
     tensor_model_parallel_size: int | None = option(None, "TP of the teacher (default: the student's)", common=True)
     pipeline_model_parallel_size: int | None = option(None, "PP of the teacher (default: the student's)", common=True)
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the teacher's layers")
@@ -35,6 +41,10 @@ class TeacherConfig:
         2, "microbatches whose stored targets are held ahead", flag="--logits-load-prefetch-depth"
     )
 
+    def shape(self) -> ModelShape | None:
+        """What ``model_config`` describes."""
+        return None if self.model_config is None else read_shape(self.model_config, "--teacher-model-config")
+
     @property
     def reads_stores(self) -> bool:
         """Whether any of the training data has stored targets."""
@@ -52,6 +62,8 @@ class TeacherConfig:
                 raise UsageError(f"{flag} is {getattr(self, name)}; expected at least 1")
         if self.load is None and (self.tensor_model_parallel_size or self.pipeline_model_parallel_size):
             raise UsageError("a layout for the teacher is given but no teacher: add --teacher-load DIR")
+        if self.load is None and self.model_config is not None:
+            raise UsageError("--teacher-model-config describes the model of --teacher-load DIR, which is not given")
         for name, least in (("logits_load_decode_threads", 1), ("logits_load_prefetch_depth", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected {least} or more")

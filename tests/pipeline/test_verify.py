@@ -142,3 +142,18 @@ def test_a_json_beside_a_bare_dataset_is_not_its_manifest(prefix):
     path_of(prefix, "manifest.json").unlink()
     path_of(prefix, "json").write_text("{}")
     assert run_verify(prefix, "--adopt") == ExitStatus.COMPLETE and path_of(prefix, "manifest.json").exists()
+
+
+def test_adopt_adds_the_tokenizer_that_a_manifest_does_not_tell(prefix, capsys):
+    path_of(prefix, "manifest.json").unlink()
+    assert run_verify(prefix, "--adopt") == ExitStatus.COMPLETE
+    assert read_manifest(path_of(prefix, "manifest.json")).tokenizer is None
+    small, fits = (["--tokenizer-type", "NullTokenizer", "--vocab-size", size] for size in (100, 299))
+    assert run_verify(prefix, "--adopt", *small) == ExitStatus.MISMATCH
+    assert run_verify(prefix, "--adopt", *fits) == run_verify(prefix, "--adopt", *fits) == ExitStatus.COMPLETE
+    tokenizer = read_manifest(path_of(prefix, "manifest.json")).tokenizer
+    assert (tokenizer["vocab_size"], IndexedDataset(prefix).manifest.tokenizer) == (300, tokenizer)
+    assert run_verify(prefix, "--adopt", "--tokenizer-type", "ByteTokenizer") == ExitStatus.MISMATCH
+    assert "made with the tokenizer NullTokenizer" in capsys.readouterr().err
+    path_of(prefix, "bin").write_bytes(path_of(prefix, "bin").read_bytes()[:-1] + b"\xff")
+    assert run_verify(prefix, "--adopt", *fits) == ExitStatus.CORRUPT

@@ -13,9 +13,11 @@ from runs import losses, make_config, make_tree, run_training, write_dataset
 from worlds import RankError, Worlds
 
 from megakd import durable, manifest
+from megakd.__main__ import run
 from megakd.errors import CorruptError, UsageError
 from megakd.manifest import faults_in_blocks, hash_file, read_manifest, write_manifest
 from megakd.model.record import latest_iteration, read_record
+from megakd.pipeline import verify
 from megakd.train.preflight import check_run
 
 
@@ -159,3 +161,17 @@ def test_shares_hash_every_block_once(tmp_path: Path, monkeypatch: pytest.Monkey
         found = [fault for share in range(3) for fault in faults_in_blocks(written, share=share, num_shares=3)]
         assert len(found) == 1 and found[0].startswith(f"{name}: block {block} ")
         flip(tmp_path / name, position)
+
+
+def test_verify_looks_at_every_checkpoint_of_a_run(
+    made: dict[str, str], damaged: Callable[[str, float], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verify.main, [made["run"]]) == 0
+    assert re.findall(r"iter_\d+: whole: megakd-checkpoint", capsys.readouterr().out) == [
+        f"iter_000000{step}: whole: megakd-checkpoint" for step in (2, 4)
+    ]
+    folder = damaged("__0_0.distcp", 0.5)
+    (folder / "iter_0000002" / "stray").touch()
+    assert run(verify.main, [str(folder)]) == 5
+    said = capsys.readouterr().err
+    assert "iter_0000004: CORRUPT: __0_0.distcp: block 0" in said and "iter_0000002: CORRUPT: stray: the" in said
