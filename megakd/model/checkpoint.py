@@ -26,6 +26,7 @@ from megakd.model.gpt import HiddenGPTModel
 from megakd.model.metadata import read_tensor_names
 from megakd.model.read_checkpoint import read_tree, read_weights, wanted_tensors
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
+from megakd.model.save_failure import explained
 from megakd.mortal import die_with_parent
 from megakd.parallel import Groups, random_states, set_random_states
 
@@ -45,7 +46,7 @@ class CheckpointWriter:
     def __init__(
         self, folder: str | Path, *, background: bool, saved: Callable[[Path], None] = lambda path: None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = self._partial = Path(folder)  # the latter: of the checkpoint that is being written
         self._saved = saved
         self._queue = AsyncCallsQueue(persistent=False) if background else None
         _use_mortal_results_queue()
@@ -67,7 +68,7 @@ class CheckpointWriter:
         """
         self.finish()
         final = checkpoint_path(self.folder, iteration)
-        partial = final.with_name(final.name + ".partial")
+        self._partial = partial = final.with_name(final.name + ".partial")
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -84,22 +85,25 @@ class CheckpointWriter:
             dist.barrier()
             self._saved(final)
 
-        request = dist_checkpointing.save(tree, str(partial), async_sharded_save=self._queue is not None)
-        if self._queue is None:
-            announce()
-        else:
-            request.add_finalize_fn(announce)
-            self._queue.schedule_async_request(request)
+        with explained(partial):
+            request = dist_checkpointing.save(tree, str(partial), async_sharded_save=self._queue is not None)
+            if self._queue is None:
+                announce()
+            else:
+                request.add_finalize_fn(announce)
+                self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
         """Announce a background checkpoint that has been written meanwhile. All ranks call it, every step."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with explained(self._partial):
+                self._queue.maybe_finalize_async_calls(blocking=False)
 
     def finish(self) -> None:
         """Wait for a background checkpoint and announce it."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with explained(self._partial):
+                self._queue.maybe_finalize_async_calls(blocking=True)
 
 
 def record_parameters(
@@ -273,6 +277,7 @@ def _commit(
             files=files,
         )
         old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed in between
         if final.exists():  # the same iteration again, after a resume from an earlier one
             os.rename(final, old)
         os.rename(partial, final)

@@ -5,10 +5,12 @@ Without megatron, and without torch unless a checkpoint's list of tensors is to 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megakd.data.blend import Blend, parse_data_path
@@ -267,6 +269,8 @@ def _check_teacher(
 
 def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> tuple[CheckpointRecord | None, bool]:
     checkpoint, weights_only = config.checkpoint, False
+    if checkpoint.save:
+        _check_save(Path(checkpoint.save))
     own_step = checkpoint.ckpt_step if checkpoint.load in (None, checkpoint.save) else None
     if checkpoint.save and (own_step is not None or latest_iteration(checkpoint.save) is not None):
         # a run that was stopped continues, whatever --load says
@@ -310,6 +314,15 @@ def _check_order(config: TrainConfig, blend: Blend, data_size: int, resume: Chec
         raise MismatchError(
             f"{resume.path}: {error}: --load {resume.path.parent} --finetune, with another --save"
         ) from None
+
+
+def _check_save(folder: Path) -> None:
+    """Refuse a ``--save`` that no checkpoint can be written to, before the steps are made that it would lose."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--save {folder}: {there} is a file; expected a folder, new or there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--save {folder}: no permission to write in {there}; give a folder that can be written")
 
 
 def _check_weights(record: CheckpointRecord, role: str) -> None:
