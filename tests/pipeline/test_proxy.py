@@ -319,6 +319,10 @@ def test_a_proxy_scores_samples_of_its_own_kind(made: dict[str, Any], tmp_path: 
     with pytest.raises(UsageError, match="no manifest here"):
         check(proxy=str(made["folder"] / "model"))
     assert body["format"] == "megakd-checkpoint"
+    head = (copied / "head.f32").read_bytes()
+    (copied / "head.f32").write_bytes(bytes([head[0] ^ 1]) + head[1:])
+    with pytest.raises(CorruptError, match="is damaged: head.f32: block 0.*fit it anew"):
+        check(proxy=str(copied))
     with open(copied / "head.f32", "ab") as stream:
         stream.write(b"\0")
     with pytest.raises(CorruptError, match="head.f32"):

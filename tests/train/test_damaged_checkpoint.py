@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.score_runs import run_score
 from runs import losses, make_config, make_tree, run_training, write_dataset
 from worlds import RankError, Worlds
 
@@ -87,6 +88,19 @@ def test_tensors_are_refused_by_every_rank(
         world(2).run(run_training, trees[use])
     found = re.findall(rf"CorruptError: .*{file}: block 0 .*{WAY_OUT.format(flag)}", str(caught.value))
     assert len(found) == 2, str(caught.value)
+
+
+def test_scores_are_of_what_was_checked(
+    made: dict[str, str], damaged: Callable[[str, float], Path], world: Worlds, tmp_path: Path
+) -> None:
+    folder = damaged("__0_0.distcp", 0.5)
+    tree = {"data_path": made["data"], "load": str(folder), "seq_length": 16, "output": str(tmp_path / "scores")}
+    with pytest.raises(
+        RankError, match=r"CorruptError: --load: .*__0_0.distcp: block 0.*" + WAY_OUT.format("--iteration")
+    ):
+        world(1).run(run_score, tree)
+    assert not (tmp_path / "scores" / "scores.json").exists()
+    assert world(1).run(run_score, {**tree, "iteration": 2}) == [0]
 
 
 def test_the_step_before_leads_to_the_same_losses(
