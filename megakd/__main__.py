@@ -1,9 +1,25 @@
-"""``python -m megakd VERB ...``: the list of verbs, nothing else."""
+"""``megakd VERB ...``: the list of verbs, and the import path that they start with."""
 
-from __future__ import annotations
+# ruff: noqa: E402
+import os
+import sys
+
+
+def _leave_current_folder() -> None:
+    """Take back what ``python -m megakd`` and ``torchrun -m megakd`` put first: a yaml.py that lies there would run.
+
+    Where megakd itself was found there, in a checkout that is not installed, the folder goes last instead: processes
+    that are started later find megakd too, and nothing that is installed is looked for there.
+    """
+    folder = sys.path.pop(0)
+    if folder and os.path.realpath(folder) == os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir)):
+        sys.path.append(folder)
+
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    _leave_current_folder()
 
 import importlib
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +51,8 @@ VERBS = {
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Call ``main`` and turn its exceptions into the documented exit statuses, each with one line on stderr."""
+    if argv is None:
+        _shield_children()
     keep_stream_numbers()
     print_any_name()
     try:
@@ -81,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m megakd VERB [flags]\n\nverbs:")
+        print("usage: megakd VERB [flags]\n\nverbs:")
         for verb, module in VERBS.items():
             print(f"  {verb:<12} {importlib.import_module(module).HELP}")
-        print("\npython -m megakd VERB --help explains one verb.")
+        print("\nmegakd VERB --help explains one verb.")
         return ExitStatus.COMPLETE
     if arguments[0] == "--version":
         from megakd import __version__
@@ -95,6 +113,11 @@ def _dispatch(argv: Sequence[str] | None) -> int:
         tell(f"error: unknown verb '{arguments[0]}'; expected one of {', '.join(VERBS)}")
         return ExitStatus.USAGE
     return int(importlib.import_module(VERBS[arguments[0]]).main(arguments[1:]))
+
+
+def _shield_children() -> None:
+    """Keep the current folder off the import path of every Python process that this one starts, libraries' too."""
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 if __name__ == "__main__":

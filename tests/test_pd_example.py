@@ -41,7 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def started(tmp_path: Path, *words: str) -> list[str]:
-    """The words behind ``-m megakd`` of the torchrun that run.sh ends in."""
+    """The words behind ``megakd`` of the torchrun that run.sh ends in."""
     stub = tmp_path / "torchrun"
     stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)

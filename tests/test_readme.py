@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def train_commands() -> list[list[str]]:
-    """The words of every ``torchrun ... -m megakd train ...`` in the README."""
+    """The words of every ``torchrun ... megakd train ...`` in the README."""
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", README, re.S | re.M)).replace("\\\n", " ")
     return [shlex.split(line) for line in blocks.splitlines() if "megakd train" in line]
 
@@ -44,7 +44,7 @@ def check(config: TrainConfig, world_size: int) -> None:
 def test_train_commands(words: list[str], tmp_path: Path) -> None:
     file = tmp_path / "student.yaml"
     file.write_text(configuration())
-    launcher, flags = words[: words.index("-m")], words[words.index("train") + 1 :]
+    launcher, flags = words[: words.index("megakd")], words[words.index("train") + 1 :]
     world_size = 1
     for name, value in itertools.pairwise(launcher):
         world_size *= int(value) if name in ("--nnodes", "--nproc-per-node") else 1

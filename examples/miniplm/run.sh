@@ -5,4 +5,4 @@ NPROC=${NPROC:-8} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 export CUDA_DEVICE_MAX_CONNECTIONS=1  # megatron-core orders its kernels by it
 exec torchrun --nproc-per-node "$NPROC" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m megakd "$@"
+    --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --no-python megakd "$@"

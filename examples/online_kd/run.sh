@@ -6,4 +6,4 @@ MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 export CUDA_DEVICE_MAX_CONNECTIONS=1  # megatron-core orders its kernels by it
 exec torchrun --nproc-per-node "$NPROC" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
-    -m megakd train --config "$(dirname "$0")/config.yaml" "$@"
+    --no-python megakd train --config "$(dirname "$0")/config.yaml" "$@"

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(renormalised_samples), each with the teacher's entropy. 'megakd train --logits-load-dir' reads it, in any "
         "order and layout. Work is committed in shards: any number of ranks and of jobs with the same flags, started "
         "or killed at any time, continue it, and the result does not depend on how many there were. "
-        "Alone: python -m megakd capture ...; on several ranks: torchrun --nproc-per-node N -m megakd capture ...",
+        "Alone: megakd capture ...; on several ranks: torchrun --nproc-per-node N --no-python megakd capture ...",
     )
     ignore_known_warnings()
     plan = check_capture(config, int(os.environ.get("WORLD_SIZE", "1")))

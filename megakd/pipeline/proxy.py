@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "predictions and what one has without them agree with the truth. Any number of ranks, each with the whole "
         "model and other samples: there is no tensor or pipeline parallelism here, because a proxy that does not fit "
         "on one device saves nothing (scoring with it has both). The same command continues a fit that was stopped or "
-        "killed. Alone: python -m megakd proxy ...; on several ranks: torchrun --nproc-per-node N -m megakd proxy ...",
+        "killed. Alone: megakd proxy ...; on several ranks: torchrun --nproc-per-node N --no-python megakd proxy ...",
     )
     ignore_known_warnings()
     plan = check_proxy(config)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Score every sample of a dataset: the sum of its tokens' log-probabilities under a model, and how "
         "many tokens that were. Work is committed in ranges of samples: any number of ranks and of jobs with the same "
         "flags, started or killed at any time, continue it, and the result does not depend on how many there were. "
-        "Alone: python -m megakd score ...; on several ranks: torchrun --nproc-per-node N -m megakd score ...",
+        "Alone: megakd score ...; on several ranks: torchrun --nproc-per-node N --no-python megakd score ...",
     )
     ignore_known_warnings()
     plan = check_score(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,6 +1,6 @@
 """A pool of worker processes that nothing waits for in vain: a dead or silent one is seen in seconds.
 
-A worker is ``python -m MODULE``. It reads lines of JSON, the settings and then one job after another, and answers each
+A worker is a module run as a program. It reads lines of JSON, the settings and then one job after another, and answers each
 with any number of lines, ``{"done": true}`` or ``{"error": name, "message": text}`` the last. Workers are started anew,
 never forked: no thread or lock of this process is in them. They end when their input does, so also when this process
 dies.
@@ -30,6 +30,15 @@ Job = Mapping[str, Any]
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
 _STALL_SECONDS = 600.0
+# This very megakd, installed or not; the folder that it lies in is no place to find anything else.
+_START = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import megakd
+del sys.path[0]
+import runpy
+runpy.run_module(sys.argv[2], run_name="__main__")
+"""
 # One core each: the work is spread over processes.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -108,13 +117,11 @@ class WorkerPool:
 
 class _Worker:
     def __init__(self, module: str, settings: Mapping[str, Any]) -> None:
-        root = str(Path(megakd.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],
+            [sys.executable, "-P", "-c", _START, str(Path(megakd.__file__).parents[1]), module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+            env={**os.environ, **_ENVIRONMENT},
             process_group=0,  # Ctrl-C is for this process, which ends its workers
         )
         self.pid = self.process.pid

@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         TrainConfig,
         argv,
         prog="megakd train",
-        description="Pre-train a student. Alone: python -m megakd train ...; on several ranks: torchrun "
-        "--nproc-per-node N -m megakd train ... The same flags can stand in a YAML file (--config).",
+        description="Pre-train a student. Alone: megakd train ...; on several ranks: torchrun "
+        "--nproc-per-node N --no-python megakd train ... The same flags can stand in a YAML file (--config).",
         epilog=[
             "",
             "divergences (--kd-divergence):",
