@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.records import Kind, Lines, RecordError, kind_of, parse_texts
+from megakd.pipeline.decompress import Kind
+from megakd.pipeline.input_formats import kind_of
+from megakd.pipeline.records import Lines, RecordError, parse_texts
 
 _SAMPLE_STRETCHES = 16
 
@@ -36,13 +38,18 @@ def find_inputs(names: Sequence[str], *, own: str) -> list[Input]:
     for name in names:
         found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not found:
-            raise UsageError(f"--input {name}: no such file, and no file matches it as a glob")
+            raise UsageError(f"--input {name}: {_why_nothing(name)}")
         paths += found
     seen: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
+        if os.path.isdir(path):
+            raise UsageError(f"--input {path}: not a file; give files, or a glob such as '{_glob_of(path)}'")
         if not os.path.isfile(path):
-            raise UsageError(f"--input {path}: not a file; give files, or a glob such as {path.rstrip('/')}/*.jsonl")
+            raise UsageError(
+                f"--input {path}: not a file; inputs are read more than once, from many places: write what comes from "
+                "a pipe to a file first"
+            )
         if real in seen:
             raise UsageError(f"--input {path}: the same file as {seen[real]}; give each file once")
         if real == os.path.realpath(own):
@@ -88,6 +95,25 @@ def check_unchanged(inputs: Sequence[Input]) -> None:
                 f"{item.path}: changed while it was read, from {item.size_bytes} bytes to {status.st_size}; run again "
                 "when it is complete"
             )
+
+
+def _why_nothing(name: str) -> str:
+    if name == "-":
+        return "standard input; inputs are read more than once, from many places: write it to a file first"
+    if "://" in name:
+        return "an address; files are read: fetch it, or mount what it is on"
+    folder = os.path.dirname(name) or "."
+    if not glob.has_magic(folder) and not os.path.isdir(folder):
+        return f"no such file: there is no folder {folder}"
+    return "no such file, and no file matches it as a glob"
+
+
+def _glob_of(folder: str) -> str:
+    """A glob for the files of a folder, by the ending that most of them have."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
+    endings = Counter(name[name.index(".", 1) :] for name in names if "." in name[1:])
+    ending = endings.most_common(1)[0][0] if endings else ".jsonl"
+    return os.path.join(folder, f"*{ending}")
 
 
 def _starts(item: Input, total: int) -> range:

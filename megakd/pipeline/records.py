@@ -1,36 +1,26 @@
-"""Reading JSON lines: plain, gzip or zstandard, line by line in bounded memory, and the reasons a record is refused."""
+"""Reading JSON lines: line by line in bounded memory, the texts of a record, and the reasons that one is refused."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import orjson
 
-from megakd.errors import CorruptError, UsageError
+from megakd.pipeline.decompress import READ_BYTES, Kind, open_stream
 
-Kind = Literal["plain", "gzip", "zstd"]
+BOM = b"\xef\xbb\xbf"
 
-_READ_BYTES = 1 << 20
-_ZSTD_READ_BYTES = 4096  # what they decompress to comes in one piece: 130 MB at the very worst
 _SKIP_REPORT_BYTES = 256 << 20
-_BOM = b"\xef\xbb\xbf"
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_SUFFIXES: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_OTHER_FORMATS = {
-    b"BZh": "bzip2: decompress it, or recompress it with zstd",
-    b"\xfd7zXZ\x00": "xz: decompress it, or recompress it with zstd",
-    b"PAR1": "Parquet: export it as JSON lines",
-    b"PK\x03\x04": "a zip archive: unpack it",
-}
-# More than text ever gains (gzip reaches 1,029, zstandard 32,700): a file made to fill the disk, not a corpus.
-_MAX_COMPRESSION, _COMPRESSION_FROM_BYTES = 500, 64 << 20
+# Keys that texts are known to stand under; before the longest string of a record.
+_USUAL_KEYS = ("text", "content", "raw_content", "body", "document", "markdown", "code", "article")
+# Python's own parser, for what orjson refuses and Megatron's tool takes. The values of numbers are of no interest, and
+# the integers of more than 4,300 digits that Python itself refuses are numbers too.
+_LENIENT = json.JSONDecoder(parse_int=float)
 
 
 @dataclass(frozen=True)
@@ -53,22 +43,6 @@ class RecordError(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-
-def kind_of(path: Path) -> Kind:
-    """How a file is compressed, by its first bytes.
-
-    Raises UsageError for what is no UTF-8 JSON lines file at all, CorruptError for a suffix that the content belies.
-    """
-    with open(path, "rb") as stream:
-        head = stream.read(8)
-    kind: Kind = "gzip" if head.startswith(_GZIP) else "zstd" if head.startswith(_ZSTD) else "plain"
-    named = _SUFFIXES.get(path.suffix)
-    if named is not None and named != kind:
-        raise CorruptError(f"{path}: named {path.suffix}, but starts with {head!r}; it was cut or is misnamed")
-    if kind == "plain":
-        _refuse_other_formats(path, head)
-    return kind
 
 
 class Lines:
@@ -99,10 +73,7 @@ class Lines:
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         """Pairs of byte offset and line, its line end included."""
         with open(self.path, "rb", buffering=0) as file:
-            try:
-                yield from self._read(file)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise _corrupt(self.path, str(error)) from error
+            yield from self._read(file)
 
     def _read(self, file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
         offset = 0
@@ -111,7 +82,7 @@ class Lines:
             offset = self._start - 1
             file.seek(offset)
         base = offset
-        stream = _open_stream(file, self.path, self._kind)
+        stream = open_stream(file, self.path, self._kind)
         if offset:
             offset += _skip_line(stream)
         first = True
@@ -119,9 +90,7 @@ class Lines:
         while line := readline(limit):
             start, size = offset, len(line)
             if first and start == 0:
-                if self._kind != "plain":
-                    _refuse_other_formats(self.path, line[:8])
-                line = line.removeprefix(_BOM)
+                line = line.removeprefix(BOM)
             first = False
             kept: bytes | None = line
             if size == limit and line[-1:] != b"\n":
@@ -135,21 +104,33 @@ class Lines:
                 self._on_skip()
 
 
+def parse_record(line: bytes) -> Any:
+    """The value of a line of JSON, as Megatron's tool reads it: NaN, Infinity, 1e999 and numbers of any length are JSON
+    here, and so is half a surrogate pair. Raises RecordError."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        try:
+            return _LENIENT.decode(line.decode())
+        except (ValueError, RecursionError):
+            raise _explain(line, error) from None
+
+
 def parse_texts(line: bytes, keys: Sequence[str]) -> list[str]:
     """The text under each key of one JSON record. Raises RecordError."""
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise _explain(line, error) from None
+        record, strict = orjson.loads(line), True
+    except orjson.JSONDecodeError:
+        record, strict = parse_record(line), False
     if type(record) is not dict:
-        raise RecordError("not an object", f"the record is {_name(record)}, expected an object")
+        raise RecordError("not an object", f"the record is {name_type(record)}, expected an object")
     texts = []
     for key in keys:
         text = record.get(key)
         if type(text) is not str:
-            if key not in record:
-                raise RecordError("missing key", f"no key {key!r} among {sorted(record)[:8]}")
-            raise RecordError("not text", f"{key!r} is {_name(text)}, expected a string")
+            raise _no_text(record, key, keys)
+        if not strict:
+            _check_surrogates(text, key)
         texts.append(text)
     return texts
 
@@ -163,9 +144,39 @@ def count_duplicate_keys(line: bytes, keys: Sequence[str], quoted: Sequence[byte
     def keep_last(found: list[tuple[str, Any]]) -> None:
         pairs[:] = found  # objects end from the inside out: the record itself comes last
 
-    json.loads(line, object_pairs_hook=keep_last)
+    try:
+        json.JSONDecoder(object_pairs_hook=keep_last, parse_int=float).decode(line.decode())
+    except RecursionError:  # orjson goes deeper; that such a record has a key twice is not known
+        return 0
     names = [name for name, _ in pairs]
     return sum(names.count(key) > 1 for key in keys)
+
+
+def _no_text(record: Mapping[str, Any], key: str, keys: Sequence[str]) -> RecordError:
+    """Why there is no text under a key, and which key to give instead."""
+    others = [
+        name
+        for name, value in record.items()
+        if type(value) is str and name not in keys and name.isprintable() and "/" not in name
+    ]
+    better = next((name for name in _USUAL_KEYS if name in others), None)
+    if better is None and others:
+        better = max(others, key=lambda name: len(record[name]))
+    hint = ""
+    if better is not None:
+        hint = f"; --json-keys {shlex.join(better if each == key else each for each in keys)}?"
+    if key in record:
+        return RecordError("not text", f"{key!r} is {name_type(record[key])}, expected a string{hint}")
+    names = [name[:24] for name in sorted(record)[:8]]
+    return RecordError("missing key", f"no key {key!r} among {names}{hint}")
+
+
+def _check_surrogates(text: str, key: str) -> None:
+    """Raise RecordError for half a surrogate pair, which no UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("lone surrogate", f"{key!r} has half a surrogate pair at character {error.start}") from None
 
 
 def _explain(line: bytes, error: orjson.JSONDecodeError) -> RecordError:
@@ -175,97 +186,20 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> RecordError:
         return RecordError("invalid UTF-8", f"{wrong.reason} at byte {wrong.start} of the line")
     if not line.endswith(b"\n"):
         return RecordError("cut last line", f"the file ends inside a record: {error}")
-    if "surrogate" in str(error):
-        return RecordError("lone surrogate", str(error))
     return RecordError("malformed JSON", str(error))
 
 
-def _name(value: object) -> str:
+def name_type(value: object) -> str:
+    """What a JSON value is, in words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}[type(value)]
 
 
-def _refuse_other_formats(path: Path, head: bytes) -> None:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in head[:4]:
-        raise UsageError(f"{path}: looks like UTF-16 or UTF-32; expected UTF-8: iconv -f UTF-16 -t UTF-8 {path}")
-    for magic, what in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise UsageError(f"{path}: this is {what}")
-
-
-def _open_stream(file: IO[bytes], path: Path, kind: Kind) -> IO[bytes]:
-    if kind == "plain":
-        return io.BufferedReader(file, _READ_BYTES)  # type: ignore[type-var]
-    if kind == "gzip":
-        source: io.RawIOBase = _Bounded(gzip.GzipFile(fileobj=file), file, path)
-    else:
-        source = _Bounded(_ZstdFrames(file, path), file, path)
-    return io.BufferedReader(source, _READ_BYTES)
-
-
-class _Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to grow out of all proportion to its file."""
-
-    def __init__(self, source: Any, file: IO[bytes], path: Path) -> None:
-        self._source, self._file, self._path = source, file, path
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = int(self._source.readinto(buffer))
-        self._num_bytes += count
-        if self._num_bytes > _COMPRESSION_FROM_BYTES and self._num_bytes > _MAX_COMPRESSION * self._file.tell():
-            raise CorruptError(f"{self._path}: more than {_MAX_COMPRESSION} bytes from each byte; no corpus does that")
-        return count
-
-
-class _ZstdFrames:
-    """Every frame of a zstandard file. zstandard's own reader takes a cut last frame for the end of the file."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        import zstandard
-
-        self._file, self._path = file, path
-        self._error = zstandard.ZstdError
-        self._context = zstandard.ZstdDecompressor()
-        self._frame = self._context.decompressobj()
-        self._fresh = True  # no byte of the present frame was read
-        self._ready = memoryview(b"")
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Bytes put into the buffer, 0 at the end of the file. Raises CorruptError."""
-        while not self._ready:
-            data = self._frame.unused_data if self._frame.eof else self._file.read(_ZSTD_READ_BYTES)
-            if self._frame.eof:
-                self._frame = self._context.decompressobj()
-                self._fresh = True
-                data = data or self._file.read(_ZSTD_READ_BYTES)
-            if not data:
-                if self._fresh:
-                    return 0
-                raise _corrupt(self._path, "the last zstandard frame has no end")
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise _corrupt(self._path, str(error)) from error
-            self._fresh = False
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _corrupt(path: Path, why: str) -> CorruptError:
-    return CorruptError(f"{path}: cut or damaged: {why}; fetch it again, or test it with gzip -t or zstd -t")
-
-
 def _skip_line(stream: IO[bytes]) -> int:
     """Read to the end of the line; the number of bytes read."""
     count = 0
-    while piece := stream.readline(_READ_BYTES):
+    while piece := stream.readline(READ_BYTES):
         count += len(piece)
         if piece.endswith(b"\n"):
             break

@@ -24,13 +24,17 @@ BAD = {
     "trailing comma": (b'{"text": "a",}\n', "malformed JSON"),
     "two objects": (b'{"text": "a"} {"text": "b"}\n', "malformed JSON"),
     "trailing garbage": (b'{"text": "a"} x\n', "malformed JSON"),
-    "NaN": (b'{"text": "a", "n": NaN}\n', "malformed JSON"),
+    "NaN for a text": (b'{"text": NaN}\n', "not text"),
     "raw NUL": (b'{"text": "a\x00b"}\n', "malformed JSON"),
     "raw control character": (b'{"text": "a\tb"}\n', "malformed JSON"),
     "bad escape": (b'{"text": "\\x41"}\n', "malformed JSON"),
     "mark in the middle of a file": (b'\xef\xbb\xbf{"text": "a"}\n', "malformed JSON"),
     "nesting bomb": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "malformed JSON"),
-    "number of 5,000 digits": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "malformed JSON"),
+    "nesting bomb with NaN": (b'{"text": NaN, "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "malformed JSON"),
+    "NaN in small letters": (b'{"text": "a", "n": nan}\n', "malformed JSON"),
+    "number with a leading zero": (b'{"text": "a", "n": 01}\n', "malformed JSON"),
+    "invalid UTF-8 beside NaN": (b'{"text": "a\xff", "n": NaN}\n', "invalid UTF-8"),
+    "lone surrogate beside NaN": (b'{"text": "a\\ud800b", "n": NaN}\n', "lone surrogate"),
     "invalid UTF-8": (b'{"text": "a\xff"}\n', "invalid UTF-8"),
     "cut UTF-8": (b'{"text": "a\xe4\xb8"}\n', "invalid UTF-8"),
     "encoded surrogate": (b'{"text": "\xed\xa0\x80"}\n', "invalid UTF-8"),
@@ -69,7 +73,7 @@ def texts(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, reason) in BAD.items() if reason != "too long"])
 def test_each_kind_is_refused_and_says_why(kind: str) -> None:
-    """The parser alone, so that thirty kinds take no time; the whole command follows."""
+    """The parser alone, so that so many kinds take no time; the whole command follows."""
     line, reason = BAD[kind]
     with pytest.raises(RecordError) as caught:
         parse_texts(line, ["text"])
@@ -85,7 +89,7 @@ def test_all_kinds_in_one_file(shard_bytes: str, tmp_path: Path) -> None:
         want.append((2 * i + 2, len(content), reason))
         content += line
     path.write_bytes(content)
-    with pytest.raises(DataBudgetError, match=r"30 of 60 records are bad.*o\.quarantine\.jsonl"):
+    with pytest.raises(DataBudgetError, match=r"34 of 68 records are bad.*o\.quarantine\.jsonl"):
         preprocess(path, "--shard-bytes", shard_bytes)
     assert not list(tmp_path.glob("o_*"))
     found = quarantine(tmp_path)
@@ -139,6 +143,11 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
         b'{"text": "first", "text": "last wins"}\n',
         b'{"text": "of \\"text\\" and \\"text\\"", "meta": {"text": 1}}\n',
         b'{"text": ""}\n',
+        # What Megatron's tool takes, which reads with json.loads.
+        b'{"text": "its score is none", "score": NaN, "low": -Infinity, "high": [Infinity]}\n',
+        b'{"text": "too large", "id": 1e999, "n": ' + b"9" * 5000 + b', "m": 18446744073709551616}\n',
+        b'{"text": "surrogates elsewhere", "title": "\\ud800", "\\udfff": 1}\n',
+        b'{"text": "twice", "text": "a key twice beside NaN", "n": NaN}\n',
         b"\n",
         b'{"text": "no line end"}',
     ]
@@ -151,16 +160,20 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
         "last wins",
         'of "text" and "text"',
         "",
+        "its score is none",
+        "too large",
+        "surrogates elsewhere",
+        "a key twice beside NaN",
         "no line end",
     ]
     counts = read_manifest(tmp_path / "o_text_document.manifest.json").parameters["counts"]
     assert counts == {
-        "lines": 10,
+        "lines": 14,
         "blank_lines": 3,
-        "documents": 7,
+        "documents": 11,
         "empty_documents": 1,
         "bad_records": 0,
-        "duplicate_keys": 1,
+        "duplicate_keys": 2,
     }
 
 
