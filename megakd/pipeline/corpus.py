@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from megakd.console import tell
 from megakd.data.engines import Choice, choose_engine, give_back_memory
 from megakd.data.indexed import best_dtype, concatenate
 from megakd.data.tokenizer import build_tokenizer
-from megakd.durable import HashingWriter
-from megakd.errors import DataBudgetError, MismatchError, UsageError
-from megakd.file_names import as_json, printable
+from megakd.errors import MismatchError, UsageError
+from megakd.file_names import as_json
 from megakd.manifest import Manifest
+from megakd.pipeline.budget import QUARANTINE, Budget, check_budget, write_quarantine
 from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.pipeline.interrupt import BackgroundHashes, StopFlag
 from megakd.pipeline.lock import RunLock
@@ -36,8 +36,6 @@ from megakd.pipeline.unfinished import open_folder, remove_folder
 from megakd.pipeline.workers import WorkerPool
 
 _WORKER = "megakd.pipeline.shard_worker"
-QUARANTINE = ".quarantine.jsonl"
-"""What the name of the list of bad records ends in."""
 _ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
 _MAX_SHARDS = 4096
 # For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
@@ -72,8 +70,8 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         counts = Counts()
         for shard in (shard for per_file in shards for shard in per_file):
             counts.add(shard.counts)
-        quarantine = _write_quarantine(config, settings, shards, counts)
-        _check_budget(config, counts, quarantine)
+        quarantine = write_quarantine(config, settings.paths, shards)
+        check_budget(config, counts, settings.paths, shards, quarantine)
         parents = dict(zip(distinct_names(inputs), hashes.wait()))
         check_unchanged(inputs)
         manifests = []
@@ -151,16 +149,22 @@ def _encode(
     """Encode the shards that an earlier run has not."""
     jobs = []
     done_bytes = 0
+    budget = Budget(config, inputs, settings.shard_bytes)
     for file, item in enumerate(inputs):
         for shard, finished in enumerate(finished_shards(settings, file, verify=True)):
             stop.check()
             if finished is None:
                 jobs.append({"file": file, "shard": shard})
-            elif item.kind == "plain":
+                continue
+            budget.add_finished(file, shard, finished.counts, ended=finished.last)
+            if item.kind == "plain":
                 done_bytes += min(settings.shard_bytes, item.size_bytes - shard * settings.shard_bytes)
             elif finished.last:
                 done_bytes += item.size_bytes
     total = sum(item.size_bytes for item in inputs)
+    if jobs:
+        budget.check()
+        tell(f"reading {len(inputs)} files, {total / 1e6:.1f} MB, with {num_workers} workers")
     progress = Progress(total, done_bytes=done_bytes, log_interval=config.log_interval)
     positions: dict[tuple[int, int], int] = {}
 
@@ -174,9 +178,14 @@ def _encode(
             tokens=message["tokens"],
             bad=message["bad_records"],
         )
+        budget.add(job, message)
+
+    def stopped() -> bool:
+        progress.tick()
+        return stop.is_set()
 
     try:
-        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stop.is_set) as pool:
+        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stopped) as pool:
             pool.run(jobs, on_message)
     finally:
         progress.close()
@@ -193,47 +202,6 @@ def _collect(settings: Settings) -> list[list[Shard]]:
             raise MismatchError(f"{path}: changed while it was read; run again when it is complete")
         collected.append(shards)
     return collected
-
-
-def _write_quarantine(config: PreprocessConfig, settings: Settings, shards: list[list[Shard]], counts: Counts) -> Path:
-    """List the bad records of all shards, in the order of the inputs; without any, no such file is left."""
-    path = Path(config.output_prefix + QUARANTINE)
-    if counts.bad_records == 0:
-        path.unlink(missing_ok=True)
-        return path
-    with HashingWriter(path) as out:
-        for file, per_file in zip(settings.paths, shards):
-            for line in _bad_lines(file, per_file):
-                out.write(line)
-        out.commit()
-    return path
-
-
-def _bad_lines(file: str, shards: list[Shard]) -> Iterator[bytes]:
-    lines_before = 0
-    for shard in shards:
-        if shard.bad_path is not None:
-            with open(shard.bad_path, "rb") as stream:
-                for line in stream:
-                    record = orjson.loads(line)
-                    record["line"] += lines_before
-                    yield orjson.dumps({"file": printable(file), **record}, option=orjson.OPT_APPEND_NEWLINE)
-        lines_before += shard.counts.lines
-
-
-def _check_budget(config: PreprocessConfig, counts: Counts, quarantine: Path) -> None:
-    records = counts.documents + counts.bad_records
-    if counts.bad_records > config.bad_budget * records:
-        with open(quarantine, "rb") as stream:
-            first = orjson.loads(stream.readline())
-        budget = "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
-        raise DataBudgetError(
-            f"{counts.bad_records} of {records} records are bad, more than {budget} allows; all are in {quarantine}; "
-            f"the first is {first['file']} line {first['line']} byte {first['byte_offset']}: {first['reason']}: "
-            f"{first['detail']}. With a larger budget the same command finishes from what is done"
-        )
-    if counts.documents == 0:
-        raise UsageError(f"--input {' '.join(config.input)[:200]}: no document in {counts.lines} lines")
 
 
 def _parameters(config: PreprocessConfig, key: str, choice: Choice, counts: Counts) -> dict[str, Any]:

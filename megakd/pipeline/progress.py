@@ -7,14 +7,14 @@ import time
 
 from megakd.console import tell
 
-_LINE_SECONDS = 1.0
+_LINE_SECONDS, _SILENT_SECONDS = 1.0, 5.0
 
 
 class Progress:
     """Counts bytes, documents, tokens and bad records, and shows rates and the time that is left, on stderr.
 
     total_bytes: of the input as it lies on disk. done_bytes: already done by an earlier run.
-    log_interval: documents between two plain lines, which are also at least a second apart.
+    log_interval: documents between two plain lines, which are also at least a second apart, and at most five.
     """
 
     def __init__(self, total_bytes: int, *, done_bytes: int, log_interval: int) -> None:
@@ -36,13 +36,17 @@ class Progress:
         self.tokens += tokens
         self.bad += bad
         if self._bar is not None:
-            self._bar.set_postfix_str(self._rates(), refresh=False)
+            self._bar.set_postfix_str(f"{self._rates()}, {self.bad} bad", refresh=False)
             self._bar.update(num_bytes)
-        elif (
-            self.documents - self._shown_documents >= self._interval and time.monotonic() - self._shown >= _LINE_SECONDS
-        ):
+        self.tick()
+
+    def tick(self) -> None:
+        """Print a plain line if one is due; called now and then, also while nothing is done."""
+        silent = time.monotonic() - self._shown
+        many = self.documents - self._shown_documents >= self._interval
+        if self._bar is None and (silent >= _SILENT_SECONDS or (many and silent >= _LINE_SECONDS)):
             self._shown, self._shown_documents = time.monotonic(), self.documents
-            tell(f"Processed {self.documents} documents ({self._rates()}, {self._left()})")
+            tell(f"Processed {self.documents} documents, {self.bad} bad ({self._rates()}, {self._left()})")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -56,8 +60,7 @@ class Progress:
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         mega = (self._done - self._skipped) / 1e6 / seconds
-        bad = f", {self.bad} bad" if self.bad else ""
-        return f"{self.documents / seconds:.0f} docs/s, {mega:.1f} MB/s, {self.tokens / seconds:.3g} tokens/s{bad}"
+        return f"{self.documents / seconds:.0f} docs/s, {mega:.1f} MB/s, {self.tokens / seconds:.3g} tokens/s"
 
     def _left(self) -> str:
         seconds = time.monotonic() - self._started

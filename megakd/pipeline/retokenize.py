@@ -222,8 +222,12 @@ def _encode(
             bad=added["bad_documents"],
         )
 
+    def stopped() -> bool:
+        progress.tick()
+        return stop.is_set()
+
     try:
-        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stop.is_set) as pool:
+        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stopped) as pool:
             pool.run(jobs, on_message)
     finally:
         progress.close()

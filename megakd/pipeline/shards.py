@@ -22,11 +22,15 @@ from megakd.data.tokenizer import TokenizerType, UnencodableError, build_tokeniz
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError
 from megakd.manifest import write_manifest
-from megakd.pipeline.records import BadRecord, Kind, Lines, RecordError, count_duplicate_keys, parse_texts
+from megakd.pipeline.decompress import Kind
+from megakd.pipeline.records import BadRecord, Lines, RecordError, count_duplicate_keys, parse_texts
 from megakd.pipeline.unfinished import Tally, bad_records, read_committed
 
 _FORMAT, _FORMAT_VERSION = "preprocess-shard", 1
 _BATCH_BYTES = 1 << 20
+_REPORTED_BAD = 100  # bad records that a report carries, in case the run stops before the shard is committed
+LISTED = 10_000
+"""Bad records that are listed, of a shard and of a whole run: the first ones. More are counted."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +107,19 @@ def read_shard(settings: Settings, file: int, shard: int, *, verify: bool) -> Sh
 
 
 def encode_shards(
-    settings: Settings, engine: Engine, file: int, first: int, report: Callable[[Mapping[str, int]], object]
+    settings: Settings, engine: Engine, file: int, first: int, report: Callable[[Mapping[str, Any]], object]
 ) -> None:
     """Encode and commit shard ``first`` of a plain file, or ``first`` and all that follow of a compressed one.
 
-    report: called after each batch with what it added, as keyword counts.
+    report: called after each batch with the counts that it added, the ``position`` in the file as it lies on disk, from
+    where it was entered, the first of its ``bad`` records, and whether the file has ``ended``.
 
     Raises CorruptError for a file that is cut or damaged, NoSpaceError.
     """
     path, kind, size = Path(settings.paths[file]), settings.kinds[file], settings.shard_bytes
 
     def report_skipping() -> None:
-        report({**asdict(Counts()), "position": lines.num_bytes_read})
+        report({**asdict(Counts()), "bad": [], "position": lines.num_bytes_read, "ended": False})
 
     lines = Lines(path, kind, start=first * size, max_line_bytes=settings.max_doc_bytes, on_skip=report_skipping)
     shard, reader = first, iter(lines)
@@ -125,9 +130,9 @@ def encode_shards(
             while pending is not None and pending[0] < stop:
                 writer.add(*pending)
                 if writer.batch_bytes >= _BATCH_BYTES:
-                    report({**writer.flush(), "position": lines.num_bytes_read})
+                    report({**writer.flush(), "position": lines.num_bytes_read, "ended": False})
                 pending = next(reader, None)
-            report({**writer.flush(), "position": lines.num_bytes_read})
+            report({**writer.flush(), "position": lines.num_bytes_read, "ended": pending is None})
             writer.commit(last=pending is None)
         shard += 1
         if kind == "plain" or pending is None:
@@ -147,6 +152,7 @@ class _ShardWriter:
         self._counts = Counts()
         self._reported = Counts()
         self._bad: list[BadRecord] = []
+        self._num_bad_reported = 0
         self._lengths: list[list[NDArray[np.int32]]] = [[] for _ in self._keys]
         self._bins = [HashingWriter(self._bin_path(key)) for key in range(len(self._keys))]
         self._start_batch()
@@ -159,6 +165,7 @@ class _ShardWriter:
     def add(self, offset: int, line: bytes | None) -> None:
         """Take the line that starts at byte ``offset`` of the file; None for one that is too long."""
         self._counts.lines += 1
+        self.batch_bytes += self._settings.max_doc_bytes if line is None else len(line)  # bad ones too are progress
         if line is None:
             limit = self._settings.max_doc_bytes
             self._refuse(self._counts.lines, offset, RecordError("too long", f"over --max-doc-bytes {limit}"))
@@ -175,10 +182,9 @@ class _ShardWriter:
         for column, text in zip(self._texts, texts):
             column.append(text)
         self._places.append((self._counts.lines, offset))
-        self.batch_bytes += len(line)
 
-    def flush(self) -> dict[str, int]:
-        """Encode what was collected. Returns what was counted since the flush before."""
+    def flush(self) -> dict[str, Any]:
+        """Encode what was collected. Returns what was counted since the flush before, and ``bad`` records of that."""
         try:
             arrays = [self._engine.encode_arrays(texts) for texts in self._texts]
         except UnencodableError:
@@ -189,7 +195,9 @@ class _ShardWriter:
         self._start_batch()
         new = {name: count - getattr(self._reported, name) for name, count in asdict(self._counts).items()}
         self._reported = Counts(**asdict(self._counts))
-        return new
+        bad = self._bad[self._num_bad_reported :][:_REPORTED_BAD]
+        self._num_bad_reported = len(self._bad)
+        return {**new, "bad": [asdict(record) for record in bad]}
 
     def commit(self, *, last: bool) -> None:
         """Make the shard durable."""
@@ -215,7 +223,8 @@ class _ShardWriter:
 
     def _refuse(self, line: int, offset: int, error: RecordError) -> None:
         self._counts.bad_records += 1
-        self._bad.append(BadRecord(line, offset, error.reason, error.detail[:200]))
+        if len(self._bad) < LISTED:
+            self._bad.append(BadRecord(line, offset, error.reason, error.detail[:400]))
 
     def _encode_one_by_one(self) -> list[list[NDArray[np.integer[Any]]]]:
         arrays: list[list[NDArray[np.integer[Any]]]] = [[] for _ in self._keys]

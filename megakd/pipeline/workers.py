@@ -1,9 +1,9 @@
 """A pool of worker processes that nothing waits for in vain: a dead or silent one is seen in seconds.
 
-A worker is a module run as a program. It reads lines of JSON, the settings and then one job after another, and answers each
-with any number of lines, ``{"done": true}`` or ``{"error": name, "message": text}`` the last. Workers are started anew,
-never forked: no thread or lock of this process is in them. They end when their input does, so also when this process
-dies.
+A worker is a module run as a program. It reads lines of JSON, the settings and then one job after another, and
+answers each with any number of lines, ``{"done": true}`` or ``{"error": name, "message": text}`` the last. Workers
+are started anew, never forked: no thread or lock of this process is in them. They end when their input does, so also
+when this process dies.
 """
 
 from __future__ import annotations
