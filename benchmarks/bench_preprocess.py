@@ -102,10 +102,11 @@ def measure(folder: Path, mb: int, workers: int, repeats: int) -> list[dict[str,
             "--append-eod",
         ]
         flags += ["--workers", str(workers)]
-        ours = run([sys.executable, "-m", "megakd", "preprocess", *flags, "--output-prefix", str(ours_out)], repeats)
+        command = [sys.executable, "-m", "megakd", "preprocess", *flags, "--output-prefix", str(ours_out)]
+        ours = run(command, repeats, made=f"{ours_out.name}_*", folder=folder)
         print(f"{kind}: {ours.errors.splitlines()[0]}", flush=True)
         peer_name, command = peer_command(kind, corpus, model, peer_out, workers, flags)
-        peer = run(command, 1)
+        peer = run(command, 1, made=f"{peer_out.name}_*", folder=folder)
         same = all(
             Path(f"{ours_out}_text_document{end}").read_bytes() == Path(f"{peer_out}_text_document{end}").read_bytes()
             for end in (".bin", ".idx")
@@ -143,10 +144,19 @@ def peer_command(
     return name, [sys.executable, __file__, "--stand-in", kind, str(corpus), str(model), str(out), str(workers)]
 
 
-def run(command: list[str], repeats: int) -> Run:
-    """The run with the median CPU time, and the memory of one more: looking at it slows the processes down."""
-    watched = run_once(command, watch_memory=True)
-    runs = sorted((run_once(command, watch_memory=False) for _ in range(repeats)), key=lambda each: each.cpu_seconds)
+def run(command: list[str], repeats: int, *, made: str, folder: Path) -> Run:
+    """The run with the median CPU time, and the memory of one more: looking at it slows the processes down.
+
+    made: a glob of what each run makes in ``folder``; it is removed before, as a finished dataset is not made again.
+    """
+
+    def once(watch_memory: bool) -> Run:
+        for path in folder.glob(made):
+            path.unlink()
+        return run_once(command, watch_memory=watch_memory)
+
+    watched = once(True)
+    runs = sorted((once(False) for _ in range(repeats)), key=lambda each: each.cpu_seconds)
     middle = runs[(len(runs) - 1) // 2]
     return Run(middle.wall_seconds, middle.cpu_seconds, watched.resident_mb, middle.errors)
 

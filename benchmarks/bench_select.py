@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from megakd.config import parse
-from megakd.data.idx_format import write_idx
+from megakd.data.idx_format import manifest_path, write_idx
 from megakd.data.indexed import IndexedDataset, IndexedWriter
 from megakd.data.samples import ConcatSamples
 from megakd.data.scores import COUNTS, LOG_PROBS, finish_scores
-from megakd.data.selection import Selection, SelectionWriter
+from megakd.data.selection import MANIFEST, Selection, SelectionWriter
 from megakd.pipeline.select import select
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_materialize import materialize
@@ -179,6 +179,7 @@ def select_numpy(work: Path, num_samples: int) -> Any:
 
 
 def select_megakd(work: Path, num_samples: int) -> Any:
+    (work / "out" / MANIFEST).unlink(missing_ok=True)  # a finished selection is not made again
     flags = ["--teacher-scores", work / "teacher", "--reference-scores", work / "reference"]
     config = parse(SelectConfig, [*map(str, flags), "--output", str(work / "out")], prog="", description="")
     return select(config, open_sources(config)).domains["out"].kept
@@ -228,6 +229,8 @@ def copy_miniplm(work: Path, num_samples: int) -> Any:
 
 def copy_megakd(work: Path, num_samples: int) -> Any:
     samples = ConcatSamples(IndexedDataset(work / "data"), SEQ_LENGTH)
+    manifest_path(work / "ours").unlink(missing_ok=True)
+    (work / "ours.idx").unlink(missing_ok=True)
     materialize(samples, Selection(work / "kept"), work / "ours")
     return work / "ours.bin"
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megakd.data.indexed import IndexedDataset
 from megakd.data.samples import Samples
 from megakd.data.split import PartSamples
-from megakd.durable import HashingWriter, fsync_directory
+from megakd.durable import HashingWriter, fsync_directory, hash_file
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest, read_manifest, write_manifest
 
@@ -203,6 +203,10 @@ class SelectionWriter:
             tokenizer=tokenizer,
             files=[self._writer.commit()],
         )
+
+    def wrote(self, manifest: Manifest) -> bool:
+        """Whether the ids so far are those of a finished selection."""
+        return hash_file(self._writer.temporary).xxh3_128 == manifest.files[0].xxh3_128
 
     def abort(self) -> None:
         """Remove what was written; does nothing after `finish`."""

@@ -15,12 +15,12 @@ from megakd.file_names import printable
 from megakd.pipeline.decompress import most_bytes
 from megakd.pipeline.inputs import Input
 from megakd.pipeline.preprocess_config import PreprocessConfig
-from megakd.pipeline.shards import LISTED, Counts, Shard
+from megakd.pipeline.shards import Counts, Shard
+from megakd.pipeline.unfinished import LISTED, WORTH_STOPPING_BYTES
 
 QUARANTINE = ".quarantine.jsonl"
 """What the name of the list of bad records ends in."""
 _ALL_BAD = 1000  # records without one good among them, at which a run stops whatever is still to come
-_WORTH_STOPPING_BYTES = 16 << 20  # less is read in a moment, and then the list is whole
 
 
 class Budget:
@@ -64,7 +64,7 @@ class Budget:
         fraction, records = self._config.bad_budget, self._documents + self._bad
         if fraction < 1 and self._documents == 0 and self._bad >= _ALL_BAD and left:
             self._stop(f"the first {self._bad} records are all bad")
-        if left > _WORTH_STOPPING_BYTES and self._bad > fraction * (records + self._most_to_come()):
+        if left > WORTH_STOPPING_BYTES and self._bad > fraction * (records + self._most_to_come()):
             self._stop(
                 f"{self._bad} of {records} records are bad so far, more than {allowance(self._config)} allows whatever "
                 f"the {left / 1e6:.0f} MB hold that are left to read",
@@ -111,6 +111,16 @@ def write_quarantine(config: PreprocessConfig, paths: Sequence[str], shards: Seq
     lines = itertools.chain.from_iterable(_bad_lines(file, per_file) for file, per_file in zip(paths, shards))
     _write(path, itertools.islice(lines, LISTED))
     return path
+
+
+def check_counts(config: PreprocessConfig, counts: Counts) -> None:
+    """Raise DataBudgetError where a dataset that is finished has more bad records than are allowed now."""
+    records = counts.documents + counts.bad_records
+    if counts.bad_records > config.bad_budget * records:
+        raise DataBudgetError(
+            f"{config.output_prefix}: {counts.bad_records} of {records} records were bad when it was made, more than "
+            f"{allowance(config)} allows"
+        )
 
 
 def check_budget(

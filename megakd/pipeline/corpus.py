@@ -20,12 +20,14 @@ import xxhash
 from megakd import __version__
 from megakd.console import tell
 from megakd.data.engines import Choice, choose_engine, give_back_memory
+from megakd.data.idx_format import manifest_path
 from megakd.data.indexed import best_dtype, concatenate
 from megakd.data.tokenizer import build_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.file_names import as_json
-from megakd.manifest import Manifest
-from megakd.pipeline.budget import QUARANTINE, Budget, check_budget, write_quarantine
+from megakd.manifest import Manifest, read_manifest
+from megakd.pipeline.budget import QUARANTINE, Budget, check_budget, check_counts, write_quarantine
+from megakd.pipeline.finished import find_dataset, say_complete
 from megakd.pipeline.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.pipeline.interrupt import BackgroundHashes, StopFlag
 from megakd.pipeline.lock import RunLock
@@ -43,10 +45,11 @@ _RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 304 << 20, 112 << 20
 
 
 def preprocess(config: PreprocessConfig) -> list[Manifest]:
-    """Tokenize; returns the manifest of each key's dataset.
+    """Tokenize; returns the manifest of each key's dataset. Datasets that are there already and are the same are kept.
 
-    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile, CorruptError for a cut or
-    damaged input, NoSpaceError, ChildProcessError for workers that keep dying, StoppedBySignal.
+    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile and for other datasets in the
+    place of these, CorruptError for a cut or damaged input, NoSpaceError, ChildProcessError for workers that keep
+    dying, StoppedBySignal.
     """
     with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
         inputs = find_inputs(config.input, own=config.output_prefix + QUARANTINE)
@@ -60,10 +63,15 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         give_back_memory()
 
         root = Path(config.work_dir or config.output_prefix + ".work")
-        folder = open_folder(root, _fingerprint(config, inputs, choice, description))
+        folder = root / _fingerprint(config, inputs, choice, description)
+        hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
+        if done := _find_finished(config, inputs, description, hashes, unfinished=folder.is_dir()):
+            if folder.is_dir():
+                remove_folder(root, folder)
+            return done
+        open_folder(root, folder.name)
         num_workers = config.workers or len(os.sched_getaffinity(0))
         settings = _settings(config, inputs, choice, description, folder, num_workers)
-        hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
         progress = _encode(config, settings, inputs, num_workers, stop)
 
         shards = _collect(settings)
@@ -79,7 +87,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
             manifests.append(
                 concatenate(
                     [shard.parts[column] for per_file in shards for shard in per_file],
-                    f"{config.output_prefix}_{key}_document",
+                    dataset_prefix(config, key),
                     dtype=dtype,
                     parameters=_parameters(config, key, choice, counts),
                     parents=parents,
@@ -94,6 +102,55 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
             f"{counts.duplicate_keys} duplicate keys; {progress.summary()}"
         )
     return manifests
+
+
+def dataset_prefix(config: PreprocessConfig, key: str) -> str:
+    """Where the dataset of a key goes."""
+    return f"{config.output_prefix}_{key}_document"
+
+
+def _find_finished(
+    config: PreprocessConfig,
+    inputs: list[Input],
+    tokenizer: Mapping[str, Any],
+    hashes: BackgroundHashes,
+    *,
+    unfinished: bool,
+) -> list[Manifest] | None:
+    """The manifests of the datasets, if all are there and are what would be made now.
+
+    Raises MismatchError for others; flags are compared first, inputs by their content: all of it is read then.
+    """
+
+    def find(key: str, parents: Mapping[str, str]) -> Manifest | None:
+        return find_dataset(
+            dataset_prefix(config, key),
+            parameters={"json_key": key, "append_eod": config.append_eod, "max_doc_bytes": config.max_doc_bytes},
+            parents=parents,
+            tokenizer=tokenizer,
+            flag="--output-prefix",
+            unfinished=unfinished,
+        )
+
+    paths = [manifest_path(dataset_prefix(config, key)) for key in config.json_keys]
+    recorded = [read_manifest(path, check_files=False).parents for path in paths if path.exists()]
+    names = distinct_names(inputs)
+    for parents in recorded or [{}]:  # what needs no reading
+        same = set(parents) == set(names)
+        for key in config.json_keys:
+            find(key, parents if same else dict.fromkeys(names, "an input"))
+    if not recorded:
+        return None
+    tell("comparing the inputs with those of the dataset that is there")
+    parents = dict(zip(names, hashes.wait()))
+    found = [find(key, parents) for key in config.json_keys]
+    done = [manifest for manifest in found if manifest is not None]
+    if len(done) < len(found):
+        return None
+    for key in config.json_keys:
+        say_complete(dataset_prefix(config, key))
+    check_counts(config, Counts(**{"tokens": 0, **done[0].parameters["counts"]}))
+    return done
 
 
 def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, tokenizer: Mapping[str, Any]) -> str:

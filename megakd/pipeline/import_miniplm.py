@@ -36,6 +36,7 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.durable import hash_file
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_dataset, say_complete
 from megakd.pipeline.lock import RunLock
 from megakd.pipeline.miniplm_scores import MaskPolicy, import_scores
 
@@ -125,15 +126,30 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
         if len(dtypes) > 1:
             listing = "\n".join(f"  {prefix}: {dtype}" for prefix, (_, dtype) in zip(prefixes, opened))
             raise MismatchError(f"shards of different token dtypes:\n{listing}")
+        dtype = dtypes.pop()
+        parameters = {"imported_from": "MiniPLM"}
+        parents = {f"shard {i}": f"idx:{hash_file(idx_path(p)).xxh3_128}" for i, p in enumerate(prefixes)}
+        described = None if tokenizer is None else tokenizer.describe()
         num_bytes = sum(part.bin_path.stat().st_size for part, _ in opened)
+        done = find_dataset(
+            output,
+            parameters=parameters,
+            parents=parents,
+            tokenizer=described,
+            flag="--output-prefix",
+            unfinished=bin_path(output).exists() and bin_path(output).stat().st_size == num_bytes,
+        )
+        if done is not None:
+            say_complete(output)
+            return done
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="import", disable=None) as bar:
             return concatenate(
                 [part for part, _ in opened],
                 output,
-                dtype=dtypes.pop(),
-                parameters={"imported_from": "MiniPLM"},
-                parents={f"shard {i}": f"idx:{hash_file(idx_path(p)).xxh3_128}" for i, p in enumerate(prefixes)},
-                tokenizer=None if tokenizer is None else tokenizer.describe(),
+                dtype=dtype,
+                parameters=parameters,
+                parents=parents,
+                tokenizer=described,
                 progress=bar.update,
             )
 

@@ -50,9 +50,7 @@ class RunLock:
             ) from error
         if not self._path.exists() or not os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
             stream.close()
-            raise HeldError(
-                f"{self._path}: another run on this output has just ended; run again to replace what it made"
-            )
+            raise HeldError(f"{self._path}: another run on this output has just ended; run again to see what it made")
         self._stream = stream
         holder = {
             "host": socket.gethostname(),

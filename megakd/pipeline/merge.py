@@ -17,6 +17,7 @@ from megakd.data.indexed import IndexedDataset, concatenate
 from megakd.durable import make_parent
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_dataset, say_complete
 
 HELP = "join indexed datasets into one"
 
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(inputs: Sequence[Path], output: Path) -> Manifest:
     """Join the datasets at the prefixes ``inputs`` in this order.
 
-    Raises UsageError, MismatchError or CorruptError for inputs that cannot be joined, NoSpaceError before it starts to
-    write where the disk has too little room.
+    Raises UsageError, MismatchError or CorruptError for inputs that cannot be joined, MismatchError for another dataset
+    at ``output``, NoSpaceError before it starts to write where the disk has too little room.
     """
     if output.resolve() in [prefix.resolve() for prefix in inputs]:
         raise UsageError(f"{output}: the output is one of the inputs")
@@ -66,6 +67,16 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
     if len({dataset.dtype for dataset in datasets}) > 1:
         listing = "\n".join(f"  {dataset.prefix}: {dataset.dtype}" for dataset in datasets)
         raise MismatchError(f"datasets of different token dtypes:\n{listing}")
+    parents = {f"input {number}": dataset.fingerprint for number, dataset in enumerate(datasets)}
+    tokenizer = _common_tokenizer(datasets)
+    num_bytes = sum(bin_path(prefix).stat().st_size for prefix in inputs)
+    killed = bin_path(output).exists() and bin_path(output).stat().st_size == num_bytes
+    done = find_dataset(
+        output, parameters={}, parents=parents, tokenizer=tokenizer, flag="--output-prefix", unfinished=killed
+    )
+    if done is not None:
+        say_complete(output)
+        return done
     needed = sum(path(prefix).stat().st_size for prefix in inputs for path in (bin_path, idx_path))
     free = shutil.disk_usage(output.parent).free
     if needed > free:
@@ -74,8 +85,8 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
         return concatenate(
             inputs,
             output,
-            parents={f"input {number}": dataset.fingerprint for number, dataset in enumerate(datasets)},
-            tokenizer=_common_tokenizer(datasets),
+            parents=parents,
+            tokenizer=tokenizer,
             progress=bar.update,
         )
 

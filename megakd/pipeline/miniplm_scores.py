@@ -17,9 +17,10 @@ from megakd.data.boundaries import INDEX_AND_IDS
 from megakd.data.indexed import IndexedDataset
 from megakd.data.ranges import DocumentSamples
 from megakd.data.recorded import recorded_tokenizer
-from megakd.data.scores import COUNTS, LOG_PROBS, finish_scores
+from megakd.data.scores import COUNTS, FORMAT, LOG_PROBS, MANIFEST, VERSION, finish_scores
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_finished, say_complete
 
 MaskPolicy = Literal["all", "skip_after_eod"]
 _CHUNK = 1 << 12
@@ -36,7 +37,7 @@ def import_scores(
     positions whose input is ``eod``.
 
     Raises UsageError where there are none, CorruptError for values that are no such scores, MismatchError where they
-    are not as many as the documents.
+    are not as many as the documents, or where other scores are in ``output``.
     """
     samples = DocumentSamples(dataset, seq_length)
     if mask_policy == "skip_after_eod" and eod is None:
@@ -55,23 +56,38 @@ def import_scores(
     hashed = xxhash.xxh3_128()
     for each in means:
         hashed.update(each.tobytes())
+    parameters = {
+        "packing": samples.packing,
+        "seq_length": seq_length,
+        "mask_policy": mask_policy,
+        # an instance is a sample, so no document of the index starts inside one
+        **({} if mask_policy == "all" else {"boundaries": INDEX_AND_IDS}),
+        "precision": "fp16",  # the only one MiniPLM's scorer has by default; its files do not say
+        "imported_from": "MiniPLM",
+    }
+    # The files name no model: what they hold has to stand for it.
+    parents = {"dataset": dataset.fingerprint, "model": f"miniplm-scores:{hashed.hexdigest()}"}
+    tokenizer = recorded_tokenizer(dataset)
+    done = find_finished(
+        output / MANIFEST,
+        format=FORMAT,
+        version=VERSION,
+        parameters=parameters,
+        parents=parents,
+        tokenizer=tokenizer,
+        flag="--scores-output",
+    )
+    if done is not None:
+        say_complete(output)
+        return done
     counts = _counts(samples, skipped)
     return finish_scores(
         output,
         {LOG_PROBS: _log_probs(means, counts), COUNTS: [counts]},
         num_samples=total,
-        parameters={
-            "packing": samples.packing,
-            "seq_length": seq_length,
-            "mask_policy": mask_policy,
-            # an instance is a sample, so no document of the index starts inside one
-            **({} if mask_policy == "all" else {"boundaries": INDEX_AND_IDS}),
-            "precision": "fp16",  # the only one MiniPLM's scorer has by default; its files do not say
-            "imported_from": "MiniPLM",
-        },
-        # The files name no model: what they hold has to stand for it.
-        parents={"dataset": dataset.fingerprint, "model": f"miniplm-scores:{hashed.hexdigest()}"},
-        tokenizer=recorded_tokenizer(dataset),
+        parameters=parameters,
+        parents=parents,
+        tokenizer=tokenizer,
     )
 
 

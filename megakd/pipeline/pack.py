@@ -9,9 +9,11 @@ from megakd.config import option, parse
 from megakd.console import tell
 from megakd.data.indexed import IndexedDataset
 from megakd.data.recorded import open_tokenizer
-from megakd.data.sentences import manifest_path, write_sentences
-from megakd.data.tokenizer import TokenizerType
+from megakd.data.sentences import FORMAT, VERSION, manifest_path, write_sentences
+from megakd.data.tokenizer import Tokenizer, TokenizerType
 from megakd.errors import ExitStatus
+from megakd.manifest import Manifest, read_manifest
+from megakd.pipeline.finished import find_finished, say_complete
 
 HELP = "cut a dataset into samples that end with a sentence"
 
@@ -37,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer_model=config.tokenizer_model,
         vocab_size=config.vocab_size,
     )
-    manifest = write_sentences(dataset, config.seq_length, tokenizer)
+    manifest = _find_packing(dataset, config.seq_length, tokenizer)
+    if manifest is None:
+        manifest = write_sentences(dataset, config.seq_length, tokenizer)
     count = manifest.parameters["num_samples"]
     tell(
         f"{manifest_path(dataset, config.seq_length)}: {count} samples of {dataset.num_tokens} tokens, "
@@ -45,3 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         on="stdout",
     )
     return ExitStatus.COMPLETE
+
+
+def _find_packing(dataset: IndexedDataset, seq_length: int, tokenizer: Tokenizer) -> Manifest | None:
+    """The packing that is there; None without one, and for one of what the dataset was before.
+
+    Raises MismatchError for one that another tokenizer made.
+    """
+    path = manifest_path(dataset, seq_length)
+    parents = {"dataset": dataset.fingerprint}
+    if not path.exists() or read_manifest(path, format=FORMAT, check_files=False).parents != parents:
+        return None
+    done = find_finished(
+        path,
+        format=FORMAT,
+        version=VERSION,
+        parameters={"packing": "sentence", "seq_length": seq_length},
+        parents=parents,
+        tokenizer=tokenizer.describe(),
+        flag="tokenizer, the one that it was made with",
+    )
+    if done is not None:
+        say_complete(path)
+    return done

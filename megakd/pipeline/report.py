@@ -11,7 +11,7 @@ import orjson
 from megakd.config import parse, to_dict
 from megakd.data.recorded import open_tokenizer
 from megakd.durable import atomic_write
-from megakd.errors import ExitStatus
+from megakd.errors import ExitStatus, MismatchError
 from megakd.file_names import as_json
 from megakd.pipeline.lock import RunLock
 from megakd.pipeline.report_config import ReportConfig
@@ -28,6 +28,7 @@ FORMAT, VERSION = "megakd-report", 1
 TABLES = (
     "scores", "cumulative", "nll", "domains", "lengths", "correlations", "agreement", "diversity", "extremes",
 )  # fmt: skip
+_DECIDING = ("ratio", "teacher_scale", "normalise", "domains", "exclude_ids")
 _DESCRIPTION = (
     "Look at the scores of a dataset and at what is kept of it: distributions, teacher against reference, kept shares "
     "by domain and length, agreement with a second scoring, the samples at either end, distinct n-grams. Writes CSV "
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder / "report.lock"):
+        _refuse_other(folder, config, scoring)
         num_drawn = 0 if samples is None else config.diversity_samples
         figures = count(scoring, bins=config.bins, num_extremes=config.extremes, num_drawn=num_drawn)
         ngrams = diversity(samples, figures.drawn) if samples is not None and num_drawn else []
@@ -89,17 +91,43 @@ def write(
             else:
                 atomic_write(folder / f"{name}{suffix}", content)
     atomic_write(folder / "report.html", page)
-    parents = {f"scores {name}": scores.fingerprint for name, scores in scoring.source.scores.items()}
-    if scoring.selection is not None:
-        parents["selection"] = scoring.selection.fingerprint
     record = {
         "format": FORMAT,
         "version": VERSION,
         "config": to_dict(config),
-        "parents": {"dataset": scoring.source.dataset, **parents},
+        "parents": _parents(scoring),
         "facts": head.facts,
         "warnings": head.warnings,
     }
     atomic_write(
         folder / "report.json", orjson.dumps(as_json(record), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     )
+
+
+def _parents(scoring: Scoring) -> dict[str, str]:
+    parents = {f"scores {name}": scores.fingerprint for name, scores in scoring.source.scores.items()}
+    if scoring.selection is not None:
+        parents["selection"] = scoring.selection.fingerprint
+    return {"dataset": scoring.source.dataset, **parents}
+
+
+def _refuse_other(folder: Path, config: ReportConfig, scoring: Scoring) -> None:
+    """Raise MismatchError for a folder with the report of other scores, or of another score made of them.
+
+    What is shown of them, bins and extremes, may be changed.
+    """
+    try:
+        record = orjson.loads((folder / "report.json").read_bytes())
+        there = {**record["parents"], **{name: record["config"].get(name) for name in _DECIDING}}
+    except (FileNotFoundError, orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
+        return  # none, or none that was finished
+    here = {**_parents(scoring), **{name: getattr(config, name) for name in _DECIDING}}
+    wrong = [
+        f"{key}: {there.get(key)} there, {here.get(key)} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]
+    if wrong:
+        raise MismatchError(
+            f"{folder} holds another report than this: {'; '.join(wrong)}. Give another --output, or remove the folder"
+        )

@@ -7,6 +7,7 @@ often the run was killed.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,11 +26,12 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.durable import HashingWriter
 from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_dataset, say_complete
 from megakd.pipeline.interrupt import StopFlag
 from megakd.pipeline.lock import RunLock
 from megakd.pipeline.progress import Progress
 from megakd.pipeline.retokenize_shards import Counts, Settings, Shard, document_ranges, read_shard
-from megakd.pipeline.unfinished import open_folder, remove_folder
+from megakd.pipeline.unfinished import LISTED, WORTH_STOPPING_BYTES, open_folder, remove_folder
 from megakd.pipeline.workers import WorkerPool
 
 HELP = "turn a dataset into another tokenizer's, document by document"
@@ -118,7 +120,21 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         give_back_memory()
 
         root = Path(config.work_dir or config.output_prefix + ".work")
-        folder = open_folder(root, _fingerprint(config, dataset, old, new, choice, shard_tokens))
+        fingerprint = _fingerprint(config, dataset, old, new, choice, shard_tokens)
+        source_tokenizer = {key: value for key, value in old.items() if key != "path"}
+        done = find_dataset(
+            config.output_prefix,
+            parameters={"append_eod": config.append_eod, "source_tokenizer": source_tokenizer},
+            parents={"dataset": dataset.fingerprint},
+            tokenizer=new,
+            flag="--output-prefix",
+            unfinished=(root / fingerprint).is_dir(),
+        )
+        if done is not None:
+            say_complete(config.output_prefix)
+            _check_counts(config, Counts(**{"tokens": 0, **done.parameters["counts"]}))
+            return done
+        folder = open_folder(root, fingerprint)
         settings = Settings(**{**asdict(settings), "choice": choice.as_dict(), "folder": str(folder)})
         ranges = document_ranges(dataset, shard_tokens)
         progress = _encode(config, settings, dataset, ranges, num_workers, stop)
@@ -133,7 +149,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
             dtype=best_dtype(new["vocab_size"]),
             parameters={
                 "append_eod": config.append_eod,
-                "source_tokenizer": {key: value for key, value in old.items() if key != "path"},
+                "source_tokenizer": source_tokenizer,
                 "tokenizer_engine": choice.as_dict(),
                 "counts": {name: count for name, count in asdict(counts).items() if name != "tokens"},
             },
@@ -202,7 +218,7 @@ def _encode(
     stop: StopFlag,
 ) -> Progress:
     """Do the shards that an earlier run has not."""
-    itemsize, done_tokens, jobs = dataset.dtype.itemsize, 0, []
+    itemsize, done_tokens, jobs, bad = dataset.dtype.itemsize, 0, [], 0
     for number, (first, last) in enumerate(ranges):
         stop.check()
         finished = read_shard(settings.folder, number, verify=True)
@@ -210,6 +226,7 @@ def _encode(
             jobs.append({"shard": number, "first": first, "stop": last})
         else:
             done_tokens += finished.counts.source_tokens
+            bad += finished.counts.bad_documents
     progress = Progress(
         dataset.num_tokens * itemsize, done_bytes=done_tokens * itemsize, log_interval=config.log_interval
     )
@@ -221,6 +238,10 @@ def _encode(
             tokens=added["tokens"],
             bad=added["bad_documents"],
         )
+        nonlocal done_tokens
+        done_tokens += added["source_tokens"]
+        if (dataset.num_tokens - done_tokens) * itemsize > WORTH_STOPPING_BYTES:
+            _check_still_possible(config, settings, dataset, bad + progress.bad, num_shards=len(ranges))
 
     def stopped() -> bool:
         progress.tick()
@@ -247,7 +268,7 @@ def _write_quarantine(config: RetokenizeConfig, shards: Sequence[Shard]) -> Path
         path.unlink(missing_ok=True)
         return path
     with HashingWriter(path) as out:
-        for line in _bad_lines(shards):
+        for line in itertools.islice(_bad_lines(shards), LISTED):
             out.write(line)
         out.commit()
     return path
@@ -260,15 +281,44 @@ def _bad_lines(shards: Sequence[Shard]) -> Iterator[bytes]:
                 yield from stream
 
 
+def _check_still_possible(
+    config: RetokenizeConfig, settings: Settings, dataset: IndexedDataset, num_bad: int, *, num_shards: int
+) -> None:
+    """Raise DataBudgetError once more documents are bad than are allowed of all that there are."""
+    if num_bad <= (0.0 if config.strict else config.max_bad_fraction) * dataset.num_documents:
+        return
+    done = [read_shard(settings.folder, number, verify=False) for number in range(num_shards)]
+    path = _write_quarantine(config, [shard for shard in done if shard is not None])
+    listed = f"; some are in {path}" if path.exists() else ""
+    raise DataBudgetError(
+        f"the text of {num_bad} documents did not survive so far, more than {_allowance(config)} allows of the "
+        f"{dataset.num_documents} that there are{listed}. Is it the tokenizer that made them "
+        "(--source-tokenizer-model)? With a larger budget the same command continues from what is done"
+    )
+
+
+def _allowance(config: RetokenizeConfig) -> str:
+    return "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
+
+
+def _check_counts(config: RetokenizeConfig, counts: Counts) -> None:
+    """Raise DataBudgetError where a finished dataset has more than is allowed now."""
+    if counts.bad_documents > (0.0 if config.strict else config.max_bad_fraction) * counts.documents:
+        raise DataBudgetError(
+            f"{config.output_prefix}: the text of {counts.bad_documents} of {counts.documents} documents did not "
+            "survive when it was made, more than is allowed now"
+        )
+
+
 def _check_budget(config: RetokenizeConfig, counts: Counts, quarantine: Path) -> None:
     budget = 0.0 if config.strict else config.max_bad_fraction
     if counts.bad_documents > budget * counts.documents:
         with open(quarantine, "rb") as stream:
             first = orjson.loads(stream.readline())
-        flag = "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
+        listed = "all" if counts.bad_documents <= LISTED else f"the first {LISTED}"
         raise DataBudgetError(
-            f"the text of {counts.bad_documents} of {counts.documents} documents does not survive, more than {flag} "
-            f"allows: {counts.undecodable} were not all text, {counts.normalised} are normalised by the new tokenizer; "
-            f"all are in {quarantine}; the first is document {first['document']}: {first['reason']} {first['detail']}. "
-            "With a larger budget the same command finishes from what is done"
+            f"the text of {counts.bad_documents} of {counts.documents} documents does not survive, more than "
+            f"{_allowance(config)} allows: {counts.undecodable} were not all text, {counts.normalised} are normalised "
+            f"by the new tokenizer; {listed} are in {quarantine}; the first is document {first['document']}: "
+            f"{first['reason']} {first['detail']}. With a larger budget the same command finishes from what is done"
         )

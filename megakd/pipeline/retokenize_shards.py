@@ -24,7 +24,7 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, bu
 from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, UsageError
 from megakd.manifest import write_manifest
-from megakd.pipeline.unfinished import Tally, bad_records, read_committed
+from megakd.pipeline.unfinished import LISTED, Tally, bad_records, read_committed
 
 _FORMAT, _FORMAT_VERSION = "retokenize-shard", 1
 _BATCH_TOKENS = 1 << 18
@@ -231,7 +231,8 @@ class Retokenizer:
             counts.bad_documents += 1
             reason = "undecodable" if lost else "normalised"
             detail = _first_difference(document.texts[changed[0]], backs[changed[0]]) if changed else ""
-            bad.append(orjson.dumps({"document": document.number, "reason": reason, "detail": detail}) + b"\n")
+            if len(bad) < LISTED:
+                bad.append(orjson.dumps({"document": document.number, "reason": reason, "detail": detail}) + b"\n")
 
     def _is_text(self, text: str, ids: NDArray[Any]) -> bool:
         """Whether the ids were text: what looks like a decoder's stopgap is none where it encodes to them again.

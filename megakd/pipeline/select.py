@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from megakd.config import parse
 from megakd.console import tell
-from megakd.data.selection import Selection, SelectionWriter
-from megakd.errors import CorruptError, ExitStatus, UsageError
+from megakd.data.selection import FORMAT, MANIFEST, VERSION, Selection, SelectionWriter
+from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_finished, say_complete
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_domains import Share, allocate, read_pieces
 from megakd.pipeline.select_materialize import materialize
@@ -96,11 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     """Write one selection for each source.
 
-    Raises CorruptError for scores that are not finite, with the first sample ids; UsageError for settings that keep
+    A selection that is there already and is the same is kept. Raises MismatchError for another one; CorruptError for
+    scores that are not finite, with the first sample ids; UsageError for settings that keep
     nothing, that contradict one another, or whose weights make finite scores infinite.
     """
     for source in sources:
         _refuse_sampled(source)
+        rule_now = _rule(config, sources, source, {})
+        _find_selection(source, {key: value for key, value in rule_now.items() if key != "domains"})
     pieces = read_pieces(config, sources)
     by_tokens = config.ratio_of == "tokens"
     threads = config.threads or len(os.sched_getaffinity(0))
@@ -221,19 +225,58 @@ def _write(
             domain.threshold = score_at(threshold)
         if not sum(writer.num_kept for writer in writers):
             raise UsageError("no sample is left to keep: see --drop-negative, --drop-top-fraction, --exclude-ids")
+        rules = [_rule(config, sources, source, domains) for source in sources]
+        there = [_find_selection(source, rule) for source, rule in zip(sources, rules)]
+        for writer, done in zip(writers, there):
+            if done is not None and not writer.wrote(done):
+                raise MismatchError(
+                    f"{done.path} keeps other samples by the same rule: the ranges of --domains were others. Give "
+                    "another --output, or remove it to select anew"
+                )
         return [
-            writer.finish(
-                packing=source.any_scores.manifest.parameters["packing"],
-                seq_length=int(source.any_scores.manifest.parameters["seq_length"]),
-                num_samples=source.num_samples,
-                dataset=source.dataset,
-                rule=_rule(config, sources, source, domains),
-                parents={f"scores {name}": scores.fingerprint for name, scores in source.scores.items()}
-                | source.excluded_by,
-                tokenizer=source.any_scores.manifest.tokenizer,
-            )
-            for writer, source in zip(writers, sources)
+            _keep(source, done)
+            if done is not None
+            else writer.finish(**_samples(source), rule=rule, parents=_parents(source), tokenizer=_tokenizer(source))
+            for writer, source, rule, done in zip(writers, sources, rules, there)
         ]
+
+
+def _find_selection(source: Source, rule: Mapping[str, Any]) -> Manifest | None:
+    """The selection that is there, if it was made by this rule from these scores. Raises MismatchError for another."""
+    samples = _samples(source)
+    return find_finished(
+        source.output / MANIFEST,
+        format=FORMAT,
+        version=VERSION,
+        parameters={**{key: value for key, value in samples.items() if key != "dataset"}, "rule": rule},
+        parents={**_parents(source), "dataset": samples["dataset"]},
+        tokenizer=_tokenizer(source),
+        flag="--output",
+    )
+
+
+def _keep(source: Source, done: Manifest) -> Manifest:
+    say_complete(source.output)
+    return done
+
+
+def _samples(source: Source) -> dict[str, Any]:
+    """What a selection is of."""
+    scored = source.any_scores.manifest.parameters
+    return {
+        "packing": scored["packing"],
+        "seq_length": int(scored["seq_length"]),
+        "num_samples": source.num_samples,
+        "dataset": source.dataset,
+    }
+
+
+def _parents(source: Source) -> dict[str, str]:
+    return {f"scores {name}": scores.fingerprint for name, scores in source.scores.items()} | source.excluded_by
+
+
+def _tokenizer(source: Source) -> Mapping[str, Any] | None:
+    return source.any_scores.manifest.tokenizer
 
 
 def _rule(

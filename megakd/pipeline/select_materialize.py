@@ -12,6 +12,7 @@ from megakd.data.indexed import IndexedWriter
 from megakd.data.samples import Samples
 from megakd.data.selection import Selection
 from megakd.manifest import Manifest
+from megakd.pipeline.finished import find_dataset, say_complete
 
 _COPY_BYTES = 1 << 20  # stays in the cache while it is hashed, checked and written
 
@@ -21,8 +22,17 @@ def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifes
 
     Neighbours share a token, the last label of one and the first input of the next: where both are kept it is written
     once, as the next one's, so a run of kept samples is the range of tokens that it was.
+
+    Raises MismatchError for another dataset at ``prefix``.
     """
     dataset = samples.dataset
+    recorded = None if dataset.manifest is None else dataset.manifest.tokenizer
+    parameters = {"refined": {"packing": samples.packing, "seq_length": samples.seq_length}}
+    parents = {"dataset": dataset.fingerprint, "selection": selection.fingerprint}
+    done = find_dataset(prefix, parameters=parameters, parents=parents, tokenizer=recorded, flag="--materialize")
+    if done is not None:
+        say_complete(prefix)
+        return done
     size = dataset.dtype.itemsize
     source = dataset.tokens.view(np.uint8)
     at_once = max(1, _COPY_BYTES // (size * (samples.seq_length + 1)))
@@ -36,12 +46,7 @@ def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifes
             sizes = np.add.reduceat(lengths, runs) * size
             gather_bytes(source, starts[runs] * size, sizes, tokens.view(np.uint8))
             writer.add_documents(tokens, lengths.astype(np.int32))
-        recorded = dataset.manifest
-        return writer.finish(
-            parameters={"refined": {"packing": samples.packing, "seq_length": samples.seq_length}},
-            parents={"dataset": dataset.fingerprint, "selection": selection.fingerprint},
-            tokenizer=None if recorded is None else recorded.tokenizer,
-        )
+        return writer.finish(parameters=parameters, parents=parents, tokenizer=recorded)
 
 
 def document_ranges(

@@ -24,13 +24,11 @@ from megakd.errors import CorruptError
 from megakd.manifest import write_manifest
 from megakd.pipeline.decompress import Kind
 from megakd.pipeline.records import BadRecord, Lines, RecordError, count_duplicate_keys, parse_texts
-from megakd.pipeline.unfinished import Tally, bad_records, read_committed
+from megakd.pipeline.unfinished import LISTED, Tally, bad_records, read_committed
 
 _FORMAT, _FORMAT_VERSION = "preprocess-shard", 1
 _BATCH_BYTES = 1 << 20
 _REPORTED_BAD = 100  # bad records that a report carries, in case the run stops before the shard is committed
-LISTED = 10_000
-"""Bad records that are listed, of a shard and of a whole run: the first ones. More are counted."""
 
 
 @dataclass(frozen=True)

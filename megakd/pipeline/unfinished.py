@@ -13,6 +13,11 @@ from megakd.durable import fsync_directory
 from megakd.errors import CorruptError, UsageError
 from megakd.manifest import Manifest, read_manifest, verify_files
 
+LISTED = 10_000
+"""Bad records, or documents, that are listed, of a shard and of a whole run: the first ones. More are counted."""
+WORTH_STOPPING_BYTES = 16 << 20
+"""A run that cannot keep its budget stops where more is left; less is read in a moment, and then the list is whole."""
+
 
 @dataclass
 class Tally:

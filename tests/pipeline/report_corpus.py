@@ -53,10 +53,12 @@ class Corpus:
         return [str(word) for word in given]
 
     def report(self, *more: Any) -> dict[str, list[dict[str, str]]]:
+        (self.folder / "out" / "report.json").unlink(missing_ok=True)
         assert main(self.flags("--output", self.folder / "out", *more)) == 0
         return {path.stem: list(csv.DictReader(path.open())) for path in (self.folder / "out").glob("*.csv")}
 
     def select(self, *more: Any) -> list[int]:
+        (self.folder / "kept" / "selection.json").unlink(missing_ok=True)
         assert select(self.flags("--output", self.folder / "kept", *more)) == 0
         return [int(i) for i in Selection(self.folder / "kept").ids]
 

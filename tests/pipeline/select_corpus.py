@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.select_twin import gumbel, ordered, scores_of, take, write
 
 from megakd.config import parse
-from megakd.data.selection import Selection
+from megakd.data.selection import MANIFEST, Selection
 from megakd.pipeline.select import select
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_scores import open_sources
@@ -20,9 +20,12 @@ def configure(*argv: Any) -> SelectConfig:
 
 
 def run(*argv: Any) -> list[list[int]]:
-    """The ids of every output."""
+    """The ids of every output, selected afresh."""
     config = configure(*argv)
-    outcome = select(config, open_sources(config))
+    sources = open_sources(config)
+    for output in config.output:
+        Path(output, MANIFEST).unlink(missing_ok=True)
+    outcome = select(config, sources)
     assert [m.parameters["num_kept"] for m in outcome.manifests] == [len(Selection(o)) for o in config.output]
     return [Selection(output).ids.tolist() for output in config.output]
 

@@ -14,7 +14,7 @@ from megakd.errors import DataBudgetError, UsageError
 from megakd.manifest import read_manifest
 from megakd.pipeline import budget as budget_module
 from megakd.pipeline import progress as progress_module
-from megakd.pipeline import shards as shards_module
+from megakd.pipeline import unfinished
 from megakd.pipeline.budget import Budget
 from megakd.pipeline.inputs import Input
 from megakd.pipeline.preprocess import main
@@ -100,7 +100,7 @@ def test_a_file_with_other_keys_than_the_rest_is_named(tmp_path: Path) -> None:
 def test_a_budget_that_cannot_be_kept_ends_the_run_and_a_larger_one_continues_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(budget_module, "_WORTH_STOPPING_BYTES", 1000)
+    monkeypatch.setattr(budget_module, "WORTH_STOPPING_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     long = b'{"text": "' + b"words " * 2000 + b'"}\n'
     path.write_bytes((long * 9 + WRONG) * 100)
@@ -122,7 +122,7 @@ def test_the_list_is_capped_and_the_rest_counted(tmp_path: Path, monkeypatch: py
     with pytest.raises(DataBudgetError, match=r"12000 of 24000 .*; the first 10000 are in"):
         preprocess(path, "--shard-bytes", "300000")
     assert [record["line"] for record in listed(tmp_path)] == list(range(2, 20_001, 2))
-    assert shards_module.LISTED == 10_000
+    assert unfinished.LISTED == 10_000
 
 
 def make_budget(fraction: float, *inputs: tuple[str, int], shard_bytes: int = 1 << 24) -> Budget:

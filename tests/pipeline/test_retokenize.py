@@ -154,6 +154,21 @@ def test_a_normalising_tokenizer_is_refused_beyond_the_budget_and_told(tmp_path,
     assert met["source_bytes"] != met["target_bytes"]
 
 
+def test_it_stops_once_too_many_are_bad_of_all_there_are(tmp_path, models, capsys, monkeypatch):
+    monkeypatch.setattr(retokenize, "WORTH_STOPPING_BYTES", 0)
+    source = build_tokenizer(*models["bpe"])
+    texts = ["\u2460 \uff21 full width"] * 60 + ["plain"] * 40
+    write(tmp_path / "old", [[*source.encode(text), source.eod] for text in texts], source)
+    flags = ("--workers", "1", "--shard-tokens", "100")
+    assert retokenized(tmp_path, models["nfkc"], *flags, "--max-bad-fraction", "0.2") == ExitStatus.DATA_BUDGET
+    error = capsys.readouterr().err
+    assert "did not survive so far" in error and "of the 100 that there are" in error and "--source-tok" in error
+    assert 0 < len((tmp_path / "new.quarantine.jsonl").read_text().splitlines()) < 60
+    assert retokenized(tmp_path, models["nfkc"], *flags, "--max-bad-fraction", "0.6") == ExitStatus.COMPLETE
+    assert "continuing the unfinished run" in capsys.readouterr().err
+    assert len((tmp_path / "new.quarantine.jsonl").read_text().splitlines()) == 60
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("old", ["bpe", "bytes", "sp"])
 def test_half_a_character_is_told(tmp_path, models, old, cut, capsys):

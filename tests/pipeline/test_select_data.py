@@ -85,6 +85,7 @@ def test_domains_are_ranges_of_documents(tmp_path: Path, dataset: IndexedDataset
         expected += [own[at] for at in order[: len(own) // 4]]
     assert Selection(tmp_path / "out").ids.tolist() == sorted(expected)
     assert all(name in capsys.readouterr().out for name in ("books",))
+    (tmp_path / "out" / "selection.json").unlink()
     (tmp_path / "domains").write_text("web 0 11\nbooks 10 20\n")
     with pytest.raises(UsageError, match="domain books, documents 10 to 20: .* overlaps"):
         main([*flags, "--domains", str(tmp_path / "domains")])
