@@ -51,9 +51,7 @@ STARTS = {
     "tool": [sys.executable, ROOT / "tools/preprocess_data.py"],
 }
 LAUNCHED = {
-    "console script": [BIN / "megakd"],
     "module": [sys.executable, "-m", "megakd"],
-    "torchrun, module": [*TORCHRUN, "-m", "megakd"],
     "torchrun, console script": [*TORCHRUN, "--no-python", BIN / "megakd"],
 }
 

@@ -66,8 +66,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         folder = root / _fingerprint(config, inputs, choice, description)
         hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
         if done := _find_finished(config, inputs, description, hashes, unfinished=folder.is_dir()):
-            if folder.is_dir():
-                remove_folder(root, folder)
+            remove_folder(root, folder)
             return done
         open_folder(root, folder.name)
         num_workers = config.workers or len(os.sched_getaffinity(0))

@@ -132,6 +132,7 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         )
         if done is not None:
             say_complete(config.output_prefix)
+            remove_folder(root, root / fingerprint)
             _check_counts(config, Counts(**{"tokens": 0, **done.parameters["counts"]}))
             return done
         folder = open_folder(root, fingerprint)

@@ -49,9 +49,10 @@ def open_folder(root: Path, fingerprint: str) -> Path:
 
 
 def remove_folder(root: Path, folder: Path) -> None:
-    """Remove finished work, and ``root`` too where there is no other's."""
-    shutil.rmtree(folder)
-    if not any(root.iterdir()):
+    """Remove finished work, or what a killed run has left of it, and ``root`` too where there is no other's."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    if root.is_dir() and not any(root.iterdir()):
         root.rmdir()
 
 
