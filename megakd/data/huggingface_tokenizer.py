@@ -1,0 +1,113 @@
+"""Tokenizers that are a ``tokenizer.json``, by the package `tokenizers`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.tokenizer_base import Tokenizer, TokenizerType
+from megakd.errors import UsageError
+
+_PIECE_TEXT_BYTES = 128 * 1024  # text given to one call of `tokenizers`, which holds some 200 bytes a byte of it
+_END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json`` through the package `tokenizers`. A special token written out in a text is that token.
+
+    The end of a document is ``eos_token`` of the tokenizer_config.json beside it.
+    """
+
+    type: TokenizerType = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # documents are spread over processes
+        from tokenizers import Tokenizer as Engine
+
+        self.path = path
+        model_bytes = path.read_bytes()
+        try:
+            self._engine = Engine.from_str(model_bytes.decode())
+        except Exception as error:
+            if type(error) is not Exception and not isinstance(error, ValueError):
+                raise  # the package raises bare Exception for what it cannot read; anything else is a fault
+            raise UsageError(f"{path}: not a tokenizer.json: {error}") from error
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        added = self._engine.get_added_tokens_decoder()
+        self._special_ids = {i for i, token in added.items() if token.special}
+        self.literals = tuple(token.content for token in added.values() if token.content)
+        self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1)
+        end_of_text = _read_eos_token(path.parent) or self._guess_eos_token()
+        self.eod = None if end_of_text is None else self._engine.token_to_id(end_of_text)
+        if end_of_text is not None and self.eod is None:
+            raise UsageError(f"{path.parent}: eos_token {end_of_text!r} is not in the vocabulary of {path.name}")
+        super().__init__(model_bytes + b"\0" + str(self.eod).encode())
+
+    def encode(self, text: str) -> list[int]:
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
+        arrays: list[NDArray[np.integer[Any]]] = []
+        for piece in _pieces(texts):
+            encodings = self._engine.encode_batch_fast(piece, add_special_tokens=False)
+            arrays.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+        return arrays
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._engine.to_str()).get("decoder"))
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        added = self._engine.get_added_tokens_decoder()
+        for piece, i in self._engine.get_vocab(with_added_tokens=True).items():
+            if i in self._special_ids:
+                continue
+            if byte_level and i not in added:
+                sizes[i] = len(piece)  # the byte-level alphabet has one character a byte
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                sizes[i] = 1
+            else:
+                sizes[i] = len(piece.replace("▁", " ").encode())
+        return sizes
+
+    def _guess_eos_token(self) -> str | None:
+        """The one special token of a well-known name; None if there is none, or a choice that is not ours to make."""
+        known = [name for name in _END_OF_TEXT_NAMES if self._engine.token_to_id(name) in self._special_ids]
+        return known[0] if len(known) == 1 else None
+
+
+def _read_eos_token(folder: Path) -> str | None:
+    """``eos_token`` of the files that transformers writes beside a tokenizer.json."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            try:
+                value = json.loads((folder / name).read_bytes()).get("eos_token")
+            except (ValueError, AttributeError) as error:
+                raise UsageError(f"{folder / name}: not a JSON object: {error}") from error
+            content = value.get("content") if isinstance(value, dict) else value
+            if content is not None:
+                return str(content)
+    return None
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Runs of texts of about _PIECE_TEXT_BYTES characters; a longer text is a run of its own."""
+    piece: list[str] = []
+    size = 0
+    for text in texts:
+        if piece and size + len(text) > _PIECE_TEXT_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(text)
+        size += len(text)
+    if piece:
+        yield piece

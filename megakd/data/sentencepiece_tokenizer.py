@@ -1,0 +1,58 @@
+"""Tokenizers that are a sentencepiece ``.model``, by the package `sentencepiece`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.tokenizer_base import Tokenizer, TokenizerType
+from megakd.errors import UsageError
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece ``.model``. A control token written out in a text is text, as sentencepiece has it."""
+
+    type: TokenizerType = "SentencePieceTokenizer"
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.path = path
+        model_bytes = path.read_bytes()
+        super().__init__(model_bytes)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:
+            raise UsageError(f"{path}: not a sentencepiece model: {error}") from error
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.eod = None if self._processor.eos_id() < 0 else int(self._processor.eos_id())
+        pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if not self._is_text(i)]
+        self.literals = tuple(filter(None, pieces))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
+        # One thread: the documents are spread over processes.
+        return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for i in range(self.vocab_size):
+            if self._processor.is_byte(i):
+                sizes[i] = 1
+            elif self._is_text(i):
+                sizes[i] = len(self._processor.id_to_piece(i).replace("▁", " ").encode())
+        return sizes
+
+    def _is_text(self, i: int) -> bool:
+        return not (self._processor.is_control(i) or self._processor.is_unknown(i) or self._processor.is_unused(i))

@@ -1,0 +1,90 @@
+"""What a tokenizer is to everything else: text to ids and back, with an identity that manifests record."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"]
+
+
+class UnencodableError(ValueError):
+    """A text that the tokenizer has no ids for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Documents one after the other."""
+
+    tokens: NDArray[np.integer[Any]]
+    """``[sum(lengths)]``"""
+    lengths: NDArray[np.int32]
+    """``[num_documents]``, tokens in each."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. ``encode`` adds no token of its own, neither at the start nor at the end."""
+
+    type: TokenizerType
+    path: Path | None
+    vocab_size: int
+    """The true size: one more than the largest id. Padding for tensor parallelism is the model's affair."""
+    eod: int | None
+    """The id that ends a document, None where the model names none."""
+    literals: tuple[str, ...] = ()
+    """Texts of control and special tokens: what engines disagree about when it is written out in a document."""
+
+    def __init__(self, content: bytes) -> None:
+        self.hash = xxhash.xxh3_128_hexdigest(self.type.encode() + b"\0" + content)
+        """XXH3-128 of the type and the model's bytes."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises UnencodableError."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control tokens stand for nothing."""
+
+    @abstractmethod
+    def token_bytes(self) -> NDArray[np.int32]:
+        """``[vocab_size]``: UTF-8 bytes of text each id stands for, 0 for control tokens; makes bits per byte."""
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
+        """The ids of each text, one array a text. Raises UnencodableError."""
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+
+    def encode_batch(self, texts: Sequence[str]) -> Ragged:
+        """The ids of each text, one after the other. Raises UnencodableError."""
+        arrays = self.encode_arrays(texts)
+        tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32)
+        return Ragged(tokens, np.array([len(array) for array in arrays], dtype=np.int32))
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records; ``path`` is a hint for people."""
+        return {
+            "type": self.type,
+            "hash": self.hash,
+            "vocab_size": self.vocab_size,
+            "eod": self.eod,
+            "path": None if self.path is None else str(self.path),
+        }
+
+
+def same_tokenizer(one: Mapping[str, Any] | Tokenizer, other: Mapping[str, Any] | Tokenizer) -> bool:
+    """Whether two tokenizers, or their records in manifests, give every text the same ids: same type, same model."""
+    first, second = (each.describe() if isinstance(each, Tokenizer) else each for each in (one, other))
+    return all(first[key] == second[key] for key in ("type", "hash", "vocab_size", "eod"))
+
+
+def name_tokenizer(tokenizer: Mapping[str, Any] | Tokenizer) -> str:
+    """Which it is, for messages."""
+    record = tokenizer.describe() if isinstance(tokenizer, Tokenizer) else tokenizer
+    return f"{record.get('type')} {record.get('hash')} (vocabulary {record.get('vocab_size')})"
