@@ -17,6 +17,7 @@ namespace megakd {
 
 void bind_sentence_cuts(py::module_& m);  // sentence_cuts.cpp
 void bind_selection(py::module_& m);      // select_bindings.cpp
+void bind_byte_pairs(py::module_& m);  // byte_pairs.cpp
 void bind_row_codec(py::module_& m);      // row_codec_bindings.cpp
 
 namespace {
@@ -180,5 +181,6 @@ PYBIND11_MODULE(_csrc, m) {
         "A sweep over a chunk of logits whose teacher lists ids.");
   megakd::bind_sentence_cuts(m);
   megakd::bind_selection(m);
+  megakd::bind_byte_pairs(m);
   megakd::bind_row_codec(m);
 }

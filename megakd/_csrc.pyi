@@ -174,3 +174,12 @@ class RowDecoder:
     ) -> int:
         """Fills the rows of a record, which has the bytes to read ahead behind it; rows behind the last are left as
         they are. Returns -1, or the row that is not what the encoder writes."""
+
+class BytePairs:
+    """Not a sweep: pairs of adjacent bytes to look for in texts (csrc/byte_pairs.cpp)."""
+
+    def __init__(self, pairs: NDArray[np.uint8]) -> None:
+        """pairs: ``[65536]``, not 0 at ``256 * first + second`` of each. Raises ValueError for another shape."""
+
+    def found_in(self, text: bytes) -> bool:
+        """Whether one of them is there."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from pytest import Config
 from worlds import Worlds
+
+
+def pytest_configure(config: Config) -> None:
+    """Keep what tests find out about tokenizer engines beside pytest's own cache, and out of the user's."""
+    os.environ["MEGAKD_CACHE_DIR"] = str(config.rootpath / ".pytest_cache" / "megakd")
 
 
 @pytest.fixture(scope="session")

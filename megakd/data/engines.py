@@ -1,31 +1,44 @@
 """The fast engine behind its parity gate: ids that are the reference engine's, several times as fast, or not at all.
 
-`gigatoken` reimplements byte-level and sentencepiece BPE. Before it is used for a tokenizer, both engines encode a
-sample of the corpus and a list of hostile strings. One id that differs, and the reference engine does the work. The
-one exception is a difference confined to texts with a control token written out (``</s>``), which are easily found:
-those documents alone go to the reference engine.
+`gigatoken` reimplements byte-level and sentencepiece BPE. Before it is used for a tokenizer, both engines are compared
+over all of Unicode (`engine_scan`), on hostile strings and on the text of every id, once for a tokenizer and the
+versions of the engines, and on a sample of the corpus at every run. The documents that hold a code point beside which
+they differ, or a literal such as ``</s>``, go to the reference engine; any other difference, and it does all the work.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
+import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from megakd.data import engine_scan
+from megakd.data.engine_probe import build_probe
+from megakd.data.engine_routes import Routes, normalised_guises
+from megakd.data.engine_scan import EnginePair, scan_code_points
+from megakd.data.hostile_texts import hostile_texts, random_texts, vocabulary_texts
+from megakd.data.huggingface_tokenizer import HuggingFaceTokenizer, encode_with, load_engine, without_dropout
+from megakd.data.scan_cache import remember
 from megakd.data.tokenizer import Ragged, Tokenizer, TokenizerType, model_file
 from megakd.errors import UsageError
 
 EngineMode = Literal["auto", "reference", "gigatoken"]
 
-_MAX_LITERALS = 64  # each is searched for in every document
+_ENGINES = ("gigatoken", "tokenizers", "sentencepiece")
+_COMPARISON_VERSION = 1  # of what is compared and how: a larger one makes kept comparisons void
+_PROGRESS_SECONDS = 3.0
 _LARGE_BYTES = 2 << 20  # of one text; an unusual one takes gigatoken some 35 bytes of memory a byte
 
 
@@ -36,28 +49,44 @@ class Choice:
     engine: Literal["reference", "gigatoken"]
     reason: str
     routed: tuple[str, ...] = ()
-    """Texts that send the document they stand in to the reference engine."""
+    """Literals that send the document they stand in to the reference engine."""
+    code_points: tuple[tuple[int, int], ...] = ()
+    """First and last of the ranges of code points that do so, too."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for `from_dict` and the manifest."""
-        return {**asdict(self), "routed": list(self.routed)}
+        """As plain data, for `from_dict` and the manifest; code points as ``"88F"`` and ``"A7CE-A7CF"``."""
+        code_points = [f"{first:X}" if first == last else f"{first:X}-{last:X}" for first, last in self.code_points]
+        return {
+            "engine": self.engine,
+            "reason": self.reason,
+            "routed": list(self.routed),
+            "code_points": code_points,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Choice:
         """The inverse of `as_dict`."""
-        return cls(data["engine"], data["reason"], tuple(data["routed"]))
+        ranges = [[int(end, 16) for end in each.split("-")] for each in data["code_points"]]
+        return cls(data["engine"], data["reason"], tuple(data["routed"]), tuple((ends[0], ends[-1]) for ends in ranges))
 
 
-def choose_engine(tokenizer: Tokenizer, sample: Iterable[str], *, mode: EngineMode = "auto") -> Choice:
-    """Hold the fast engine against the reference engine on a sample of the corpus and on hostile strings.
+def choose_engine(
+    tokenizer: Tokenizer,
+    sample: Iterable[str],
+    *,
+    mode: EngineMode = "auto",
+    say: Callable[[str], object] = lambda line: None,
+) -> Choice:
+    """Hold the fast engine against the reference engine: over all of Unicode, on hostile strings and on a sample.
 
     mode: ``auto`` uses the fast engine where it passes, ``gigatoken`` makes it an error if it does not.
+    say: given lines for people while a comparison that is not known yet takes its seconds.
 
     Raises UsageError for ``gigatoken`` where it is missing, cannot load the model, or differs.
     """
     if mode == "reference":
         return Choice("reference", "asked for")
-    choice = _try_gigatoken(tokenizer, sample)
+    choice = _try_gigatoken(tokenizer, list(sample), say)
     if mode == "gigatoken" and choice.engine != "gigatoken":
         raise UsageError(f"--tokenizer-engine gigatoken: {choice.reason}; use --tokenizer-engine reference")
     return choice
@@ -83,11 +112,11 @@ class Engine:
         turns: Path | None = None,
     ) -> None:
         self._type, self._model = tokenizer_type, tokenizer_model
-        self._choice = choice
         self._load_reference = load_reference
         self._limit = max_resident_bytes
         self._turns = turns
         self._fast: Any = _load_gigatoken(tokenizer_type, tokenizer_model) if choice.engine == "gigatoken" else None
+        self._routes = Routes(choice.code_points, choice.routed)
 
     @cached_property
     def _reference(self) -> Tokenizer:
@@ -105,7 +134,7 @@ class Engine:
             return self._reference.encode_arrays(texts)
         arrays: list[NDArray[np.integer[Any]]] = []
         for text in texts:
-            if any(literal in text for literal in self._choice.routed):
+            if self._routes.holds_any(text):
                 arrays.append(np.array(self._reference.encode(text), dtype=np.uint32))
                 continue
             large = self._limit > 0 and len(text) > _LARGE_BYTES // 4 and len(text.encode()) > _LARGE_BYTES
@@ -136,70 +165,6 @@ class Engine:
         self._fast = _load_gigatoken(self._type, self._model)
 
 
-def hostile_texts(literals: Sequence[str]) -> list[str]:
-    """Strings that implementations disagree about; each control token of ``literals`` in several guises."""
-    texts = [
-        "",
-        " ",
-        "  a  b  ",
-        "\n",
-        "\r\n\r\n\n\r",
-        "\t\t \t",
-        " " * 700,
-        "\n" * 300,
-        "a" * 2000,
-        "ab " * 500,
-        "\x00",
-        "a\x00b",
-        "".join(map(chr, range(1, 32))),
-        "\x7f\x80\x85\x9f\xa0",
-        "e\u0301\u0327\u0301 \u0301a",
-        "\u1e9b\u0323 \ufb01 \u2460 \uff21",
-        "\u05e9\u05dc\u05d5\u05dd \u202bab\u202c \u0645\u0631\u062d\u0628\u0627 \u0661\u0662",
-        "\u0915\u094d\u0937 \u0e01\u0e33\u0e49",
-        "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",
-        "\U0001f3f4\U000e0067\U000e007f \u2764\ufe0f \U0001f1e9\U0001f1ea",
-        "\ud7ff\ue000\ufffd\ufffe\uffff\U00010000\U0010ffff",
-        "\ufeffa\ufeff",
-        "\u200b\u200c\u200d\u2060\u00ad",
-        "\u2028\u2029\u3000\u1680 x",
-        "I'M we'Re DON'T 'S'll ' s",
-        "1234567 12,345.67 \u0661\u0662\u0663\u00bd\u2167\u00b2",
-        "\u2581a \u2581\u2581 b\u2581",
-        "<0x41><0x0A> <unk>",
-        "\u4e2d\u6587\u5206\u8bcd\uff0c\u3072\u3089\u30ab\u30ca \ud55c\uad6d\uc5b4",
-        "!!!???...---===___***",
-        "\u212b\u017f\u0130\u0131\u00df\u1e9e \u01c5",
-        "def f(x):\r\n\treturn  x  # \u2713\r\n",
-        "\u0102\u0103 \U00020000\U0003134a",
-        "http://a.b/c?d=e&f=%20#g",
-        "A" * 40 + "b" * 40 + "1" * 40,
-    ]
-    # Letters and digits that Unicode gained lately: engines carry tables of different ages.
-    recent = (
-        "\U00010ec2\U00016a40\U0001e030\U0001f7f0\U00011f04\U00031350\U0002ebf0\U000105c0\U00010d4a"
-        "\U0001e5d0\U00016d70\u1c89\ua7cb\U0001ccf0\U00010940\U00011db0\U00016ea0\ua7ce"
-        "\U0001fae9\U00016120\U000113d1\u2ffc\U0001e4d0\u0c5d\u0870\U0001df25\U000323b0"
-    )
-    texts += [f"a{letter}b 1{letter}2 ,{letter}{letter} {letter}" for letter in recent]
-    for literal in literals[:_MAX_LITERALS]:
-        wide = "".join(chr(ord(letter) + 0xFEE0) if "!" <= letter <= "~" else letter for letter in literal)
-        texts += [
-            literal,
-            f"a{literal}b",
-            f" {literal} ",
-            f"{literal}{literal}\n",
-            literal.upper(),
-            literal[:-1],
-            wide,
-            f"a{wide} b",
-        ]
-        texts += [
-            literal[:2] + gap + literal[2:] for gap in (" ", "\u200b", "\u00ad", "\ufeff", "\x00", "\x7f", "\u0301")
-        ]
-    return texts
-
-
 def give_back_memory() -> None:
     """Return the allocator's free pages to the system, where the C library can."""
     import ctypes
@@ -210,33 +175,63 @@ def give_back_memory() -> None:
         return  # another C library: the pages stay for this process to use again
 
 
-def _try_gigatoken(tokenizer: Tokenizer, sample: Iterable[str]) -> Choice:
+def _try_gigatoken(tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[str], object]) -> Choice:
     try:
         fast = _load_gigatoken(tokenizer.type, tokenizer.path)
+        if fast is None or tokenizer.path is None:
+            return Choice("reference", f"{tokenizer.type} needs no fast engine")
+        engines = EnginePair(tokenizer.encode_arrays, fast.encode)
+        code_points = _scan(tokenizer, engines, say)
     except ImportError:
         return Choice("reference", "the package gigatoken is not installed")
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         return Choice("reference", f"gigatoken cannot load this model: {' '.join(str(error).split())[:200]}")
-    if fast is None:
-        return Choice("reference", f"{tokenizer.type} needs no fast engine")
-    sample = list(sample)
-    texts = hostile_texts(tokenizer.literals) + sample
-    differing = [
-        text
-        for text, ids in zip(texts, tokenizer.encode_arrays(texts))
-        if not np.array_equal(np.asarray(fast.encode(text)), ids)
-    ]
-    if not differing:
-        return Choice("gigatoken", f"equal ids on {len(texts) - len(sample)} hostile strings and the corpus sample")
-    outside = [text for text in differing if not any(literal in text for literal in tokenizer.literals)]
-    if outside or len(tokenizer.literals) > _MAX_LITERALS:
-        first = (outside or differing)[0]
-        return Choice("reference", f"gigatoken differs on {len(differing)} texts, the first is {first[:80]!r}")
-    return Choice(
-        "gigatoken",
-        f"equal ids except where a control token is written out, first in {differing[0][:80]!r}",
-        routed=tokenizer.literals,
+    routed = tuple(literal for literal in tokenizer.literals if literal not in tokenizer.white_literals)
+    guises = normalised_guises(set(tokenizer.normalised_literals).intersection(routed))
+    ranges = (*((first, last) for first, last in code_points), *((point, point) for point in sorted(guises)))
+    routes = Routes(ranges, routed)
+    known = remember(
+        "engines-compared",
+        _versions() | {"tokenizer": tokenizer.hash, "code_points": ranges, "routed": routed},
+        lambda: _compare(tokenizer, engines, routes),
     )
+    own = [text for text in sample if not routes.holds_any(text)]
+    differing = known["differing"] + [text[:80] for text in engines.differing(own)]
+    if differing:
+        return Choice("reference", f"gigatoken differs on {len(differing)} texts, the first is {differing[0]!r}")
+    sizes = sum(map(len, sample)), sum(map(len, own))
+    if sizes[0] > 2 * sizes[1]:
+        share = f"{1 - sizes[1] / sizes[0]:.0%}"
+        return Choice("reference", f"{share} of the sample holds what only the reference engine is trusted with")
+    reason = f"equal ids on {known['num_texts']} hostile strings, the vocabulary and the corpus sample"
+    if routed or ranges:
+        num_points = sum(last - first + 1 for first, last in ranges)
+        reason += f"; documents with one of {num_points} code points or {len(routed)} literals go to the reference"
+    return Choice("gigatoken", reason, routed, ranges)
+
+
+def _scan(tokenizer: Tokenizer, engines: EnginePair, say: Callable[[str], object]) -> list[list[int]]:
+    """The code points beside which the engines differ: with a probe in the place of a byte-level BPE tokenizer."""
+    scanned = tokenizer.hash
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        probe = build_probe(tokenizer.content)
+        if probe is not None:
+            reference = partial(encode_with, load_engine(probe))
+            engines = EnginePair(reference, _load_bytes(tokenizer.type, probe).encode)
+            scanned = xxhash.xxh3_128_hexdigest(probe)
+    progress = _Progress(say)
+    key = _versions() | {"scanned": scanned, "ranges": [[each.start, each.stop] for each in engine_scan.SCANNED]}
+    ranges: list[list[int]] = remember(
+        "engines-scanned", key, lambda: scan_code_points(engines, normalises=tokenizer.normalises, report=progress)
+    )
+    return ranges
+
+
+def _compare(tokenizer: Tokenizer, engines: EnginePair, routes: Routes) -> dict[str, Any]:
+    """How many texts were compared, and beginnings of those that differ and would not be routed."""
+    hostile = hostile_texts(tokenizer.literals) + random_texts()
+    texts = [text for text in hostile + vocabulary_texts(tokenizer) if not routes.holds_any(text)]
+    return {"num_texts": len(hostile), "differing": [text[:80] for text in engines.differing(texts)[:1000]]}
 
 
 def _load_gigatoken(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Any:
@@ -245,13 +240,43 @@ def _load_gigatoken(tokenizer_type: TokenizerType, tokenizer_model: str | Path |
     Loaded from bytes: given a path that does not exist, gigatoken would look for it on the network.
     """
     file = model_file(tokenizer_type, tokenizer_model)
-    if file is None:
-        return None
+    return None if file is None else _load_bytes(tokenizer_type, file.read_bytes())
+
+
+def _load_bytes(tokenizer_type: TokenizerType, content: bytes) -> Any:
     import gigatoken
 
     if tokenizer_type == "SentencePieceTokenizer":
-        return gigatoken.Tokenizer.from_sentencepiece(file.read_bytes())
-    return gigatoken.Tokenizer.from_json(file.read_bytes())
+        return gigatoken.Tokenizer.from_sentencepiece(content)
+    return gigatoken.Tokenizer.from_json(without_dropout(content))
+
+
+def _versions() -> dict[str, Any]:
+    """What a comparison depends on besides the tokenizer."""
+    versions: dict[str, Any] = {"comparison": _COMPARISON_VERSION, "unicode": unicodedata.unidata_version}
+    for package in _ENGINES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+class _Progress:
+    """Says how far a scan has come: when it begins, every few seconds, and when it ends."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._started = self._said = 0.0
+
+    def __call__(self, fraction: float) -> None:
+        now = time.monotonic()
+        if not self._started:
+            self._started = self._said = now
+            self._say("comparing both tokenizer engines over all of Unicode, once for this tokenizer")
+        elif fraction == 1.0:
+            self._say(f"compared both tokenizer engines in {now - self._started:.0f} s")
+        elif now - self._said > _PROGRESS_SECONDS:
+            self._said = now
+            self._say(f"comparing both tokenizer engines: {fraction:.0%}")
 
 
 def _resident_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megakd.errors import UsageError
 
 _PIECE_TEXT_BYTES = 128 * 1024  # text given to one call of `tokenizers`, which holds some 200 bytes a byte of it
 _END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_DROPOUT = re.compile(rb'"dropout"\s*:\s*[0-9.]')
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -27,22 +29,26 @@ class HuggingFaceTokenizer(Tokenizer):
     type: TokenizerType = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # documents are spread over processes
-        from tokenizers import Tokenizer as Engine
-
         self.path = path
         model_bytes = path.read_bytes()
         try:
-            self._engine = Engine.from_str(model_bytes.decode())
-        except Exception as error:
-            if type(error) is not Exception and not isinstance(error, ValueError):
-                raise  # the package raises bare Exception for what it cannot read; anything else is a fault
+            self.content = without_dropout(model_bytes)
+            self._engine = load_engine(self.content)
+        except ValueError as error:
             raise UsageError(f"{path}: not a tokenizer.json: {error}") from error
-        self._engine.no_truncation()
-        self._engine.no_padding()
+        if self.content is not model_bytes:
+            self.notes = (f"{path}: its dropout, which makes other ids at every run, is switched off",)
         added = self._engine.get_added_tokens_decoder()
         self._special_ids = {i for i, token in added.items() if token.special}
-        self.literals = tuple(token.content for token in added.values() if token.content)
+        tokens = [token for token in added.values() if token.content]
+        self.literals = tuple(token.content for token in tokens)
+        self.white_literals = frozenset(
+            token.content
+            for token in tokens
+            if token.content.isspace() and not (token.single_word or token.lstrip or token.rstrip)
+        )
+        self.normalises = self._engine.normalizer is not None
+        self.normalised_literals = tuple(token.content for token in tokens if token.normalized and self.normalises)
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1)
         end_of_text = _read_eos_token(path.parent) or self._guess_eos_token()
         self.eod = None if end_of_text is None else self._engine.token_to_id(end_of_text)
@@ -54,11 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
-        arrays: list[NDArray[np.integer[Any]]] = []
-        for piece in _pieces(texts):
-            encodings = self._engine.encode_batch_fast(piece, add_special_tokens=False)
-            arrays.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
-        return arrays
+        return encode_with(self._engine, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._engine.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -83,6 +85,42 @@ class HuggingFaceTokenizer(Tokenizer):
         """The one special token of a well-known name; None if there is none, or a choice that is not ours to make."""
         known = [name for name in _END_OF_TEXT_NAMES if self._engine.token_to_id(name) in self._special_ids]
         return known[0] if len(known) == 1 else None
+
+
+def load_engine(content: bytes) -> Any:
+    """The engine of a tokenizer.json's content, which truncates and pads nothing. Raises ValueError."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # documents are spread over processes
+    from tokenizers import Tokenizer as Engine
+
+    try:
+        engine = Engine.from_str(content.decode())
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, ValueError):
+            raise  # the package raises bare Exception for what it cannot read; anything else is a fault
+        raise ValueError(str(error)) from error
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
+
+
+def encode_with(engine: Any, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
+    """The ids of each text by an engine of `load_engine`, in bounded memory; adds no special tokens."""
+    arrays: list[NDArray[np.integer[Any]]] = []
+    for piece in _pieces(texts):
+        encodings = engine.encode_batch_fast(piece, add_special_tokens=False)
+        arrays.extend(np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
+    return arrays
+
+
+def without_dropout(content: bytes) -> bytes:
+    """A tokenizer.json without the dropout of its model; the same object where it has none. Raises ValueError."""
+    if not _DROPOUT.search(content):
+        return content
+    tokenizer = json.loads(content)
+    if not tokenizer["model"].get("dropout"):
+        return content  # the word stands in the vocabulary
+    tokenizer["model"]["dropout"] = None
+    return json.dumps(tokenizer).encode()
 
 
 def _read_eos_token(folder: Path) -> str | None:

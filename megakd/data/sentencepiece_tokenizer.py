@@ -31,7 +31,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = int(self._processor.get_piece_size())
         self.eod = None if self._processor.eos_id() < 0 else int(self._processor.eos_id())
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if not self._is_text(i)]
-        self.literals = tuple(filter(None, pieces))
+        added = [self._processor.id_to_piece(i) for i in _user_defined(model_bytes)]
+        self.literals = tuple(filter(None, pieces + added))
+        self.white_literals = frozenset(piece for piece in added if piece.replace("\u2581", " ").isspace())
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -56,3 +58,39 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _is_text(self, i: int) -> bool:
         return not (self._processor.is_control(i) or self._processor.is_unknown(i) or self._processor.is_unused(i))
+
+
+def _user_defined(model: bytes) -> list[int]:
+    """Ids of the pieces of a ``.model`` that are taken whole wherever they stand.
+
+    The file is a protocol buffer: field 1 of the model is a piece, field 3 of a piece its type, of which 4 is this one.
+    """
+    pieces = [value for field, value in _fields(model) if field == 1 and isinstance(value, bytes)]
+    return [i for i, piece in enumerate(pieces) if (3, 4) in _fields(piece)]
+
+
+def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """Number and value of each field of a protocol buffer that the engine has read: an integer, or bytes."""
+    found: list[tuple[int, int | bytes]] = []
+    place = 0
+
+    def read_integer() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte = message[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while place < len(message):
+        key = read_integer()
+        if key & 7 == 0:
+            found.append((key >> 3, read_integer()))
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or read_integer()
+        found.append((key >> 3, message[place : place + size]))
+        place += size
+    return found

@@ -39,7 +39,15 @@ class Tokenizer(ABC):
     eod: int | None
     """The id that ends a document, None where the model names none."""
     literals: tuple[str, ...] = ()
-    """Texts of control and special tokens: what engines disagree about when it is written out in a document."""
+    """Texts of control, special and added tokens: what engines disagree about when it is written out in a document."""
+    white_literals: frozenset[str] = frozenset()
+    """Those of white space alone that are found wherever they stand: half of all documents hold one."""
+    normalised_literals: tuple[str, ...] = ()
+    """Those that are looked for in the text as the tokenizer normalises it."""
+    normalises: bool = True
+    """Whether it may rewrite a text before it looks at it."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the model: one sentence each."""
 
     def __init__(self, content: bytes) -> None:
         self.hash = xxhash.xxh3_128_hexdigest(self.type.encode() + b"\0" + content)

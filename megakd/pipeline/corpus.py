@@ -56,7 +56,10 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
         if config.append_eod and tokenizer.eod is None:
             raise UsageError(f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token)")
-        choice = choose_engine(tokenizer, sample_texts(inputs, config.json_keys), mode=config.tokenizer_engine)
+        for note in tokenizer.notes:
+            tell(f"warning: {note}")
+        sample = sample_texts(inputs, config.json_keys)
+        choice = choose_engine(tokenizer, sample, mode=config.tokenizer_engine, say=tell)
         tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
         description, dtype = tokenizer.describe(), best_dtype(tokenizer.vocab_size)
         del tokenizer

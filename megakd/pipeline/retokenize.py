@@ -112,7 +112,9 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
         num_workers = config.workers or len(os.sched_getaffinity(0))
         settings = _settings(config, IndexedDataset(config.input_prefix).fingerprint, num_workers)
         dataset, source = settings.open_source()
-        choice = choose_engine(target, _sample_texts(dataset, source), mode=config.tokenizer_engine)
+        for note in target.notes:
+            tell(f"warning: {note}")
+        choice = choose_engine(target, _sample_texts(dataset, source), mode=config.tokenizer_engine, say=tell)
         tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
         shard_tokens = config.shard_tokens or max(_LEAST_SHARD_TOKENS, dataset.num_tokens // _MAX_SHARDS)
         old, new = source.describe(), target.describe()

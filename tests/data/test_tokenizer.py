@@ -1,10 +1,8 @@
-"""Tokenizers under Megatron's names, and the gate in front of the fast engine."""
+"""Tokenizers under Megatron's names."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,8 @@ import numpy as np
 import pytest
 from tokenizer_models import text_lines, train_byte_bpe, train_sentencepiece
 
-from megakd.data import engines
-from megakd.data.engines import Choice, Engine, choose_engine, hostile_texts
 from megakd.data.tokenizer import (
     ByteTokenizer,
-    HuggingFaceTokenizer,
     NullTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -163,105 +158,3 @@ def test_what_cannot_work_is_refused(
     (tmp_path / "garbage").write_bytes(b"no model \xff")
     with pytest.raises(UsageError):
         build_tokenizer(kind, model, vocab_size=vocab_size)
-
-
-class _Fake:
-    """A fast engine that is the reference engine but for a planted difference."""
-
-    def __init__(self, kind: Any, model: Path, differs: Callable[[str], bool]) -> None:
-        self._tokenizer, self._differs = build_tokenizer(kind, model), differs
-
-    def encode(self, text: str) -> Sequence[int]:
-        ids = self._tokenizer.encode(text)
-        return [7] * (len(ids) + 1) if self._differs(text) else ids
-
-
-def engine_for(tokenizer: Tokenizer, choice: Choice, *, max_resident_bytes: int = 0) -> Engine:
-    kind: Any = tokenizer.type
-    return Engine(kind, tokenizer.path, choice, lambda: tokenizer, max_resident_bytes=max_resident_bytes)
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, differs: Callable[[str], bool]) -> None:
-    monkeypatch.setattr(engines, "_load_gigatoken", lambda kind, model: _Fake(kind, model, differs))
-
-
-def test_the_gate_falls_back_on_one_different_id(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = build_tokenizer("HuggingFaceTokenizer", models / "bpe")
-    plant(monkeypatch, lambda text: text == "only in the corpus")
-    assert choose_engine(tokenizer, ["fine"]).engine == "gigatoken"
-    choice = choose_engine(tokenizer, ["fine", "only in the corpus"])
-    assert choice.engine == "reference" and "only in the corpus" in choice.reason
-    assert engine_for(tokenizer, choice).encode_batch(["only in the corpus"]).tokens.tolist() != [7] * 9
-    with pytest.raises(UsageError, match="only in the corpus"):
-        choose_engine(tokenizer, ["only in the corpus"], mode="gigatoken")
-    assert choose_engine(tokenizer, [], mode="reference").engine == "reference"
-
-
-def test_the_gate_falls_back_on_any_hostile_string(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = build_tokenizer("HuggingFaceTokenizer", models / "bpe")
-    clean = [text for text in hostile_texts(()) if not any(literal in text for literal in tokenizer.literals)]
-    for chosen in random.Random(0).sample(clean, 10):
-        plant(monkeypatch, lambda text, chosen=chosen: text == chosen)  # type: ignore[misc]
-        assert choose_engine(tokenizer, []).engine == "reference"
-
-
-def test_documents_with_a_control_token_written_out_go_to_the_reference(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = build_tokenizer("SentencePieceTokenizer", models / "sp.model")
-    plant(monkeypatch, lambda text: "</s>" in text)
-    choice = choose_engine(tokenizer, [])
-    assert choice.engine == "gigatoken" and "</s>" in choice.routed
-    assert Choice.from_dict(json.loads(json.dumps(choice.as_dict()))) == choice
-    texts = ["plain", "with </s> inside", "", "</s>"]
-    ragged, want = engine_for(tokenizer, choice).encode_batch(texts), tokenizer.encode_batch(texts)
-    assert ragged.tokens.tolist() == want.tokens.tolist() and ragged.lengths.tolist() == want.lengths.tolist()
-    # A guise of the token that a search does not find is a reason to fall back.
-    plant(monkeypatch, lambda text: "</s>" in text or "＜／ｓ＞" in text)
-    assert choose_engine(tokenizer, []).engine == "reference"
-
-
-def test_a_model_that_the_fast_engine_cannot_load_falls_back(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(kind: str, model: Path) -> None:
-        raise ValueError("unigram is not supported")
-
-    monkeypatch.setattr(engines, "_load_gigatoken", refuse)
-    choice = choose_engine(build_tokenizer("HuggingFaceTokenizer", models / "bpe"), [])
-    assert choice.engine == "reference" and "unigram is not supported" in choice.reason
-
-
-@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
-def test_the_real_fast_engine_gives_the_reference_ids(normalization: str, models: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gigatoken")
-    model = train_sentencepiece(tmp_path / "sp.model", normalization=normalization)
-    corpus = ["\n".join(text_lines()[i : i + 30]) for i in range(0, 3000, 30)]
-    for tokenizer in (SentencePieceTokenizer(model), HuggingFaceTokenizer(models / "bpe/tokenizer.json")):
-        choice = choose_engine(tokenizer, corpus)
-        # An engine that reloads all the time must give the same ids, too.
-        for limit in (0, 1):
-            engine = engine_for(tokenizer, choice, max_resident_bytes=limit)
-            texts = [*corpus, *hostile_texts(tokenizer.literals), "</s> in <|endoftext|> text"]
-            ragged, want = engine.encode_batch(texts), tokenizer.encode_batch(texts)
-            assert ragged.tokens.tolist() == want.tokens.tolist()
-            assert ragged.lengths.tolist() == want.lengths.tolist()
-
-
-def test_a_very_long_text_has_the_reference_ids(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gigatoken")
-    monkeypatch.setattr(engines, "_LARGE_BYTES", 1000)
-    tokenizer = HuggingFaceTokenizer(models / "bpe/tokenizer.json")
-    long = "word and wörd " * 100
-    for limit in (1, 1 << 30):
-        engine = Engine(
-            "HuggingFaceTokenizer",
-            tokenizer.path,
-            Choice("gigatoken", "test"),
-            lambda: tokenizer,
-            max_resident_bytes=limit,
-            turns=tmp_path / "turns.lock",
-        )
-        assert engine.encode_batch([long, "short"]).lengths[1] == len(tokenizer.encode("short"))
-        assert np.array_equal(engine.encode_arrays([long])[0], tokenizer.encode_arrays([long])[0])
-    assert (tmp_path / "turns.lock").exists()

@@ -145,7 +145,7 @@ def test_the_gates_choice_is_what_the_workers_use(tmp_path: Path) -> None:
     preprocess(path, out=tmp_path / "slow", flags=(*flags, "--tokenizer-engine", "reference"))
     assert outputs(tmp_path / "auto")["_text_document.bin"] == outputs(tmp_path / "slow")["_text_document.bin"]
     engine = read_manifest(tmp_path / "slow_text_document.manifest.json").parameters["tokenizer_engine"]
-    assert engine == {"engine": "reference", "reason": "asked for", "routed": []}
+    assert engine == {"engine": "reference", "reason": "asked for", "routed": [], "code_points": []}
 
 
 def test_the_folder_of_unfinished_work_is_no_file(tmp_path: Path) -> None:

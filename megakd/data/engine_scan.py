@@ -1,0 +1,170 @@
+"""Where two engines of one tokenizer differ in what they know about characters: a scan of all of Unicode.
+
+Engines carry tables of Unicode of different ages. A character that is a letter to one and nothing to the other, or a
+mark that one puts in order and the other leaves where it is, changes ids in some neighbourhoods and in others not. So
+every code point is written between letters, digits, spaces, line ends, punctuation and marks, and both engines encode
+that: in runs first, which costs seconds for all planes, and one by one where a run differs.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.integer[Any]]
+
+SCANNED = (range(0x80, 0xD800), range(0xE000, 0x110000))
+"""What is scanned: every character but ASCII, which `hostile_texts` holds in plenty."""
+# Where characters of many kinds stand side by side. Elsewhere are ideographs, Hangul, private use, or nothing.
+_DENSE = (
+    range(0x80, 0x3400),
+    range(0x4DC0, 0x4E00),
+    range(0xA000, 0xAC00),
+    range(0xD780, 0xD800),
+    range(0xF900, 0x17000),
+    range(0x18B00, 0x20000),
+    range(0xE0000, 0xE1000),
+)
+_BLOCK, _RUN = 64, 16
+_BATCH_TEXTS = 256
+# Doubled neighbours show both cuts at once; single ones are taken along by a rule such as ``[^\r\n\p{L}\p{N}]?\p{L}+``.
+_FRAMES = (
+    "aa{0}AA{0}11{0}<<{0}  {0}\n\n{0}{0}{0}{0}a",
+    "a{0}A<{0}a '{0}'s",
+    "\u0301{0}\u0301\u4e2d{0}\u4e2d",
+)
+# Canonical order moves a mark before U+0345 (class 240, the highest) or behind U+0334 (class 1, the lowest).
+_ORDER_FRAMES = ("a\u0345{0}\u0334", "\u0628\u0650{0}\u0650")
+_EDGES = ("a", "1", "<", " ", "A", "\n", "\u0301", "\u4e2d")
+# Canonical compositions of Unicode 15 to 17, which Python's own tables may not have yet: (first, second).
+_RECENT_COMPOSITIONS = (
+    (0x105D2, 0x0307),
+    (0x105DA, 0x0307),
+    (0x11382, 0x113C9),
+    (0x11384, 0x113BB),
+    (0x1138B, 0x113C2),
+    (0x11390, 0x113C9),
+    (0x113C2, 0x113C2),
+    (0x113C2, 0x113B8),
+    (0x113C2, 0x113C9),
+    (0x1611E, 0x1611E),
+    (0x1611E, 0x1611F),
+    (0x1611E, 0x16120),
+    (0x1611E, 0x16129),
+    (0x16129, 0x1611F),
+    (0x16121, 0x1611F),
+    (0x16121, 0x16120),
+    (0x16122, 0x1611F),
+    (0x16D63, 0x16D67),
+    (0x16D67, 0x16D67),
+    (0x16D69, 0x16D67),
+)
+
+
+@dataclass(frozen=True)
+class EnginePair:
+    """The same tokenizer twice."""
+
+    reference: Callable[[Sequence[str]], Sequence[Ids]]
+    fast: Callable[[str], Ids]
+
+    def differing(self, texts: Sequence[str]) -> list[str]:
+        """The texts that the two give different ids."""
+        return [
+            text
+            for text, ids in zip(texts, self.reference(texts))
+            if not np.array_equal(np.asarray(self.fast(text)), ids)
+        ]
+
+
+def scan_code_points(engines: EnginePair, *, normalises: bool, report: Callable[[float], object]) -> list[list[int]]:
+    """Code points beside which the engines may differ, as sorted ``[first, last]`` ranges.
+
+    normalises: whether the tokenizer rewrites text before it cuts it: orders and compositions are then looked at, too.
+    report: called with the fraction that is done.
+    """
+    frames = _FRAMES + _ORDER_FRAMES if normalises else _FRAMES
+    blocks = [block for scanned in SCANNED for block in _chunks(scanned, _BLOCK)]
+    found: set[int] = set()
+    for done in range(0, len(blocks), _BATCH_TEXTS):
+        report(done / len(blocks))
+        batch = {_block_text(block, frames): block for block in blocks[done : done + _BATCH_TEXTS]}
+        for text in engines.differing(list(batch)):
+            found.update(_differing_in(engines, batch[text], frames))
+    if normalises:
+        _add_differing_sequences(engines, found)
+    report(1.0)
+    return _ranges(found)
+
+
+def _differing_in(engines: EnginePair, block: Sequence[int], frames: Sequence[str]) -> set[int]:
+    """The code points of a block that differs; all of them where none differs alone."""
+    texts = {frame.format(chr(point)): point for point in block for frame in frames}
+    found = {texts[text] for text in engines.differing(list(texts))}
+    rest = [point for point in block if point not in found]
+    return set(block) if rest and engines.differing([_block_text(rest, frames)]) else found
+
+
+def _add_differing_sequences(engines: EnginePair, found: set[int]) -> None:
+    """Add one code point of every composition, and of every order of two marks, on which the engines differ.
+
+    A composition or an order that only one engine knows has a character that the other does not know: Unicode never
+    changes what old characters do. The newer of two is taken to be the one of the larger number.
+    """
+    texts: dict[str, int] = {}
+    for first, second in _compositions():
+        if not found & {first, second}:
+            texts[f"{chr(first)}{chr(second)}a {chr(first)}{chr(second)}\u0323"] = max(first, second)
+    marks = [point for scanned in SCANNED for point in scanned if unicodedata.combining(chr(point))]
+    ladder = {unicodedata.combining(chr(point)): point for point in marks if point not in found}
+    steps = "".join(chr(ladder[order]) for order in sorted(ladder))
+    texts.update({f"a{chr(point)}{steps}": point for point in marks if point not in found})
+    batch = list(texts)
+    for start in range(0, len(batch), 64 * _BATCH_TEXTS):
+        found.update(texts[text] for text in engines.differing(batch[start : start + 64 * _BATCH_TEXTS]))
+
+
+def _compositions() -> Iterator[tuple[int, int]]:
+    """Pairs of characters that Unicode writes as one, Hangul syllables included, whose first one is scanned."""
+    for scanned in SCANNED:
+        for point in scanned:
+            parts = unicodedata.decomposition(chr(point)).split()
+            if len(parts) == 2 and not parts[0].startswith("<"):
+                yield int(parts[0], 16), int(parts[1], 16)
+            elif 0xAC00 <= point <= 0xD7A3 and (point - 0xAC00) % 28 == 0:
+                lead, vowel = divmod((point - 0xAC00) // 28, 21)
+                yield 0x1100 + lead, 0x1161 + vowel
+                yield from ((point, 0x11A7 + tail) for tail in range(1, 28))
+    yield from (pair for pair in _RECENT_COMPOSITIONS if any(pair[0] in scanned for scanned in SCANNED))
+
+
+def _block_text(block: Sequence[int], frames: Sequence[str]) -> str:
+    """All code points of a block: in runs between neighbours, and each alone in every frame where kinds are mixed."""
+    texts = []
+    for number, run in enumerate(_chunks(block, _RUN)):
+        edge = _EDGES[(block[0] // _BLOCK + number) % len(_EDGES)]
+        characters = "".join(map(chr, run))
+        texts += [edge, characters, "aa", characters, "<<"]  # letters go with what is before, the others with "<<"
+    if any(block[0] in dense for dense in _DENSE):
+        texts += [frame.format(chr(point)) for point in block for frame in frames]
+    return "".join(texts)
+
+
+def _chunks(points: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (points[start : start + size] for start in range(0, len(points), size))
+
+
+def _ranges(points: Iterable[int]) -> list[list[int]]:
+    """Sorted ``[first, last]`` ranges of a set of code points."""
+    ranges: list[list[int]] = []
+    for point in sorted(points):
+        if ranges and ranges[-1][1] == point - 1:
+            ranges[-1][1] = point
+        else:
+            ranges.append([point, point])
+    return ranges
