@@ -32,7 +32,7 @@ def build_probe(content: bytes) -> bytes | None:
     vocabulary = [*letters, *("".join(merge) for merge in merges)]
     bare = {"continuing_subword_prefix": None, "end_of_word_suffix": None, "unk_token": None, "dropout": None}
     model = {**model, **bare, "vocab": {piece: i for i, piece in enumerate(vocabulary)}, "merges": merges}
-    plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    plain: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return json.dumps({**tokenizer, **plain, "model": model}).encode()
 
 

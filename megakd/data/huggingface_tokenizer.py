@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.end_of_document import find_end_of_document
 from megakd.data.tokenizer_base import Tokenizer, TokenizerType
 from megakd.errors import UsageError
 
 _PIECE_TEXT_BYTES = 128 * 1024  # text given to one call of `tokenizers`, which holds some 200 bytes a byte of it
-_END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _DROPOUT = re.compile(rb'"dropout"\s*:\s*[0-9.]')
 
 
@@ -50,14 +50,34 @@ class HuggingFaceTokenizer(Tokenizer):
         self.normalises = self._engine.normalizer is not None
         self.normalised_literals = tuple(token.content for token in tokens if token.normalized and self.normalises)
         self.vocab_size = 1 + max(self._engine.get_vocab(with_added_tokens=True).values(), default=-1)
-        end_of_text = _read_eos_token(path.parent) or self._guess_eos_token()
-        self.eod = None if end_of_text is None else self._engine.token_to_id(end_of_text)
-        if end_of_text is not None and self.eod is None:
-            raise UsageError(f"{path.parent}: eos_token {end_of_text!r} is not in the vocabulary of {path.name}")
-        super().__init__(model_bytes + b"\0" + str(self.eod).encode())
+        end = find_end_of_document(
+            path.parent,
+            token_of=self._engine.id_to_token,
+            special={token.content for token in tokens if token.special},
+            vocabulary=self._engine.get_vocab(with_added_tokens=True),
+        )
+        self.eod = None
+        if end is not None:
+            self.eod, self.eod_token, self.eod_reason = self._engine.token_to_id(end.token), end.token, end.reason
+            if self.eod is None:
+                raise UsageError(f"{path.parent}: eos_token {end.token!r} is not in the vocabulary of {path.name}")
+            self.eod_warnings = end.warnings
+        self._model_bytes = model_bytes
+        super().__init__(self._identity())
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._engine.token_to_id(token)
+        return found
+
+    def _token_of(self, i: int) -> str:
+        return str(self._engine.id_to_token(i))
+
+    def _identity(self) -> bytes:
+        return self._model_bytes + b"\0" + str(self.eod).encode()
 
     def encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
         return encode_with(self._engine, texts)
@@ -80,11 +100,6 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 sizes[i] = len(piece.replace("▁", " ").encode())
         return sizes
-
-    def _guess_eos_token(self) -> str | None:
-        """The one special token of a well-known name; None if there is none, or a choice that is not ours to make."""
-        known = [name for name in _END_OF_TEXT_NAMES if self._engine.token_to_id(name) in self._special_ids]
-        return known[0] if len(known) == 1 else None
 
 
 def load_engine(content: bytes) -> Any:
@@ -121,20 +136,6 @@ def without_dropout(content: bytes) -> bytes:
         return content  # the word stands in the vocabulary
     tokenizer["model"]["dropout"] = None
     return json.dumps(tokenizer).encode()
-
-
-def _read_eos_token(folder: Path) -> str | None:
-    """``eos_token`` of the files that transformers writes beside a tokenizer.json."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            try:
-                value = json.loads((folder / name).read_bytes()).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise UsageError(f"{folder / name}: not a JSON object: {error}") from error
-            content = value.get("content") if isinstance(value, dict) else value
-            if content is not None:
-                return str(content)
-    return None
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:

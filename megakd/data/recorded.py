@@ -15,6 +15,13 @@ def recorded_tokenizer(dataset: IndexedDataset) -> Mapping[str, Any] | None:
     return None if dataset.manifest is None else dataset.manifest.tokenizer
 
 
+def end_as_recorded(tokenizer: Tokenizer, recorded: Mapping[str, Any]) -> None:
+    """Let a tokenizer end documents as a dataset's were, which may have been made with ``--eod-token``."""
+    eod = recorded.get("eod")
+    if tokenizer.path is not None and isinstance(eod, int) and eod != tokenizer.eod and eod < tokenizer.vocab_size:
+        tokenizer.end_documents_with(eod)
+
+
 def open_tokenizer(
     dataset: IndexedDataset,
     *,
@@ -51,6 +58,7 @@ def open_tokenizer(
     except UsageError as error:
         whose = "" if tokenizer_type else f"; the dataset records a {kind}: {flag} says where its file is now"
         raise UsageError(f"{dataset.prefix}: opening its tokenizer: {error}{whose}") from error
+    end_as_recorded(tokenizer, recorded)
     if recorded and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(
             f"{dataset.prefix}: made with the tokenizer {name_tokenizer(recorded)}; "

@@ -24,16 +24,29 @@ class SentencePieceTokenizer(Tokenizer):
         self.path = path
         model_bytes = path.read_bytes()
         super().__init__(model_bytes)
+        self._model_bytes = model_bytes
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
             raise UsageError(f"{path}: not a sentencepiece model: {error}") from error
         self.vocab_size = int(self._processor.get_piece_size())
         self.eod = None if self._processor.eos_id() < 0 else int(self._processor.eos_id())
+        if self.eod is not None:
+            self.eod_token, self.eod_reason = self._processor.id_to_piece(self.eod), "eos_id of the model"
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if not self._is_text(i)]
         added = [self._processor.id_to_piece(i) for i in _user_defined(model_bytes)]
         self.literals = tuple(filter(None, pieces + added))
         self.white_literals = frozenset(piece for piece in added if piece.replace("\u2581", " ").isspace())
+
+    def token_id(self, token: str) -> int | None:
+        i = int(self._processor.piece_to_id(token))
+        return i if self._processor.id_to_piece(i) == token else None
+
+    def _token_of(self, i: int) -> str:
+        return str(self._processor.id_to_piece(i))
+
+    def _identity(self) -> bytes:
+        return self._model_bytes
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)

@@ -5,6 +5,7 @@ No remote files, no remote code: a model is a local file, or a local folder with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def build_tokenizer(
     tokenizer_model: str | Path | None,
     *,
     vocab_size: int | None = None,
+    eod_token: str | None = None,
     model_flag: str = "--tokenizer-model",
     type_flag: str | None = "--tokenizer-type",
 ) -> Tokenizer:
@@ -52,6 +54,7 @@ def build_tokenizer(
 
     tokenizer_model: the ``.model`` file, or a ``tokenizer.json`` or the folder that holds it; None where there is none.
     vocab_size: for ``NullTokenizer``, the number of ids without the end-of-document id that follows them.
+    eod_token: what ends a document, as it is written; None for what the model's own files say.
     model_flag, type_flag: for messages, the flags that gave model and type; None for a type that no flag gave.
 
     Raises UsageError.
@@ -61,7 +64,10 @@ def build_tokenizer(
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None:
             raise UsageError("--vocab-size is missing; NullTokenizer has no model that tells it")
-        return NullTokenizer(vocab_size)
+        return _ending_with(NullTokenizer(vocab_size), eod_token)
+    foreign = None if tokenizer_model is None else _name_foreign(Path(tokenizer_model))
+    if foreign is not None:
+        raise UsageError(f"{model_flag} {tokenizer_model}: {foreign}")
     tokenizer: Tokenizer
     try:
         file = model_file(tokenizer_type, tokenizer_model)
@@ -78,7 +84,7 @@ def build_tokenizer(
         raise UsageError(f"{model_flag} {error}{hint}") from error
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UsageError(f"--vocab-size {vocab_size}: the model has {tokenizer.vocab_size} entries; leave the flag out")
-    return tokenizer
+    return _ending_with(tokenizer, eod_token)
 
 
 def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Path | None:
@@ -94,7 +100,11 @@ def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None
     if not path.exists():
         raise UsageError(f"{path}: no such file; models are local, nothing is downloaded")
     if path.is_dir() and tokenizer_type == "SentencePieceTokenizer":
-        raise UsageError(f"{path}: a folder; SentencePieceTokenizer needs the .model file")
+        models = sorted(path.glob("*.model"))
+        if len(models) != 1:
+            found = ", ".join(model.name for model in models) or "none"
+            raise UsageError(f"{path}: a folder; SentencePieceTokenizer needs the .model file, of which it has {found}")
+        return models[0]
     if path.is_dir():
         path /= "tokenizer.json"
         if not path.is_file():
@@ -158,12 +168,46 @@ class ByteTokenizer(Tokenizer):
         return np.array([1] * 256 + [0], dtype=np.int32)
 
 
+_TEKKEN = re.compile(rb'"(token_bytes|default_num_special_tokens)"\s*:')
+_TIKTOKEN = re.compile(rb"([A-Za-z0-9+/]+={0,2} [0-9]+\r?\n)+")
 _TYPES: tuple[TokenizerType, ...] = (
     "SentencePieceTokenizer",
     "HuggingFaceTokenizer",
     "NullTokenizer",
     "ByteTokenizer",
 )
+
+
+def _ending_with(tokenizer: Tokenizer, eod_token: str | None) -> Tokenizer:
+    if eod_token is not None:
+        tokenizer.end_documents_with(eod_token)
+    return tokenizer
+
+
+def _name_foreign(path: Path) -> str | None:
+    """What a model of another kind is, and what to do about it; None for any other file or folder."""
+    if path.is_dir():
+        usable = (path / "tokenizer.json").exists() or any(path.glob("*.model"))
+        files = [] if usable else sorted((*path.glob("tekken*.json"), *path.glob("*.tiktoken")))
+    else:
+        files = [path] if path.is_file() else []
+    for file in files:
+        with open(file, "rb") as stream:
+            head = stream.read(1 << 16)
+        if _TEKKEN.search(head):
+            return (
+                f"{file.name} is a tekken file, a format of Mistral's own that neither engine reads; the folder of the "
+                "same model for transformers has a tokenizer.json with the same ids: --tokenizer-type "
+                "HuggingFaceTokenizer --tokenizer-model that folder"
+            )
+        if _TIKTOKEN.match(head):
+            return (
+                f"{file.name} is a list of tiktoken's ranks, without the rule by which text is cut and without the "
+                "special tokens: its ids would be guesses; take the tokenizer.json of the same model, or make one with "
+                "transformers.convert_slow_tokenizer.TikTokenConverter(vocab_file=..., pattern=..., "
+                "additional_special_tokens=[...]).converted().save('tokenizer.json')"
+            )
+    return None
 
 
 def _type_of(path: Path) -> TokenizerType | None:

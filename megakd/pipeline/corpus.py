@@ -53,15 +53,23 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
     """
     with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
         inputs = find_inputs(config.input, own=config.output_prefix + QUARANTINE)
-        tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size)
+        tokenizer = build_tokenizer(
+            config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size, eod_token=config.eod_token
+        )
         if config.append_eod and tokenizer.eod is None:
-            raise UsageError(f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token)")
-        for note in tokenizer.notes:
+            raise UsageError(
+                f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token): give --eod-token, "
+                f"one of {', '.join(tokenizer.literals[:12]) or 'its special tokens, of which it has none'}"
+            )
+        tell(tokenizer.explain_eod() + ("" if config.append_eod else "; not appended, for lack of --append-eod"))
+        for note in tokenizer.notes + tokenizer.eod_warnings:
             tell(f"warning: {note}")
         sample = sample_texts(inputs, config.json_keys)
         choice = choose_engine(tokenizer, sample, mode=config.tokenizer_engine, say=tell)
         tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
         description, dtype = tokenizer.describe(), best_dtype(tokenizer.vocab_size)
+        eod_text = tokenizer.eod_token
+        eod_is_cut_out = eod_text is not None and tokenizer.eod in tokenizer.encode(eod_text)
         del tokenizer
         give_back_memory()
 
@@ -73,7 +81,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
             return done
         open_folder(root, folder.name)
         num_workers = config.workers or len(os.sched_getaffinity(0))
-        settings = _settings(config, inputs, choice, description, folder, num_workers)
+        settings = _settings(config, inputs, choice, description, eod_text, folder, num_workers)
         progress = _encode(config, settings, inputs, num_workers, stop)
 
         shards = _collect(settings)
@@ -98,6 +106,11 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
                 )
             )
         remove_folder(root, folder)
+        if counts.documents_with_eod_text:
+            effect = (
+                "which is that id: each falls into several" if eod_is_cut_out else "which is text to this tokenizer"
+            )
+            tell(f"warning: {counts.documents_with_eod_text} documents have {eod_text} written out, {effect}")
         tell(
             f"{counts.documents} documents ({counts.empty_documents} empty), {counts.tokens} tokens, "
             f"{counts.bad_records} bad records, {counts.blank_lines} blank lines, "
@@ -180,6 +193,7 @@ def _settings(
     inputs: list[Input],
     choice: Choice,
     tokenizer: Mapping[str, Any],
+    eod_text: str | None,
     folder: Path,
     num_workers: int,
 ) -> Settings:
@@ -194,6 +208,7 @@ def _settings(
         vocab_size=config.vocab_size,
         num_ids=tokenizer["vocab_size"],
         eod=tokenizer["eod"],
+        eod_text=eod_text,
         choice=choice.as_dict(),
         max_doc_bytes=config.max_doc_bytes,
         shard_bytes=config.shard_bytes or max(16 << 20, total // _MAX_SHARDS),

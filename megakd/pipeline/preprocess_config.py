@@ -23,6 +23,9 @@ class PreprocessConfig:
     vocab_size: int | None = option(None, "number of ids of a NullTokenizer, its end of document not counted")
     json_keys: list[str] = option(["text"], "keys whose texts become documents, one dataset each", common=True)
     append_eod: bool = option(False, "end each document with the end-of-document id", common=True)
+    eod_token: str | None = option(
+        None, "the end-of-document token as it is written (default: what the model's files name)", common=True
+    )
     workers: int = option(0, "worker processes; 0: one for each core", common=True)
     log_interval: int = option(10000, "documents between progress lines, where stderr is no terminal", common=True)
     max_bad_fraction: float = option(0.001, "more bad records than this fraction: exit status 3", common=True)

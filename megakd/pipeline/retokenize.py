@@ -57,6 +57,9 @@ class RetokenizeConfig:
     source_tokenizer_model: str | None = option(None, "its file, or folder (default: as recorded)", common=True)
     source_vocab_size: int | None = option(None, "ids of an old NullTokenizer, its end of document not counted")
     append_eod: bool = option(True, "end each document with the end-of-document id, where it does not", common=True)
+    eod_token: str | None = option(
+        None, "the new end-of-document token as it is written (default: what the model's files name)", common=True
+    )
     workers: int = option(0, "worker processes; 0: one for each core", common=True)
     log_interval: int = option(10000, "documents between progress lines, where stderr is no terminal", common=True)
     max_bad_fraction: float = option(
@@ -104,15 +107,17 @@ def retokenize(config: RetokenizeConfig) -> Manifest:
     keep dying, StoppedBySignal.
     """
     with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
-        target = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        target = build_tokenizer(config.tokenizer_type, config.tokenizer_model, eod_token=config.eod_token)
         if target.eod is None:
             raise UsageError(
-                f"--tokenizer-model {config.tokenizer_model}: it names no end-of-document token (eos_token)"
+                f"--tokenizer-model {config.tokenizer_model}: it names no end-of-document token (eos_token): "
+                "--eod-token does"
             )
         num_workers = config.workers or len(os.sched_getaffinity(0))
         settings = _settings(config, IndexedDataset(config.input_prefix).fingerprint, num_workers)
         dataset, source = settings.open_source()
-        for note in target.notes:
+        tell(target.explain_eod())
+        for note in target.notes + target.eod_warnings:
             tell(f"warning: {note}")
         choice = choose_engine(target, _sample_texts(dataset, source), mode=config.tokenizer_engine, say=tell)
         tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
@@ -179,6 +184,7 @@ def _settings(config: RetokenizeConfig, fingerprint: str, num_workers: int) -> S
         source_vocab_size=config.source_vocab_size,
         target_type=config.tokenizer_type,
         target_model=config.tokenizer_model,
+        target_eod_token=config.eod_token,
         append_eod=config.append_eod,
         choice={},
         folder="",

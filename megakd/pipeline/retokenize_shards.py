@@ -43,6 +43,7 @@ class Settings:
     source_vocab_size: int | None
     target_type: TokenizerType
     target_model: str | None
+    target_eod_token: str | None
     append_eod: bool
     choice: dict[str, Any]
     folder: str
@@ -119,7 +120,7 @@ class Retokenizer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._dataset, self._source = settings.open_source()
-        self._target = build_tokenizer(settings.target_type, settings.target_model)
+        self._target = build_tokenizer(settings.target_type, settings.target_model, eod_token=settings.target_eod_token)
         self._engine = Engine(
             settings.target_type,
             settings.target_model,

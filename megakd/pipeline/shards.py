@@ -26,7 +26,7 @@ from megakd.pipeline.decompress import Kind
 from megakd.pipeline.records import BadRecord, Lines, RecordError, count_duplicate_keys, parse_texts
 from megakd.pipeline.unfinished import LISTED, Tally, bad_records, read_committed
 
-_FORMAT, _FORMAT_VERSION = "preprocess-shard", 1
+_FORMAT, _FORMAT_VERSION = "preprocess-shard", 2
 _BATCH_BYTES = 1 << 20
 _REPORTED_BAD = 100  # bad records that a report carries, in case the run stops before the shard is committed
 
@@ -45,6 +45,8 @@ class Settings:
     num_ids: int
     """The tokenizer's true vocabulary, so that a worker need not load the reference engine to know it."""
     eod: int | None
+    eod_text: str | None
+    """How that id is written, to count the documents that hold it."""
     choice: dict[str, Any]
     max_doc_bytes: int
     shard_bytes: int
@@ -73,6 +75,7 @@ class Counts(Tally):
     empty_documents: int = 0
     bad_records: int = 0
     duplicate_keys: int = 0
+    documents_with_eod_text: int = 0
     tokens: int = 0
 
 
@@ -177,6 +180,9 @@ class _ShardWriter:
             self._refuse(self._counts.lines, offset, error)
             return
         self._counts.duplicate_keys += count_duplicate_keys(line, self._keys, self._quoted)
+        written = self._settings.eod_text
+        if written is not None and any(written in text for text in texts):
+            self._counts.documents_with_eod_text += 1
         for column, text in zip(self._texts, texts):
             column.append(text)
         self._places.append((self._counts.lines, offset))

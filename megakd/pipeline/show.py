@@ -14,6 +14,7 @@ from megakd.config import option, parse
 from megakd.data.data_path import prefixes_in
 from megakd.data.idx_format import idx_path
 from megakd.data.indexed import IndexedDataset
+from megakd.data.recorded import end_as_recorded
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, same_tokenizer
 from megakd.errors import ExitStatus, MismatchError, UsageError
 from megakd.model.damage import MANIFEST as CHECKPOINT
@@ -126,6 +127,7 @@ def preview(tokens: NDArray[Any], tokenizer: Tokenizer | None) -> str:
 
 def _check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     recorded = None if dataset.manifest is None else dataset.manifest.tokenizer
+    end_as_recorded(tokenizer, recorded or {})
     if recorded is not None and not same_tokenizer(recorded, tokenizer):
         raise MismatchError(
             f"{dataset.prefix}: made with the tokenizer {flat(recorded)}; the one given is {flat(tokenizer.describe())}"

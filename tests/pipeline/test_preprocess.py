@@ -15,6 +15,7 @@ from tokenizer_models import train_byte_bpe, train_sentencepiece
 
 from megakd.data.idx_format import best_dtype
 from megakd.data.indexed import IndexedDataset
+from megakd.data.recorded import open_tokenizer
 from megakd.data.tokenizer import build_tokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.manifest import read_manifest
@@ -135,6 +136,33 @@ def test_manifest_tells_where_the_tokens_come_from(tmp_path: Path) -> None:
     assert manifest.parameters["tokenizer_engine"]["engine"] in ("gigatoken", "reference")
     assert manifest.parameters["tokenizer_engine"]["reason"]
     assert manifest.parameters["counts"]["documents"] == len(TEXTS)
+
+
+def test_the_end_of_a_document_is_said_counted_and_found_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = train_byte_bpe(tmp_path / "bpe")
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    flags = (
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(model),
+        "--tokenizer-engine",
+        "reference",
+    )
+    text = write_lines(tmp_path / "a.jsonl", ["one", "two<|endoftext|>three", "<|endoftext|>", "<|im_end|>"])
+    assert preprocess(text, out=tmp_path / "o", flags=(*flags, "--append-eod")) == 0
+    said = capsys.readouterr().err
+    assert "end of document: <|im_end|>, id 1 (eos_token of tokenizer_config.json)\n" in said
+    assert "--eod-token '<|endoftext|>' takes it" in said and "1 documents have <|im_end|> written out" in said
+    assert preprocess(text, out=tmp_path / "o", flags=(*flags, "--append-eod", "--eod-token", "<|endoftext|>")) == 0
+    said = capsys.readouterr().err
+    assert "end of document: <|endoftext|>, id 0 (--eod-token)\n" in said and "2 documents have <|endoftext|>" in said
+    dataset = IndexedDataset(tmp_path / "o_text_document")
+    assert dataset.document(0)[-1] == 0 and dataset.manifest is not None
+    assert dataset.manifest.parameters["counts"]["documents_with_eod_text"] == 2
+    assert open_tokenizer(dataset).eod == open_tokenizer(dataset, tokenizer_model=str(model)).eod == 0
 
 
 def test_the_gates_choice_is_what_the_workers_use(tmp_path: Path) -> None:
