@@ -30,6 +30,7 @@ from megakd.errors import ExitStatus
 from megakd.output import explain_unwritten, flush_output, print_any_name
 
 VERBS = {
+    "tokenizer": "megakd.pipeline.tokenizer",
     "preprocess": "megakd.pipeline.preprocess",
     "merge": "megakd.pipeline.merge",
     "verify": "megakd.pipeline.verify",
