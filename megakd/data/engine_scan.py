@@ -41,28 +41,28 @@ _FRAMES = (
 # Canonical order moves a mark before U+0345 (class 240, the highest) or behind U+0334 (class 1, the lowest).
 _ORDER_FRAMES = ("a\u0345{0}\u0334", "\u0628\u0650{0}\u0650")
 _EDGES = ("a", "1", "<", " ", "A", "\n", "\u0301", "\u4e2d")
-# Canonical compositions of Unicode 15 to 17, which Python's own tables may not have yet: (first, second).
+# Canonical compositions of Unicode 15 to 17, which Python's own tables may not have yet: composite, first, second.
 _RECENT_COMPOSITIONS = (
-    (0x105D2, 0x0307),
-    (0x105DA, 0x0307),
-    (0x11382, 0x113C9),
-    (0x11384, 0x113BB),
-    (0x1138B, 0x113C2),
-    (0x11390, 0x113C9),
-    (0x113C2, 0x113C2),
-    (0x113C2, 0x113B8),
-    (0x113C2, 0x113C9),
-    (0x1611E, 0x1611E),
-    (0x1611E, 0x1611F),
-    (0x1611E, 0x16120),
-    (0x1611E, 0x16129),
-    (0x16129, 0x1611F),
-    (0x16121, 0x1611F),
-    (0x16121, 0x16120),
-    (0x16122, 0x1611F),
-    (0x16D63, 0x16D67),
-    (0x16D67, 0x16D67),
-    (0x16D69, 0x16D67),
+    (0x105C9, 0x105D2, 0x0307),
+    (0x105E4, 0x105DA, 0x0307),
+    (0x11383, 0x11382, 0x113C9),
+    (0x11385, 0x11384, 0x113BB),
+    (0x1138E, 0x1138B, 0x113C2),
+    (0x11391, 0x11390, 0x113C9),
+    (0x113C5, 0x113C2, 0x113C2),
+    (0x113C7, 0x113C2, 0x113B8),
+    (0x113C8, 0x113C2, 0x113C9),
+    (0x16121, 0x1611E, 0x1611E),
+    (0x16122, 0x1611E, 0x16129),
+    (0x16123, 0x1611E, 0x1611F),
+    (0x16124, 0x16129, 0x1611F),
+    (0x16125, 0x1611E, 0x16120),
+    (0x16126, 0x16121, 0x1611F),
+    (0x16127, 0x16122, 0x1611F),
+    (0x16128, 0x16121, 0x16120),
+    (0x16D68, 0x16D67, 0x16D67),
+    (0x16D69, 0x16D63, 0x16D67),
+    (0x16D6A, 0x16D69, 0x16D67),
 )
 
 
@@ -111,36 +111,41 @@ def _differing_in(engines: EnginePair, block: Sequence[int], frames: Sequence[st
 
 
 def _add_differing_sequences(engines: EnginePair, found: set[int]) -> None:
-    """Add one code point of every composition, and of every order of two marks, on which the engines differ.
+    """Add what shows every composition, and every order of two marks, on which the engines differ.
 
     A composition or an order that only one engine knows has a character that the other does not know: Unicode never
-    changes what old characters do. The newer of two is taken to be the one of the larger number.
+    changes what old characters do. The newer of two is taken to be the one of the larger number. The composite is
+    added, too: taken apart, its first part may compose with what stands before it.
     """
-    texts: dict[str, int] = {}
-    for first, second in _compositions():
-        if not found & {first, second}:
-            texts[f"{chr(first)}{chr(second)}a {chr(first)}{chr(second)}\u0323"] = max(first, second)
+    texts: dict[str, set[int]] = {}
+    for composite, first, second in _compositions():
+        pair = chr(first) + chr(second)
+        texts[f"{pair}a {pair}\u0323"] = {composite, *({max(first, second)} if not found & {first, second} else ())}
     marks = [point for scanned in SCANNED for point in scanned if unicodedata.combining(chr(point))]
     ladder = {unicodedata.combining(chr(point)): point for point in marks if point not in found}
     steps = "".join(chr(ladder[order]) for order in sorted(ladder))
-    texts.update({f"a{chr(point)}{steps}": point for point in marks if point not in found})
+    texts.update({f"a{chr(point)}{steps}": {point} for point in marks if point not in found})
     batch = list(texts)
     for start in range(0, len(batch), 64 * _BATCH_TEXTS):
-        found.update(texts[text] for text in engines.differing(batch[start : start + 64 * _BATCH_TEXTS]))
+        for text in engines.differing(batch[start : start + 64 * _BATCH_TEXTS]):
+            found.update(texts[text])
 
 
-def _compositions() -> Iterator[tuple[int, int]]:
-    """Pairs of characters that Unicode writes as one, Hangul syllables included, whose first one is scanned."""
+def _compositions() -> Iterator[tuple[int, int, int]]:
+    """Characters that Unicode writes as one or as two, Hangul syllables included, whose one form is scanned."""
     for scanned in SCANNED:
         for point in scanned:
             parts = unicodedata.decomposition(chr(point)).split()
             if len(parts) == 2 and not parts[0].startswith("<"):
-                yield int(parts[0], 16), int(parts[1], 16)
-            elif 0xAC00 <= point <= 0xD7A3 and (point - 0xAC00) % 28 == 0:
-                lead, vowel = divmod((point - 0xAC00) // 28, 21)
-                yield 0x1100 + lead, 0x1161 + vowel
-                yield from ((point, 0x11A7 + tail) for tail in range(1, 28))
-    yield from (pair for pair in _RECENT_COMPOSITIONS if any(pair[0] in scanned for scanned in SCANNED))
+                yield point, int(parts[0], 16), int(parts[1], 16)
+            elif 0xAC00 <= point <= 0xD7A3:
+                syllable, tail = divmod(point - 0xAC00, 28)
+                lead, vowel = divmod(syllable, 21)
+                if tail:
+                    yield point, point - tail, 0x11A7 + tail
+                else:
+                    yield point, 0x1100 + lead, 0x1161 + vowel
+    yield from (known for known in _RECENT_COMPOSITIONS if any(known[0] in scanned for scanned in SCANNED))
 
 
 def _block_text(block: Sequence[int], frames: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ from megakd.errors import UsageError
 EngineMode = Literal["auto", "reference", "gigatoken"]
 
 _ENGINES = ("gigatoken", "tokenizers", "sentencepiece")
-_COMPARISON_VERSION = 1  # of what is compared and how: a larger one makes kept comparisons void
+_COMPARISON_VERSION = 2  # of what is compared and how: a larger one makes kept comparisons void
 _PROGRESS_SECONDS = 3.0
 _LARGE_BYTES = 2 << 20  # of one text; an unusual one takes gigatoken some 35 bytes of memory a byte
 

@@ -185,7 +185,11 @@ def test_documents_with_characters_that_only_one_engine_knows_go_to_the_referenc
     marks = {0x898, 0x89C, 0x8CA, 0xC3C, 0x113C2, 0x1611E, 0x16D67}  # known to the order and the compositions of NFC
     assert marks <= points if normaliser else marks & points <= {0x16D67}
     texts = ["\U00010940<H", "\u0628\u089c\u0650", "\u0628\u0650\u089c", "\U0001611e\U0001611e\U0001611fa", "\ua7ceA1"]
-    assert_equal_ids(tokenizer, choice, texts + fuzz(4000, 1, [point for block in BLOCKS for point in block]))
+    source = random.Random(4)
+    runs = ["".join(map(chr, source.choices(source.choice(BLOCKS), k=source.randint(2, 5)))) for _ in range(4000)]
+    new = [chr(point) for point in (0x16D63, 0x16D67, 0x16D68, 0x16D69, 0x1611E, 0x1611F, 0x16121, 0x16123, 0x113C2)]
+    runs += ["".join(source.choices(new, k=source.randint(2, 4))) for _ in range(1000)]
+    assert_equal_ids(tokenizer, choice, texts + runs + fuzz(4000, 1, [point for block in BLOCKS for point in block]))
 
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
