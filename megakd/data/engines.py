@@ -211,19 +211,29 @@ def _try_gigatoken(tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[s
 
 
 def _scan(tokenizer: Tokenizer, engines: EnginePair, say: Callable[[str], object]) -> list[list[int]]:
-    """The code points beside which the engines differ: with a probe in the place of a byte-level BPE tokenizer."""
-    scanned = tokenizer.hash
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        probe = build_probe(tokenizer.content)
-        if probe is not None:
-            reference = partial(encode_with, load_engine(probe))
-            engines = EnginePair(reference, _load_bytes(tokenizer.type, probe).encode)
-            scanned = xxhash.xxh3_128_hexdigest(probe)
-    progress = _Progress(say)
-    key = _versions() | {"scanned": scanned, "ranges": [[each.start, each.stop] for each in engine_scan.SCANNED]}
-    ranges: list[list[int]] = remember(
-        "engines-scanned", key, lambda: scan_code_points(engines, normalises=tokenizer.normalises, report=progress)
-    )
+    """The code points beside which the engines differ: with a probe in the place of a byte-level BPE tokenizer.
+
+    Kept for the tokenizer, and for the probe, which tokenizers of one family share.
+    """
+
+    def scan(scanned: str, engines: EnginePair) -> list[list[int]]:
+        progress = _Progress(say)
+        ranges: list[list[int]] = remember(
+            "engines-scanned",
+            _versions() | {"probe": scanned, "blocks": [[each.start, each.stop] for each in engine_scan.SCANNED]},
+            lambda: scan_code_points(engines, normalises=tokenizer.normalises, report=progress),
+        )
+        return ranges
+
+    def scan_with_probe() -> list[list[int]]:
+        probe = build_probe(tokenizer.content) if isinstance(tokenizer, HuggingFaceTokenizer) else None
+        if probe is None:
+            return scan(tokenizer.hash, engines)
+        pair = EnginePair(partial(encode_with, load_engine(probe)), _load_bytes(tokenizer.type, probe).encode)
+        return scan(xxhash.xxh3_128_hexdigest(probe), pair)
+
+    key = {"tokenizer": tokenizer.hash, "blocks": [[each.start, each.stop] for each in engine_scan.SCANNED]}
+    ranges: list[list[int]] = remember("engines-scanned", _versions() | key, scan_with_probe)
     return ranges
 
 

@@ -17,7 +17,8 @@ from megakd.data.tokenizer_base import Tokenizer, TokenizerType
 from megakd.errors import UsageError
 
 _PIECE_TEXT_BYTES = 128 * 1024  # text given to one call of `tokenizers`, which holds some 200 bytes a byte of it
-_DROPOUT = re.compile(rb'"dropout"\s*:\s*[0-9.]')
+# A fraction, or 1: any other integer is the id of the word, in a vocabulary.
+_DROPOUT = re.compile(rb'"dropout"\s*:\s*([0-9]*\.[0-9]|[0-9.]+[eE]|1\s*[,}])')
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -303,3 +304,31 @@ def test_dropout_is_switched_off(models: Path, tmp_path: Path) -> None:
     ]
     assert "dropout" in tokenizer.notes[0] and not whole.notes
     assert_equal_ids(tokenizer, choose_engine(tokenizer, lines), lines)
+
+
+def real_tokenizers() -> list[Path]:
+    """Tokenizer files of real models, in the folder that MEGAKD_REAL_TOKENIZERS names: ``*.json``, ``*.model*``."""
+    folder = os.environ.get("MEGAKD_REAL_TOKENIZERS", "")
+    return sorted((*Path(folder).rglob("*.json"), *Path(folder).rglob("*.model*"))) if folder else []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gpt2", "gpt4", "qwen2", "real"])
+def test_every_plane_of_unicode(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the whole scan, and its cache
+    models = real_tokenizers()
+    if name != "real":
+        models = [write_telling_bpe(tmp_path / name, name, normaliser={"type": "NFC"})]
+    if not models:
+        pytest.skip("no real tokenizers: name a folder of them with MEGAKD_REAL_TOKENIZERS")
+    points = [point for scanned in engine_scan.SCANNED for point in scanned]
+    low = [point for point in points if point < 0x20000]
+    for path in models:
+        tokenizer = build_tokenizer("SentencePieceTokenizer" if ".model" in path.name else "HuggingFaceTokenizer", path)
+        choice = choose_engine(tokenizer, text_lines()[:500], mode="gigatoken")
+        texts = fuzz(100_000, 5, points) + fuzz(100_000, 6, low, tokenizer.literals[:3])
+        source = random.Random(7)
+        starts = source.choices(range(0x80, 0x20000, 16), k=100_000)
+        runs = ("".join(chr(start + source.randrange(64)) for _ in range(source.randint(2, 5))) for start in starts)
+        texts += [run for run in runs if not any("\ud800" <= each <= "\udfff" for each in run)]
+        assert_equal_ids(tokenizer, choice, texts)
