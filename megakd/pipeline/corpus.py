@@ -99,7 +99,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
                     [shard.parts[column] for per_file in shards for shard in per_file],
                     dataset_prefix(config, key),
                     dtype=dtype,
-                    parameters=_parameters(config, key, choice, counts),
+                    parameters=_parameters(config, key, choice, counts, eod_text),
                     parents=parents,
                     tokenizer=description,
                     progress=lambda _: stop.check(),
@@ -278,11 +278,17 @@ def _collect(settings: Settings) -> list[list[Shard]]:
     return collected
 
 
-def _parameters(config: PreprocessConfig, key: str, choice: Choice, counts: Counts) -> dict[str, Any]:
-    met = {name: count for name, count in asdict(counts).items() if name != "tokens"}
+def _parameters(
+    config: PreprocessConfig, key: str, choice: Choice, counts: Counts, eod_text: str | None
+) -> dict[str, Any]:
+    met = asdict(counts)
+    del met["tokens"]
+    written_out = met.pop("documents_with_eod_text")
     return {
         "json_key": key,
         "append_eod": config.append_eod,
+        "eod_token": eod_text,
+        "documents_with_eod_token": written_out,
         "max_doc_bytes": config.max_doc_bytes,
         "tokenizer_engine": choice.as_dict(),
         "counts": met,

@@ -161,7 +161,8 @@ def test_the_end_of_a_document_is_said_counted_and_found_again(
     assert "end of document: <|endoftext|>, id 0 (--eod-token)\n" in said and "2 documents have <|endoftext|>" in said
     dataset = IndexedDataset(tmp_path / "o_text_document")
     assert dataset.document(0)[-1] == 0 and dataset.manifest is not None
-    assert dataset.manifest.parameters["counts"]["documents_with_eod_text"] == 2
+    assert dataset.manifest.parameters["documents_with_eod_token"] == 2
+    assert dataset.manifest.parameters["eod_token"] == "<|endoftext|>"
     assert open_tokenizer(dataset).eod == open_tokenizer(dataset, tokenizer_model=str(model)).eod == 0
 
 
