@@ -131,7 +131,9 @@ struct CentredLogitMSE : Plain {
   static constexpr bool kLinear = false;
 
   static void accumulate(const Entries& e, Vec sums[]) {
-    sums[0] += in_play(e.s, e.t) ? e.s - e.t : Vec{};
+    // An infinite difference stays out of the mean: it makes the sum of squares infinite anyway. NaN stays.
+    const Vec difference = in_play(e.s, e.t) ? e.s - e.t : Vec{};
+    sums[0] += (difference == kInfinity) | (difference == -kInfinity) ? Vec{} : difference;
     sums[1] += in_play(e.s, e.t) ? broadcast(1.0f) : Vec{};
   }
 

@@ -82,11 +82,22 @@ struct AlphaBeta {
 
   Vec value(const Probabilities& e) const {
     const Vec p = e.t2 - teacher, q = e.s2 - student;  // logarithms
-    return in_play(p, q) ? value_in_play(p, q) : Vec{};
+    return in_play(p, q) ? value_limit(p, q, value_in_play(p, q)) : Vec{};
   }
   Vec slope(const Probabilities& e) const {
     const Vec p = e.t2 - teacher, q = e.s2 - student;
-    return in_play(p, q) ? slope_in_play(p, q) : Vec{};
+    return in_play(p, q) ? slope_limit(p, q, slope_in_play(p, q)) : Vec{};
+  }
+
+  // What came out as a difference of infinities, which negative exponents of small probabilities make: no value is below
+  // 0, and the largest term has a positive sign, so the limit is infinite, or 0 where p = q; the slope's sign is that of
+  // q - p. NaN logits stay NaN.
+  static Vec value_limit(Vec p, Vec q, Vec value) {
+    const Vec limit = (p > q ? p - q : q - p) + kInfinity;
+    return value > -kInfinity ? value : p == q ? Vec{} : limit;
+  }
+  static Vec slope_limit(Vec p, Vec q, Vec slope) {
+    return slope == slope ? slope : p == q ? Vec{} : (q - p) * kInfinity;
   }
 
   Vec value_in_play(Vec p, Vec q) const {

@@ -80,13 +80,15 @@ def reverse_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
     return rows["reverse"] / rows["student_sum"] - (rows["student_sum"] / rows["teacher_sum"]).log()
 
 
-def _mixed_kl(rows: RowStatistics, term: KDTerm, reverse_weight: Tensor | float) -> Tensor:
-    return (1 - reverse_weight) * forward_kl(rows, term) + reverse_weight * reverse_kl(rows, term)
+def _mixed_kl(rows: RowStatistics, term: KDTerm, reverse_weight_R: Tensor) -> Tensor:
+    """A direction that weighs nothing adds nothing, even where it is infinite."""
+    forward_R = product(1 - reverse_weight_R, forward_kl(rows, term))
+    return forward_R + product(reverse_weight_R, reverse_kl(rows, term))
 
 
 def symmetric_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
     """(1 - w) KL(p || q) + w KL(q || p)."""
-    return _mixed_kl(rows, term, term.reverse_weight)
+    return _mixed_kl(rows, term, torch.full_like(rows["forward"], term.reverse_weight))
 
 
 def adaptive_reverse_weight(rows: RowStatistics) -> Tensor:
@@ -168,9 +170,15 @@ def logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
 
 
 def centred_difference(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+    """d - mean d, the mean without differences that are infinite: those make the sum of squares infinite anyway."""
     both = (pair.s_Rv == -math.inf) & (pair.t_Rv == -math.inf)
     mean_R1 = column(rows["difference"] / rows["count"])
     return torch.where(both, 0.0, logit_difference(pair, rows, term) - mean_R1)
+
+
+def finite_difference(difference_Rv: Tensor) -> Tensor:
+    """Differences of logits as they enter the mean of the centred error: 0 for infinite ones; NaN stays."""
+    return torch.where(difference_Rv.isinf(), 0.0, difference_Rv)
 
 
 def centred_logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:

@@ -115,6 +115,22 @@ def _where_possible(e: Entries, values: Tensor) -> Tensor:
     return torch.where((e.log_p == -math.inf) & (e.log_q == -math.inf), 0.0, values)
 
 
+def _value_limit(e: Entries, values: Tensor) -> Tensor:
+    """Values that came out as a difference of infinities, which negative exponents of small probabilities make.
+
+    No entry of alpha_beta is below 0, and of its terms the largest has a positive sign: so the limit is +inf, or 0
+    where p = q. NaN logits stay NaN.
+    """
+    limit = (e.log_p - e.log_q).abs() + math.inf
+    return torch.where(values > -math.inf, values, torch.where(e.log_p == e.log_q, 0.0, limit))
+
+
+def _slope_limit(e: Entries, slopes: Tensor) -> Tensor:
+    """Slopes that came out as a difference of infinities: alpha_beta's has the sign of q - p. NaN logits stay NaN."""
+    limit = (e.log_q - e.log_p) * math.inf
+    return torch.where(slopes == slopes, slopes, torch.where(e.log_p == e.log_q, 0.0, limit))
+
+
 def _power(log_p: Tensor, a: float, log_q: Tensor, b: float) -> Tensor:
     """p^a · q^b, where an exponent of 0 leaves its factor out."""
     exponent = a * log_p if a else torch.zeros_like(log_p)
@@ -137,15 +153,16 @@ def alpha_beta_entry(e: Entries, term: KDTerm) -> Tensor:
     else:
         ends = a * _power(e.log_p, a + b, e.log_q, 0) + b * _power(e.log_p, 0, e.log_q, a + b)
         value = (ends - (a + b) * _power(e.log_p, a, e.log_q, b)) / (a * b * (a + b))
-    return _where_possible(e, value)
+    return _where_possible(e, _value_limit(e, value))
 
 
 def alpha_beta_slope(e: Entries, term: KDTerm) -> Tensor:
     a, b = term.ab_alpha, term.ab_beta
     if a == 0:
-        q_b = _power(e.log_p, 0, e.log_q, b)
-        return _where_possible(e, product(q_b, e.log_q - e.log_p))
-    return _where_possible(e, (_power(e.log_p, 0, e.log_q, a + b) - _power(e.log_p, a, e.log_q, b)) / a)
+        slope = product(_power(e.log_p, 0, e.log_q, b), e.log_q - e.log_p)
+    else:
+        slope = (_power(e.log_p, 0, e.log_q, a + b) - _power(e.log_p, a, e.log_q, b)) / a
+    return _where_possible(e, _slope_limit(e, slope))
 
 
 POINTWISE = {

@@ -12,6 +12,7 @@ from megakd.losses.divergences import (
     Pair,
     centred_difference,
     column,
+    finite_difference,
     logit_difference,
     pair_entries,
 )
@@ -110,7 +111,8 @@ def _pair_statistics(chunk: Chunk, teacher: DenseTeacher, student_Rv: Tensor) ->
             ("student_max", "teacher_max"), torch.stack([values["student_max"], values["teacher_max"]])
         )
         difference_Rv = logit_difference(pair, maxima, term)
-        values["difference"], values["square"] = difference_Rv.sum(1), difference_Rv.square().sum(1)
+        values["difference"] = finite_difference(difference_Rv).sum(1)
+        values["square"] = difference_Rv.square().sum(1)
         values["count"] = ((s_Rv > -math.inf) | (t_Rv > -math.inf)).sum(1).to(s_Rv.dtype)
     return values
 

@@ -62,7 +62,7 @@ class KDTerm:
     jsd_beta: weight of the teacher in the mixture of generalised_jsd (GKD, arXiv 2306.13649); 0 is forward KL and 1
         reverse KL.
     skew_alpha: weight of the own side in the mixture of the skew divergences (DistiLLM, arXiv 2402.03898); 0: no skew.
-    akl_mu: teacher mass of the head in adaptive_kl (arXiv 2404.02657).
+    akl_mu: teacher mass of the head in adaptive_kl (arXiv 2404.02657); 1 is forward KL, 0 leaves the best id alone.
     ab_alpha, ab_beta: exponents of teacher and student in alpha_beta (ABKD).
     taid_t: weight of the teacher's logits in the intermediate target of taid (arXiv 2501.16937).
     dkd_alpha, dkd_beta: weights of the label's and the other ids' part in decoupled (DKD, arXiv 2203.08679).
@@ -120,6 +120,7 @@ class KDTerm:
             "generalised_jsd": (self.jsd_beta, "forward_kl", "reverse_kl"),
             "skew_forward_kl": (self.skew_alpha, "forward_kl", None),
             "skew_reverse_kl": (self.skew_alpha, "reverse_kl", None),
+            "adaptive_kl": (self.akl_mu, None, "forward_kl"),  # all ids are in the head
             "taid": (0.0, "forward_kl", None),
         }
         value, at_0, at_1 = ends.get(self.divergence, (None, None, None))

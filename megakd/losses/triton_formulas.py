@@ -42,6 +42,26 @@ def logit_difference(s, t, inverse_tau_s, inverse_tau_t):
 
 
 @triton.jit
+def finite_difference(difference):
+    """What of a difference of logits enters the mean of the centred error: 0 for an infinite one; NaN stays."""
+    return tl.where(tl.abs(difference) == float("inf"), 0.0, difference)
+
+
+@triton.jit
+def value_limit(log_p, log_q, value):
+    """A value of alpha_beta that came out as a difference of infinities: +inf, or 0 where p = q; NaN logits stay."""
+    limit = tl.abs(log_p - log_q) + float("inf")
+    return tl.where(value > float("-inf"), value, tl.where(log_p == log_q, 0.0, limit))
+
+
+@triton.jit
+def slope_limit(log_p, log_q, slope):
+    """A slope of alpha_beta that came out as a difference of infinities has the sign of q - p; NaN logits stay."""
+    limit = (log_q - log_p) * float("inf")
+    return tl.where(slope == slope, slope, tl.where(log_p == log_q, 0.0, limit))
+
+
+@triton.jit
 def log_add_exp(a, b):
     high, low = tl.maximum(a, b), tl.minimum(a, b)
     return tl.where(high == float("-inf"), high, high + tl.log(1.0 + tl.exp(low - high)))
@@ -112,6 +132,7 @@ def value_and_slope(FORMULA: tl.constexpr, log_p, log_q, p, q, x, y, log_on_p, l
         value, slope = total_variation(p, q)
     else:
         value, slope = alpha_beta(FORMULA, log_p, log_q, x, y)
+        value, slope = value_limit(log_p, log_q, value), slope_limit(log_p, log_q, slope)
     return possible(log_q, log_p, value), possible(log_q, log_p, slope)
 
 

@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megakd.losses.triton_formulas import logit_difference, pivot, possible, product, value_and_slope
+from megakd.losses.triton_formulas import (
+    finite_difference,
+    logit_difference,
+    pivot,
+    possible,
+    product,
+    value_and_slope,
+)
 
 # Where a column stands among the statistics of a row: LM_COLUMNS, then PAIR_COLUMNS and what the divergence adds, or
 # LISTED_COLUMNS, see vocab_parallel.py.
@@ -219,7 +226,7 @@ def pair_statistics(
         if SUMS == "difference" or SUMS == "square":
             difference = logit_difference(s, t, inverse_tau_s, inverse_tau_t)
             if SUMS == "difference":
-                moment += by_group(difference, BLOCK)
+                moment += by_group(finite_difference(difference), BLOCK)
             else:
                 moment += by_group(difference * difference, BLOCK)
             count += by_group(possible(s, t, tl.full([BLOCK], 1.0, tl.float32)), BLOCK)

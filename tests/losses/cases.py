@@ -24,7 +24,7 @@ PARAMETERS: dict[str, list[dict[str, float]]] = {
     "generalised_jsd": [{}, {"jsd_beta": 0.1}, {"jsd_beta": 0.0}, {"jsd_beta": 1.0}],
     "skew_forward_kl": [{}, {"skew_alpha": 0.0}],
     "skew_reverse_kl": [{}, {"skew_alpha": 0.0}],
-    "adaptive_kl": [{}, {"akl_mu": 0.0}, {"akl_mu": 0.9}],
+    "adaptive_kl": [{}, {"akl_mu": 0.0}, {"akl_mu": 0.9}, {"akl_mu": 1.0}],
     "alpha_beta": [
         {"ab_alpha": a, "ab_beta": b}
         for a, b in [(0.5, 0.5), (0.3, 0.9), (0, 0.7), (0.7, 0), (1, 0), (0, 1), (0, 0), (0.5, -0.5), (1.2, -0.2)]

@@ -198,6 +198,27 @@ def test_ids_that_are_ruled_out(case: Case) -> None:
     _compare(case, student, teacher, width=VOCAB_SIZE)
 
 
+@pytest.mark.parametrize(("a", "b"), [(-1.3, 0.5), (-0.5, -0.5), (0.0, -0.5), (-0.5, 0.0), (-0.5, 0.5), (0.5, -1.3)])
+def test_negative_exponents(a: float, b: float) -> None:
+    """The value in row 0, where ids are possible, and in row 1, where the limit is infinite; never NaN."""
+    case = Case(KDTerm("alpha_beta", ab_alpha=a, ab_beta=b), "dense")
+    student, teacher = _logits(9, scale=1.0), _logits(10, scale=1.0)
+    _compare(case, student, teacher, width=126)
+    student[1, 170] = teacher[1, 160] = -math.inf
+    rows, _ = _walk(KERNELS, case, *_chunks(case, student, teacher, VOCAB_SIZE, (1.0, 0.5)))
+    value = DIVERGENCES[case.term.formula].value(rows, case.term)
+    assert value[0].isfinite() and value[1] == math.inf
+
+
+def test_the_centred_error_of_an_id_that_one_model_rules_out() -> None:
+    case = Case(KDTerm("centred_logit_mse"), "dense")
+    student, teacher = _logits(9), _logits(10)
+    student[1, 170] = -math.inf
+    rows, gradient = _walk(KERNELS, case, *_chunks(case, student, teacher, 126, (1.0, 0.5)))
+    value = DIVERGENCES[case.term.formula].value(rows, case.term)
+    assert value[0].isfinite() and value[1] == math.inf and not gradient.isnan().any()
+
+
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_what_is_not_finite_shows_unless_it_weighs_nothing(case: Case) -> None:
     student, teacher = _logits(11, rows=3), _logits(12, rows=3)

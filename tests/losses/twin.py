@@ -69,6 +69,7 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, term: Any) -> Tensor:
         head = torch.zeros(len(p), dtype=torch.bool)
         head[order[p[order].cumsum(0) <= term.akl_mu]] = True
         head[order[0]] = True
+        head |= term.akl_mu == 1  # the probabilities may add up to a little more
         gap = (p - q).abs()
         weights.append(gap[head].sum() / gap.sum())
     forward_weight = torch.stack(weights)
