@@ -23,10 +23,13 @@ constexpr double kLevelPower = 8;             // levels are equal steps of the 8
 
 enum class Value { kLevel, kFineLevel, kFloat, kCount };
 
+// What the ids of a row carry together: 1; what the row says; or whatever their values add up to.
+enum class Mass { kOne, kStored, kFree };
+
 struct RowFormat {
   int64_t vocab_size;
   Value value;
-  bool has_tail;     // else the mass is 1
+  Mass mass;
   uint32_t draws;    // of each row, for counts
   bool has_levels() const { return value == Value::kLevel || value == Value::kFineLevel; }
 };

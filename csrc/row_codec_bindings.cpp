@@ -39,9 +39,12 @@ const int32_t* checked_ranks(const py::array& ranks) {
   return data;
 }
 
-RowFormat row_format(int64_t vocab_size, const std::string& value, bool has_tail, uint32_t draws) {
+RowFormat row_format(int64_t vocab_size, const std::string& value, const std::string& mass, uint32_t draws) {
   require(vocab_size >= 1, "ranks: expected at least one id");
-  RowFormat format{vocab_size, Value::kLevel, has_tail, draws};
+  RowFormat format{vocab_size, Value::kLevel, Mass::kOne, draws};
+  if (mass == "stored") format.mass = Mass::kStored;
+  else if (mass == "free") format.mass = Mass::kFree;
+  else require(mass == "one", "mass: expected one, stored or free");
   if (value == "8") format.value = Value::kLevel;
   else if (value == "16") format.value = Value::kFineLevel;
   else if (value == "32") format.value = Value::kFloat;
@@ -53,9 +56,10 @@ RowFormat row_format(int64_t vocab_size, const std::string& value, bool has_tail
 
 class Encoder {
  public:
-  Encoder(const py::array& ranks, const std::string& value, bool has_tail, uint32_t draws, int64_t rows_for_codes)
+  Encoder(const py::array& ranks, const std::string& value, const std::string& mass, uint32_t draws,
+          int64_t rows_for_codes)
       : counts_(value == "count"),
-        encoder_(row_format(ranks.size(), value, has_tail, draws), checked_ranks(ranks), rows_for_codes) {}
+        encoder_(row_format(ranks.size(), value, mass, draws), checked_ranks(ranks), rows_for_codes) {}
 
   void add(const std::optional<py::array>& ids, const std::optional<py::array>& values,
            const std::optional<py::array>& entropies) {
@@ -93,9 +97,10 @@ class Encoder {
 
 class Decoder {
  public:
-  Decoder(py::array ids_of_ranks, const std::string& value, bool has_tail, uint32_t draws, const py::array& lengths)
+  Decoder(py::array ids_of_ranks, const std::string& value, const std::string& mass, uint32_t draws,
+          const py::array& lengths)
       : ids_(std::move(ids_of_ranks)),
-        decoder_(row_format(ids_.size(), value, has_tail, draws),
+        decoder_(row_format(ids_.size(), value, mass, draws),
                  checked<int32_t>(ids_, {ids_.size()}, "ids_of_ranks: expected int32 [vocab_size]"),
                  checked<uint8_t>(lengths, {kCodeLengths}, "lengths: expected uint8 [kCodeLengths]")) {}
 
@@ -124,13 +129,13 @@ void bind_row_codec(py::module_& m) {
   m.attr("ROW_CODE_LENGTHS") = kCodeLengths;
   m.attr("ROW_READ_AHEAD") = kReadAhead;
   py::class_<Encoder>(m, "RowEncoder", "Rows of a logits store to bytes (row_encoder.h).")
-      .def(py::init<const py::array&, const std::string&, bool, uint32_t, int64_t>(), py::arg("ranks"), py::kw_only(),
-           py::arg("value"), py::arg("has_tail"), py::arg("draws"), py::arg("rows_for_codes"))
+      .def(py::init<const py::array&, const std::string&, const std::string&, uint32_t, int64_t>(), py::arg("ranks"),
+           py::kw_only(), py::arg("value"), py::arg("mass"), py::arg("draws"), py::arg("rows_for_codes"))
       .def("add", &Encoder::add, py::arg("ids"), py::arg("values"), py::arg("entropies"))
       .def("finish", &Encoder::finish);
   py::class_<Decoder>(m, "RowDecoder", "Bytes of a logits store to rows (row_decoder.h).")
-      .def(py::init<py::array, const std::string&, bool, uint32_t, const py::array&>(), py::arg("ids_of_ranks"),
-           py::kw_only(), py::arg("value"), py::arg("has_tail"), py::arg("draws"), py::arg("lengths"))
+      .def(py::init<py::array, const std::string&, const std::string&, uint32_t, const py::array&>(), py::arg("ids_of_ranks"),
+           py::kw_only(), py::arg("value"), py::arg("mass"), py::arg("draws"), py::arg("lengths"))
       .def("decode", &Decoder::decode, py::arg("record"), py::arg("ids"), py::arg("log_probs"), py::arg("entropies"));
 }
 

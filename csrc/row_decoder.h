@@ -76,7 +76,7 @@ class RowDecoder {
       if (bad & kBadCode || size > head.most_ids) return row;
       second.refill();
       out.entropies[row] = float(second.take(16) / kEntropySteps);
-      const uint32_t tail = format_.has_tail ? second.take(16) : 0;
+      const uint32_t tail = format_.mass == Mass::kStored ? second.take(16) : 0;
       if (!decode_row<kValue>(size, tail, first, second, ids, log_probs)) return row;
       std::fill(ids + size, ids + out.width, 0);
       std::fill(log_probs + size, log_probs + out.width, -std::numeric_limits<float>::infinity());
@@ -131,6 +131,7 @@ class RowDecoder {
     const int32_t* const ids_of_ranks = ids_;
     for (uint32_t i = 0; i < size; i++) ids[i] = ids_of_ranks[ids[i]];
     if constexpr (kValue == Value::kLevel || kValue == Value::kFineLevel) {
+      if (format_.mass == Mass::kFree) return true;
       const float shift = float(std::log(mass_of(tail) / mass));
       for (uint32_t i = 0; i < size; i++) log_probs[i] += shift;
     }

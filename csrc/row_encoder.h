@@ -114,8 +114,10 @@ class RowEncoder {
     }
     if (draws && !order_.empty() && drawn != format_.draws)
       return std::to_string(drawn) + " draws, expected " + std::to_string(format_.draws);
-    if (!draws && (mass > 1 + kMassSlack || (!format_.has_tail && !order_.empty() && mass < 1 - kMassSlack)))
-      return "the ids carry " + std::to_string(mass) + " together, expected " + (format_.has_tail ? "at most 1" : "1");
+    const bool is_one = format_.mass == Mass::kOne;
+    if (!draws && format_.mass != Mass::kFree &&
+        (mass > 1 + kMassSlack || (is_one && !order_.empty() && mass < 1 - kMassSlack)))
+      return "the ids carry " + std::to_string(mass) + " together, expected " + (is_one ? "1" : "at most 1");
     if (!(entropy >= 0) || entropy * kEntropySteps > 65535.5) return "entropy " + std::to_string(entropy);
     sort_by_rank(order_, spare_, log2_floor(format_.vocab_size) + 1);
     uint64_t next_rank = 0;
@@ -203,7 +205,7 @@ class RowEncoder {
       const Head& row = heads_[head];
       most = std::max(most, row.size);
       values.put(row.entropy, 16);
-      if (format_.has_tail) values.put(row.tail, 16);
+      if (format_.mass == Mass::kStored) values.put(row.tail, 16);
       if (format_.value == Value::kFloat)
         for (size_t i = at; i < at + row.size; i++) values.put(values_[i], 32);
       walk(

@@ -137,7 +137,7 @@ class RowEncoder:
         ranks: NDArray[np.int32],
         *,
         value: Literal["8", "16", "32", "count"],
-        has_tail: bool,
+        mass: Literal["one", "stored", "free"],
         draws: int,
         rows_for_codes: int,
     ) -> None: ...
@@ -161,7 +161,7 @@ class RowDecoder:
         ids_of_ranks: NDArray[np.int32],
         *,
         value: Literal["8", "16", "32", "count"],
-        has_tail: bool,
+        mass: Literal["one", "stored", "free"],
         draws: int,
         lengths: NDArray[np.uint8],
     ) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -16,3 +17,11 @@ def mix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
     value = (value ^ (value >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     return value ^ (value >> np.uint64(31))
+
+
+def states_at(token_positions: NDArray[np.int64], purpose: str) -> NDArray[np.uint64]:
+    """``[T]``: of each token position the state of a splitmix64 generator, another one for each purpose."""
+    key = np.uint64(xxhash.xxh3_64_intdigest(purpose.encode()))
+    positions = np.asarray(token_positions, np.int64).astype(np.uint64)
+    states: NDArray[np.uint64] = mix64(mix64(positions ^ key) + key)
+    return states

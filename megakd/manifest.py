@@ -119,11 +119,15 @@ def write_manifest(
 
 
 def read_manifest(
-    path: str | os.PathLike[str], *, format: str | None = None, version: int | None = None, check_files: bool = True
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    version: int | Sequence[int] | None = None,
+    check_files: bool = True,
 ) -> Manifest:
     """Read a manifest and check that every file it names is there with the recorded size (not the hashes).
 
-    format, version: what the caller can read; None takes any. check_files: False: the manifest alone.
+    format, version (one, or several): what the caller can read; None takes any. check_files: False: the manifest alone.
 
     Raises UsageError where there is no manifest, CorruptError for a damaged manifest or a missing, cut or foreign file,
     MismatchError for another format or an unknown version.
@@ -132,10 +136,11 @@ def read_manifest(
     manifest = _parse(path)
     if format is not None and manifest.format != format:
         raise MismatchError(f"{path}: this is a {manifest.format!r}, expected a {format!r}")
-    if version is not None and manifest.version != version:
+    known = [version] if isinstance(version, int) else version
+    if known is not None and manifest.version not in known:
         raise MismatchError(
             f"{path}: {manifest.format} format version {manifest.version}, this megakd ({__version__}) reads version "
-            f"{version}; it was written by megakd {manifest.megakd_version}"
+            f"{', '.join(map(str, known))}; it was written by megakd {manifest.megakd_version}"
         )
     for record in manifest.files if check_files else ():
         size_bytes = os.path.getsize(_locate(path, record.name))

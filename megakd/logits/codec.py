@@ -17,6 +17,7 @@ from megakd.errors import CorruptError, UsageError
 from megakd.targets import SparseKind
 
 ValueBits = Literal[8, 16, 32]
+Rounding = Literal["nearest", "random"]
 
 TOP_LEVEL = 128
 ENTROPY_STEP = 1 / 2048
@@ -28,7 +29,8 @@ ROWS_FOR_CODES = 65536
 """A shard's codes are made for so many of its first rows, which are held in memory until then."""
 MAX_ENTROPY = 65535 * ENTROPY_STEP
 WEIGHT_UNIT = 64.0
-"""The mass of weighted draws is stored in this unit: by chance it may be above 1, of an id and of a row."""
+"""The mass of weighted draws is stored in this unit, which is the most that an id can carry: by chance it may be more
+than 1."""
 
 READ_AHEAD = _csrc.ROW_READ_AHEAD
 CODE_LENGTHS = _csrc.ROW_CODE_LENGTHS
@@ -45,12 +47,15 @@ class RowFormat:
     draws: how many samples were drawn for a row; for ``samples`` only, whose counts are exact.
     weighted: of ``samples``: the draws are of another distribution than the teacher's, and each id carries its share of
         them times a weight, a log-probability of ``value_bits``, instead of a count.
+    rounding: how values come to be those that can be stored. nearest: here, the mass of a row being kept; random: by
+        who makes the rows (``rounding.py``), up or down so that each is right on average; of weighted draws alone.
     """
 
     kind: SparseKind
     value_bits: ValueBits = 8
     draws: int = 0
     weighted: bool = False
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         if self.kind not in ("top_p_k", "samples", "renormalised_samples"):
@@ -59,6 +64,8 @@ class RowFormat:
             raise UsageError(f"value_bits {self.value_bits}: expected 8, 16 or 32")
         if self.kind == "samples" and not 1 <= self.draws < 2**20:
             raise UsageError(f"draws {self.draws}: expected 1 to {2**20 - 1} for samples")
+        if self.rounding not in ("nearest", "random") or (self.rounding == "random" and not self.weighted):
+            raise UsageError(f"rounding {self.rounding!r}: expected nearest, or random for weighted draws")
 
     @property
     def value(self) -> Literal["8", "16", "32", "count"]:
@@ -68,9 +75,14 @@ class RowFormat:
         return "8" if self.value_bits == 8 else "16" if self.value_bits == 16 else "32"
 
     @property
-    def has_tail(self) -> bool:
-        """Whether a row says how much mass its ids have together."""
-        return self.kind == "top_p_k" or self.weighted
+    def mass(self) -> Literal["one", "stored", "free"]:
+        """What the ids of a row carry together: 1; what the row says; or what their values add up to.
+
+        A row's values are scaled to a mass that is said, which would undo what random rounding is for.
+        """
+        if self.weighted and self.rounding == "random":
+            return "free"
+        return "stored" if self.kind == "top_p_k" or self.weighted else "one"
 
     @property
     def log_unit(self) -> float:
@@ -167,7 +179,7 @@ class RowEncoder:
         self._native = _csrc.RowEncoder(
             np.ascontiguousarray(ranks, np.int32),
             value=row_format.value,
-            has_tail=row_format.has_tail,
+            mass=row_format.mass,
             draws=row_format.draws,
             rows_for_codes=rows_for_codes,
         )
@@ -177,7 +189,8 @@ class RowEncoder:
 
         Raises UsageError for an id twice in a row or beyond the vocabulary, a log-probability that is NaN or above 0,
         an entropy outside ``[0, MAX_ENTROPY]``, counts that do not make the draws, a mass above 1 (or, of
-        ``renormalised_samples``, other than 1); then nothing was taken.
+        ``renormalised_samples``, other than 1; of weighted draws an id's above ``WEIGHT_UNIT``); then nothing was
+        taken.
         """
         if rows is None:
             self._native.add(None, None, None)
@@ -214,7 +227,7 @@ class RowDecoder:
             self._native = _csrc.RowDecoder(
                 ids_of_ranks,
                 value=row_format.value,
-                has_tail=row_format.has_tail,
+                mass=row_format.mass,
                 draws=row_format.draws,
                 lengths=np.ascontiguousarray(code_lengths, np.uint8),
             )

@@ -30,7 +30,7 @@ from megakd.logits.codec import (
 )
 from megakd.manifest import Manifest, read_manifest, write_manifest
 
-FORMAT, VERSION = "megakd-logits-shard", 1
+FORMAT, VERSION, READABLE = "megakd-logits-shard", 2, (1, 2)
 REPAIR = "restore the file, or `megakd verify --drop-damaged STORE` and the capture's command again"
 
 
@@ -132,7 +132,7 @@ class Shard:
         self, path: Path, row_format: RowFormat, ids_of_ranks: NDArray[np.int32], *, repair: str = REPAIR
     ) -> None:
         self.path, self._repair = path, repair
-        self.manifest = read_manifest(path, format=FORMAT, version=VERSION)
+        self.manifest = read_manifest(path, format=FORMAT, version=READABLE)
         self._first, stop = (int(bound) for bound in self.manifest.parameters["samples"])
         count = stop - self._first
         rows_file, index_file = self.manifest.files

@@ -9,13 +9,13 @@ import math
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.errors import UsageError
-from megakd.hashing import GOLDEN, mix64
+from megakd.hashing import GOLDEN, mix64, states_at
 from megakd.logits.codec import WEIGHT_UNIT, Rows
+from megakd.logits.rounding import RandomRounding
 
 
 def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: float = 1.0) -> Rows:
@@ -45,13 +45,20 @@ def sampled_counts(drawn_ids_TN: Tensor, entropy_T: Tensor) -> Rows:
     return Rows.from_counts(ids, counts, _array(entropy_T).astype(np.float32), draws=drawn.shape[1])
 
 
-def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN: Tensor, entropy_T: Tensor) -> Rows:
+def weighted_samples(
+    drawn_ids_TN: Tensor,
+    log_probs_TN: Tensor,
+    log_proposal_TN: Tensor,
+    entropy_T: Tensor,
+    *,
+    rounding: RandomRounding | None = None,
+) -> Rows:
     """Draws from another distribution q than the teacher's p: each id carries count/N · p/q (arXiv 2503.16870), so that
-    its mass is p on average; a row sums to 1 on average only, and is cut to ``WEIGHT_UNIT``, the most that a store
-    holds: with an exponent of 1.5 an id of p = 1e-8 alone may weigh more, once in a hundred thousand rows. Rows of the
-    kind ``samples``.
+    its mass is p on average; a row sums to 1 on average only. An id carries at most ``WEIGHT_UNIT``, the most that a
+    store holds: with an exponent of 1.5 an id of p = 1e-8 alone may weigh more, once in a hundred thousand rows. Rows
+    of the kind ``samples``.
 
-    log_probs_TN, log_proposal_TN: of the drawn ids under p and q.
+    log_probs_TN, log_proposal_TN: of the drawn ids under p and q. rounding: to masses that a store holds; None: none.
     """
     drawn = _array(drawn_ids_TN)
     ids, counts, slots = _runs(drawn)
@@ -60,12 +67,15 @@ def weighted_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, log_proposal_TN
     np.put_along_axis(log_weights, slots, weights, 1)
     with np.errstate(divide="ignore"):
         shares = np.log(counts / drawn.shape[1]) + log_weights
-    shares -= np.maximum(np.logaddexp.reduce(shares, axis=1, keepdims=True) - math.log(WEIGHT_UNIT), 0.0)
+    shares = np.minimum(shares, math.log(WEIGHT_UNIT))
+    if rounding is not None:
+        shares = rounding.round(shares, ids)
     return Rows(ids, shares.astype(np.float32), _array(entropy_T).astype(np.float32))
 
 
 def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: Tensor) -> Rows:
-    """The ids that were drawn, each once, with their probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786).
+    """The ids that were drawn, each once, with their probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786): by
+    construction no unbiased estimate, for an id carries more than p wherever it was drawn, and likely ids always are.
 
     log_probs_TN: of the drawn ids under the whole softmax.
     """
@@ -86,8 +96,7 @@ def uniform_numbers(
     position the stream of a splitmix64 generator (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
     generators") whose state is the hash of the rest.
     """
-    key = np.uint64(xxhash.xxh3_64_intdigest(f"draws {seed} {dataset}".encode()))
-    states = mix64(mix64(np.asarray(token_positions, np.int64).astype(np.uint64) ^ key) + key)
+    states = states_at(token_positions, f"draws {seed} {dataset}")
     steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return (mix64(states[:, None] + steps) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

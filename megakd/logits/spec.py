@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
-from megakd.logits.codec import ROWS_FOR_CODES, RowFormat, ValueBits
+from megakd.logits.codec import ROWS_FOR_CODES, Rounding, RowFormat, ValueBits
 from megakd.logits.shard import ShardWriter
 from megakd.manifest import Manifest, read_manifest, write_manifest
 from megakd.targets import SparseKind
 
-FORMAT, VERSION = "megakd-logits", 1
-_YOUNGER = {"proposal_exponent"}  # than the first stores, which are as its default says
+FORMAT, VERSION, READABLE = "megakd-logits", 2, (1, 2)
+_YOUNGER = {"proposal_exponent", "rounding"}  # than the first stores, which are as its default says
 MANIFEST, RANKS, SHARDS = "store.json", "ranks.i32", "shards"
 DEFAULT_DRAWS: dict[str, int] = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}
 """Of a row: none, as in arXiv 2503.16870, as in Gemma 3."""
@@ -34,6 +34,7 @@ class StoreSpec:
     kind, value_bits, draws: see ``codec.RowFormat``.
     top_k, top_p: how a row was cut (``sparsify``); 0 and 1.0 where it was not.
     seed: of the draws. proposal_exponent: of ``samples``: the power of the teacher's probabilities they come from.
+    rounding: of the weights that other exponents than 1 give; see ``codec.RowFormat``.
     vocab_size: ids of the teacher's distribution, padding left out.
     packing, seq_length, num_samples: of the dataset. shard_samples: how many samples a shard's range has.
     parents: fingerprints of ``dataset`` and ``model``. tokenizer: the manifest's.
@@ -54,6 +55,7 @@ class StoreSpec:
     top_p: float = 1.0
     seed: int = 0
     proposal_exponent: float = 1.0
+    rounding: Rounding = "nearest"
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,11 +89,13 @@ class StoreSpec:
             "top_p": top_p if best else 1.0,
             "seed": 0 if best else seed,
             "proposal_exponent": proposal_exponent,
+            "rounding": "nearest" if proposal_exponent == 1 else "random",
         }
 
     @property
     def row_format(self) -> RowFormat:
-        return RowFormat(self.kind, self.value_bits, self.draws, weighted=self.proposal_exponent != 1)
+        weighted = self.proposal_exponent != 1
+        return RowFormat(self.kind, self.value_bits, self.draws, weighted=weighted, rounding=self.rounding)
 
     @property
     def num_shards(self) -> int:
@@ -103,7 +107,8 @@ class StoreSpec:
 
     def parameters(self, ranks: NDArray[np.int32]) -> dict[str, Any]:
         """For the manifests, with the hash of the ranks."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("parents", "tokenizer", "details")}
+        without = {"parents", "tokenizer", "details"} | ({"rounding"} if self.rounding == "nearest" else set())
+        plain = {name: value for name, value in vars(self).items() if name not in without}
         hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ranks, "<i4").data)
         return {**plain, "details": dict(self.details), "ranks": hashed}
 
@@ -171,7 +176,7 @@ def read_shard(
     if not path.exists():
         return None
     try:
-        manifest = read_manifest(path, format=shards.FORMAT, version=shards.VERSION)
+        manifest = read_manifest(path, format=shards.FORMAT, version=shards.READABLE)
     except CorruptError:
         return None
     own = spec.parameters(ranks) | {"samples": list(spec.samples_of(shard))}

@@ -24,7 +24,7 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
 from megakd.logits.codec import Rows, empty_rows, invert
 from megakd.logits.shard import REPAIR, Shard
-from megakd.logits.spec import FORMAT, MANIFEST, RANKS, SHARDS, VERSION, StoreSpec, shard_path
+from megakd.logits.spec import FORMAT, MANIFEST, RANKS, READABLE, SHARDS, StoreSpec, shard_path
 from megakd.manifest import read_manifest, verify_files
 
 
@@ -64,7 +64,7 @@ class LogitsStore:
         max_open: int = 64,
     ) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+        self.manifest = read_manifest(self.folder / MANIFEST, format=FORMAT, version=READABLE)
         self.spec = StoreSpec.of(self.manifest)
         recorded = self.spec.tokenizer or {}
         for what, there, here in (
@@ -213,13 +213,13 @@ def drop_damaged(folder: str | os.PathLike[str]) -> list[str]:
 
 def _faults_of_shards(folder: str | os.PathLike[str], progress: Progress | None) -> Iterator[tuple[Path, list[str]]]:
     """The manifest of each shard, and what is wrong with it and its files."""
-    manifest = read_manifest(Path(folder) / MANIFEST, format=FORMAT, version=VERSION)
+    manifest = read_manifest(Path(folder) / MANIFEST, format=FORMAT, version=READABLE)
     for number, entry in enumerate(manifest.parameters["shards"]):
         if entry is None:
             continue
         shard = shard_path(folder, number)
         try:
-            found = read_manifest(shard, format=shards.FORMAT, version=shards.VERSION).fingerprint
+            found = read_manifest(shard, format=shards.FORMAT, version=shards.READABLE).fingerprint
             faults = verify_files(shard, progress=progress)
         except (UsageError, MismatchError, CorruptError) as error:
             yield shard, [str(error)]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.logits.codec import Rows
+from megakd.logits.rounding import RandomRounding
 from megakd.logits.sparsify import (
     renormalised_samples,
     sampled_counts,
@@ -55,8 +56,8 @@ class RowReader:
             chunk_bytes=self._chunk_bytes,
         )
 
-    def rows(self, reading: HeadReading) -> Rows:
-        """The rows of all positions."""
+    def rows(self, reading: HeadReading, positions_T: NDArray[np.int64] | None = None) -> Rows:
+        """The rows of all positions. positions_T: where they stand in the dataset; weighted draws need it."""
         assert reading.entropy_T is not None
         if self._spec.kind == "top_p_k":
             assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
@@ -64,8 +65,11 @@ class RowReader:
         assert reading.sample_ids_TN is not None and reading.sample_log_probs_TN is not None
         if self._spec.row_format.weighted:
             assert reading.sample_log_proposal_TN is not None
+            assert positions_T is not None
             drawn = reading.sample_ids_TN, reading.sample_log_probs_TN, reading.sample_log_proposal_TN
-            return weighted_samples(*drawn, reading.entropy_T)
+            spec = self._spec
+            rounding = RandomRounding(positions_T, spec.value_bits, spec.seed, spec.parents["dataset"])
+            return weighted_samples(*drawn, reading.entropy_T, rounding=rounding)
         if self._spec.kind == "samples":
             return sampled_counts(reading.sample_ids_TN, reading.entropy_T)
         return renormalised_samples(reading.sample_ids_TN, reading.sample_log_probs_TN, reading.entropy_T)
@@ -74,9 +78,15 @@ class RowReader:
 def draw_numbers(starts_B: NDArray[np.int64], width: int, spec: StoreSpec) -> NDArray[np.float64]:
     """``[S, B, N]``: what decides the draws of ``width`` positions from ``starts_B`` on; a function of seed, dataset
     and token position, so the same in every layout."""
-    positions_SB = starts_B + np.arange(width)[:, None]
-    numbers_TN = uniform_numbers(positions_SB.reshape(-1), spec.draws, seed=spec.seed, dataset=spec.parents["dataset"])
+    positions_T = token_positions(starts_B, width)
+    numbers_TN = uniform_numbers(positions_T, spec.draws, seed=spec.seed, dataset=spec.parents["dataset"])
     return numbers_TN.reshape(width, len(starts_B), spec.draws)
+
+
+def token_positions(starts_B: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """``[T]``: of ``width`` positions from ``starts_B`` on, sequence first."""
+    positions_SB: NDArray[np.int64] = starts_B + np.arange(width)[:, None]
+    return positions_SB.reshape(-1)
 
 
 def finite_samples(reading: HeadReading, batch: int) -> NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from megakd.data.loader import Microbatch
 from megakd.errors import CorruptError, ExitStatus
 from megakd.logits.codec import Rows
 from megakd.losses.read import HeadReading
-from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
+from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples, token_positions
 from megakd.model.teacher import ModelTeacher
 from megakd.parallel import Groups
 from megakd.pipeline.capture_plan import CaptureConfig, CapturePlan
@@ -88,7 +88,8 @@ class Capturer:
             for part, microbatch, targets, share in self._model.outputs(some):
                 reading = self._read(microbatch, targets)
                 if shard is not None:
-                    held |= _by_sample(part, microbatch, self._reader.rows(reading))
+                    rows = self._reader.rows(reading, self._positions(microbatch))
+                    held |= _by_sample(part, microbatch, rows)
                     if columns is not None:
                         moved = replace(part, places=part.places + first)
                         columns.add(moved, log_prob_columns(reading, microbatch, self._config.load))
@@ -112,6 +113,10 @@ class Capturer:
                 "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
         return reading
+
+    def _positions(self, microbatch: Microbatch) -> NDArray[np.int64]:
+        """``[T]``: of the input tokens, in the dataset."""
+        return token_positions(self._plan.samples.starts(microbatch.sample_ids_B), microbatch.tokens_BS.shape[1])
 
     def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
         """``[T, N]`` float64."""

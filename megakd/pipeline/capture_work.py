@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megakd.durable import FileRecord, hash_file
 from megakd.errors import CorruptError, UsageError
 from megakd.logits.shard import ShardWriter
-from megakd.logits.spec import FORMAT, MANIFEST, SHARDS, VERSION, StoreSpec, finish_store, read_shard, write_shard
+from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, finish_store, read_shard, write_shard
 from megakd.logits.store import LogitsStore
 from megakd.manifest import Manifest, read_manifest
 from megakd.pipeline.lock import RunLock
@@ -72,7 +72,7 @@ class StoreWork(RangeWork[Captured | None]):
         path = self.folder / MANIFEST
         if not path.exists():
             return False
-        manifest = read_manifest(path, format=FORMAT, version=VERSION)
+        manifest = read_manifest(path, format=FORMAT, version=READABLE)
         self.spec.check(manifest, self.ranks)
         if self.scores is not None and not self.scores.finished():
             raise UsageError(
@@ -115,7 +115,7 @@ class StoreWork(RangeWork[Captured | None]):
                     self._path(int(name[:8]), ".lock").unlink()
         finally:
             lock.__exit__()
-        return read_manifest(self.folder / MANIFEST, format=FORMAT, version=VERSION)
+        return read_manifest(self.folder / MANIFEST, format=FORMAT, version=READABLE)
 
     def _check_indexes(self) -> None:
         """That shards which others wrote came over whole, as far as that costs little: what tells where rows are and

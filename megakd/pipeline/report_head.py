@@ -9,6 +9,7 @@ from typing import Any
 from megakd.pipeline.report_config import ReportConfig
 from megakd.pipeline.report_figures import Figures
 from megakd.pipeline.report_scoring import REFERENCE, SCORE, TEACHER, Scoring
+from megakd.pipeline.select_config import RANKS_ARE_BINNED
 from megakd.pipeline.select_scores import outdated
 from megakd.pipeline.select_warnings import degenerate_warnings, quota_warnings
 
@@ -44,7 +45,10 @@ def describe(config: ReportConfig, scoring: Scoring, figures: Figures) -> Head:
         "kept": f"{kept:,} samples ({kept / samples:.2%}), {int(figures.scores.kept_tokens.sum()):,} tokens: {kept_by}",
     }
     if scoring.selection is not None:
-        facts["selected by"] = _in_words(scoring.selection.manifest.parameters["rule"])
+        rule = scoring.selection.manifest.parameters["rule"]
+        facts["selected by"] = _in_words(rule)
+        if rule.get("rank_difference"):
+            facts["ranks"] = RANKS_ARE_BINNED
     if figures.decisions is not None:
         agreeing = int(figures.decisions.trace())
         facts["agreement"] = (

@@ -19,7 +19,7 @@ from megakd.data.selection import FORMAT, MANIFEST, VERSION, Selection, Selectio
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.manifest import Manifest
 from megakd.pipeline.finished import find_finished, say_complete
-from megakd.pipeline.select_config import SelectConfig
+from megakd.pipeline.select_config import RANKS_ARE_BINNED, SelectConfig
 from megakd.pipeline.select_domains import Share, allocate, read_pieces
 from megakd.pipeline.select_materialize import materialize
 from megakd.pipeline.select_scores import Source, open_sources, outdated
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = open_sources(config)
     outcome = select(config, sources)
     tell(_table(outcome), on="stdout")
+    if config.rank_difference:
+        tell(RANKS_ARE_BINNED, on="stdout")
     rule = outcome.manifests[0].parameters["rule"]
     doubts = [*quota_warnings(rule), *degenerate_warnings(rule["weights"], outcome.correlations)]
     for warning in [*doubts, *(warning for source in sources if (warning := outdated(source)))]:

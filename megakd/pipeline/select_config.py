@@ -14,6 +14,13 @@ REST = "other"
 """The domain of samples that no range of a --domains file holds."""
 
 
+RANKS_ARE_BINNED = (
+    "--rank-difference: the ranks are of bins, which the first 20 bits of the fp32 NLLs make (at most 1/2048 of an NLL "
+    "wide), and linear inside a bin: a rank is off by up to the share of samples in its bin"
+)
+"""What a reader of the ids has to know; ``docs/formats.md`` has it to the bit."""
+
+
 @dataclass(frozen=True)
 class SelectConfig:
     """Which scores, how they make one score, and how much of what is kept."""
@@ -30,7 +37,12 @@ class SelectConfig:
     scores: list[str] = option([], "instead, any models: NAME=FOLDER, a name once for each dataset", common=True)
     weights: list[str] = option([], "with --scores: NAME=WEIGHT, score = sum of weight * NLL", common=True)
     normalise: Literal["token", "sample", "byte"] = option("token", "NLL is per token, sample or byte", common=True)
-    rank_difference: bool = option(False, "weigh the ranks of the NLLs among the samples, 0 to 1", common=True)
+    rank_difference: bool = option(
+        False,
+        "weigh the ranks of the NLLs among the samples, 0 to 1; ranks are those of bins, at most 1/2048 of an NLL "
+        "wide, and linear inside a bin",
+        common=True,
+    )
     ratio: float = option(0.5, "keep this share, of those with the largest scores; more than 0, at most 1", common=True)
     ratio_of: Literal["samples", "tokens"] = option("samples", "what the ratio is a share of", common=True)
     allocation: Literal["global", "equal", "quota"] = option(

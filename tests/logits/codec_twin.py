@@ -64,7 +64,7 @@ def decode(
     ids_of_ranks: NDArray[np.int32],
     *,
     value: str,
-    has_tail: bool,
+    mass: str,
     draws: int,
 ) -> list[tuple[dict[int, float], float]]:
     """For each row what each id carries, as a log-probability, and the entropy."""
@@ -75,7 +75,7 @@ def decode(
     for _ in range(num_rows):
         size = codes.next("sizes", 0, first)
         entropy = second.take(16) / 2048
-        tail = second.take(16) if has_tail else 0
+        tail = second.take(16) if mass == "stored" else 0
         ids: list[int] = []
         next_ranks = [0, 0]
         for _ in range(size):
@@ -84,7 +84,7 @@ def decode(
             ids.append(int(ids_of_ranks[rank]))
             next_ranks.append(rank + 1)
         values = list(_values(size, codes, second, value, draws))
-        if value in ("8", "16") and size:
+        if value in ("8", "16") and size and mass != "free":
             shift = math.log(_mass(tail) / sum(math.exp(x) for x in values))
             values = [x + shift for x in values]
         rows.append((dict(zip(ids, values)), entropy))

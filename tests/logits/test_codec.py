@@ -146,7 +146,7 @@ def test_the_twin_reads_the_same(row_format: RowFormat, rows_for_codes: int) -> 
             encoded.code_lengths,
             invert(ranks),
             value=row_format.value,
-            has_tail=row_format.kind == "top_p_k",
+            mass=row_format.mass,
             draws=row_format.draws,
         )
         assert len(expected) == found.num_rows

@@ -134,5 +134,5 @@ def test_weighted_draws_beyond_what_a_store_holds_are_cut() -> None:
     log_probs_TN[0, 7] = math.log(1e-8)
     rows = weighted_samples(drawn_TN, log_probs_TN, log_probs_TN * 1.5, torch.ones(2))
     mass_T = np.exp(rows.log_probs_TK.astype(np.float64)).sum(1)
-    np.testing.assert_allclose(mass_T, [64, 10], rtol=1e-5)
-    RowEncoder(RowFormat("samples", 8, draws=50, weighted=True), identity_ranks(50)).add(rows)
+    np.testing.assert_allclose(mass_T, [64 + 9.8, 10], rtol=1e-5)  # of the 50 ids one is cut
+    RowEncoder(RowFormat("samples", 8, draws=50, weighted=True, rounding="random"), identity_ranks(50)).add(rows)

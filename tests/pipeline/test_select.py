@@ -192,7 +192,7 @@ def test_bounds_that_cannot_be_met(tmp_path: Path) -> None:
         run(*corpus.flags(), "--cap", "web=0.8")
 
 
-def test_rank_difference(tmp_path: Path) -> None:
+def test_rank_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranks make the scale of the teacher's NLL immaterial; 2^20 bins are finer than neighbours here."""
     rng = np.random.default_rng(2)
     size, counts = 3000, np.full(3000, 4)
@@ -208,6 +208,8 @@ def test_rank_difference(tmp_path: Path) -> None:
         exact = set(np.argsort(-(ranks[0] - ranks[1]))[: size // 2].tolist())
         assert len(exact & set(kept[-1])) > 0.995 * len(exact)
     assert len(set(kept[0]) & set(kept[1])) > 0.995 * len(kept[0])
+    assert main([str(flag) for flag in (*flags, "--rank-difference")]) == 0
+    assert "ranks are of bins" in capsys.readouterr().out
     assert len(set(plain) & exact) < 0.9 * len(exact)  # at 16 times the scale the difference is the teacher's ranking
 
 
