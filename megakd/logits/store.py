@@ -40,6 +40,28 @@ class BatchRows:
     entropy_BS: NDArray[np.float32]
     has_targets_BS: NDArray[np.bool_]
 
+    def within(self, vocab_size: int, *, conditional: bool) -> BatchRows:
+        """Without ids from ``vocab_size`` on, which are padding that a teacher gave mass to.
+
+        conditional: the others get the mass of them in proportion, as the softmax over the vocabulary gives them (of
+        what is listed, which is nearly all: padding is unlikely). A row that listed nothing else has no targets.
+        """
+        beyond_BSK = (self.ids_BSK >= vocab_size) & (self.log_probs_BSK > -np.inf)
+        if not beyond_BSK.any():
+            return self
+        log_probs_BSK = np.where(beyond_BSK, np.float32(-np.inf), self.log_probs_BSK)
+        lost_BS = np.where(beyond_BSK, np.exp(self.log_probs_BSK.astype(np.float64)), 0.0).sum(2)
+        if conditional:
+            kept_BS = np.where(lost_BS < 1, 1 - lost_BS, 1.0)
+            log_probs_BSK = (log_probs_BSK - np.log(kept_BS)[:, :, None]).astype(np.float32)
+        empty_BS = beyond_BSK.any(2) & (log_probs_BSK == -np.inf).all(2)
+        return BatchRows(
+            np.where(beyond_BSK, 0, self.ids_BSK),
+            np.minimum(log_probs_BSK, np.float32(0)) if conditional else log_probs_BSK,
+            self.entropy_BS,
+            self.has_targets_BS & ~empty_BS,
+        )
+
 
 class LogitsStore:
     """A store that is open for reading, from any number of threads.

@@ -36,16 +36,24 @@ class StoreTeacher:
     Ranks of the student's last stage read, each for itself; the others have no use for targets. A token has the id that
     its sample has in the whole dataset, so neither order, blend, selection nor layout is of any matter.
 
-    stores: one for each dataset of the blend, None for one without; all of one kind. threads: that read and decode
-    microbatches. ahead: microbatches that are held, besides the one in use.
+    stores: one for each dataset of the blend, None for one without; all of one kind. vocab_size: the true vocabulary;
+    what a store has of ids behind it is left out. threads: that read and decode microbatches. ahead: microbatches that
+    are held, besides the one in use.
     """
 
     def __init__(
-        self, stores: Sequence[LogitsStore | None], blend: Blend, groups: Groups, *, threads: int = 1, ahead: int = 2
+        self,
+        stores: Sequence[LogitsStore | None],
+        blend: Blend,
+        groups: Groups,
+        *,
+        vocab_size: int,
+        threads: int = 1,
+        ahead: int = 2,
     ) -> None:
         self._stores = tuple(stores)
         (self._kind,) = {store.spec.kind for store in self._stores if store is not None}
-        self._datasets = blend.datasets
+        self._datasets, self._vocab_size = blend.datasets, vocab_size
         self._groups = groups
         self._read_ahead = ReadAhead(threads=threads, ahead=ahead + 1)
 
@@ -113,7 +121,10 @@ class StoreTeacher:
             store, here_B = self._stores[dataset], dataset_ids_B == dataset
             if store is not None:
                 ids = whole_ids(self._datasets[dataset], sample_ids_B[here_B])
-                found.append((here_B, store.read_batch(ids, tokens_BS[here_B])))
+                rows = store.read_batch(ids, tokens_BS[here_B])
+                if store.spec.vocab_size > self._vocab_size:  # weighted draws are of p itself, whatever a row lists
+                    rows = rows.within(self._vocab_size, conditional=not store.spec.row_format.weighted)
+                found.append((here_B, rows))
         width = max((rows.ids_BSK.shape[-1] for _, rows in found), default=0)
         if width and len(found) == 1 and found[0][0].all():
             return found[0][1]

@@ -26,7 +26,7 @@ from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.capture_work import StoreWork
 from megakd.pipeline.range_config import RangeRunConfig, precision
 from megakd.pipeline.score_parts import Parts
-from megakd.pipeline.score_plan import common_tokenizer, masked_labels, skipped_token, with_vocabulary
+from megakd.pipeline.score_plan import agreed, masked_labels, skipped_token, unrecorded_vocabulary
 
 _SHARD_TOKENS = 1 << 22  # a shard at most: hundreds of megabytes, and what a killed rank repeats
 _LEAST_SHARDS = 64  # of a dataset, so that many ranks find work
@@ -161,8 +161,7 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
 def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:
     """The same for a teacher that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
-    record = with_vocabulary(record, dataset)
-    tokenizer = common_tokenizer(dataset, record)
+    record, tokenizer = agreed(dataset, record, config)
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load")
     selection = None if config.selection is None else Selection(config.selection)
@@ -220,6 +219,7 @@ def _scores(
             "seq_length": spec.seq_length,
             **masked,
             "precision": precision(shape),
+            **unrecorded_vocabulary(spec.vocab_size, tokenizer),
             **sampled,
         },
         parents={"dataset": spec.parents["dataset"], "model": spec.parents["model"]},

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.console import tell
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
 from megakd.data.indexed import IndexedDataset
 from megakd.data.packing import open_samples
-from megakd.data.recorded import open_tokenizer
+from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import MismatchError, UsageError
@@ -100,6 +101,12 @@ def open_collection(
     if opened.left_out:
         _say(f"{folder}: samples were met {opened.left_out} times with logits that are not finite: no rows of that")
     spec = opened.spec
+    sides = [
+        Side(f"dataset {data_path}", recorded_tokenizer(dataset)),
+        Side(f"the journal {folder}", spec.tokenizer),
+    ]
+    given = tokenizer_of_flags(None, tokenizer_model, sides)
+    one_tokenizer(sides if given is None else [*sides, given])
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=tokenizer_model)
     samples = open_samples(spec.packing, dataset, spec.seq_length, find_tokenizer)  # type: ignore[arg-type]
     if samples.num_samples != spec.num_samples:

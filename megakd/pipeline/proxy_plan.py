@@ -23,7 +23,7 @@ from megakd.manifest import Manifest, read_manifest
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, latest_iteration, read_record
 from megakd.pipeline.proxy_record import FORMAT, MANIFEST, VERSION
-from megakd.pipeline.score_plan import common_tokenizer, skipped_token, with_vocabulary
+from megakd.pipeline.score_plan import agreed, skipped_token
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_scores import open_sources, outdated
 
@@ -59,8 +59,11 @@ class ProxyConfig:
     iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
     save_interval: int = option(0, "updates between checkpoints, beside those after each epoch; 0: none")
     log_interval: float = option(10.0, "seconds between progress lines", common=True)
+    vocab_size: int | None = option(
+        None, "number of ids (default: the tokenizer's); the rows that the model has from there on are padding"
+    )
     tokenizer_model: str | None = option(
-        None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
+        None, "where the tokenizer of dataset and model lies now; sentence packing that is not written yet needs it"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
@@ -149,8 +152,7 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     _check_scores(config, teacher, reference)
     if (warning := outdated(source)) is not None:
         raise MismatchError(f"{warning}: score anew")
-    record = with_vocabulary(record, samples.dataset)
-    tokenizer = common_tokenizer(samples.dataset, record)
+    record, tokenizer = agreed(samples.dataset, record, config)
     check_vocabulary([samples], record.vocab_size)
     shape = dataclasses.replace(
         record.shape,

@@ -28,8 +28,11 @@ class RangeRunConfig:
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
     sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    vocab_size: int | None = option(
+        None, "number of ids (default: the tokenizer's); the rows that the model has from there on are padding"
+    )
     tokenizer_model: str | None = option(
-        None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
+        None, "where the tokenizer of dataset and model lies now; sentence packing that is not written yet needs it"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
     bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)

@@ -22,7 +22,6 @@ from megakd.pipeline.report_plots import draw
 from megakd.pipeline.report_scoring import Scoring, open_scoring
 from megakd.pipeline.report_tables import Table, build_tables
 from megakd.pipeline.report_text import decode, diversity, visible
-from megakd.pipeline.select_config import RANKS_ARE_BINNED
 
 HELP = "show scores and what a selection keeps of them: a page, tables, plots"
 FORMAT, VERSION = "megakd-report", 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config import option
+from megakd.console import tell
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
 from megakd.data.boundaries import boundaries_of, check_boundaries
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import check_vocabulary
@@ -20,8 +24,7 @@ from megakd.data.packing import open_samples
 from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
-from megakd.data.tokenizer import name_tokenizer, same_tokenizer
-from megakd.errors import MismatchError, UsageError
+from megakd.errors import UsageError
 from megakd.model.config import ModelShape
 from megakd.model.record import CheckpointRecord, read_record
 from megakd.pipeline.proxy_record import Proxy, read_proxy
@@ -117,8 +120,7 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
 def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
-    record = with_vocabulary(record, dataset)
-    tokenizer = common_tokenizer(dataset, record)
+    record, tokenizer = agreed(dataset, record, config)
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
@@ -144,6 +146,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
             "seq_length": config.seq_length,
             **masked_labels(config.mask_policy, dataset),
             "precision": precision(shape),
+            **unrecorded_vocabulary(record.vocab_size, tokenizer),
             **optional,
         },
         parents={"dataset": dataset.fingerprint, "model": (proxy.manifest if proxy else record).fingerprint},
@@ -175,36 +178,45 @@ def _columns(config: ScoreConfig) -> tuple[str, ...]:
     return (LOG_PROBS, COUNTS, *extra)
 
 
-def with_vocabulary(record: CheckpointRecord, dataset: IndexedDataset) -> CheckpointRecord:
-    """The record with the dataset's vocabulary, where a foreign checkpoint tells the rows of its embedding alone.
+class _Reader(Protocol):
+    """What a verb's flags say of the tokens that a model reads."""
 
-    Raises UsageError where nothing tells it: rows beyond the vocabulary would take part in every softmax.
+    @property
+    def tokenizer_model(self) -> str | None: ...
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+
+def agreed(
+    dataset: IndexedDataset, record: CheckpointRecord, config: _Reader
+) -> tuple[CheckpointRecord, dict[str, Any] | None]:
+    """The model as one of the true vocabulary, of whose rows those behind it are padding; and the tokenizer of dataset
+    and model. What is not recorded is said on stderr, by the first rank.
+
+    Raises MismatchError where the two, or the file of ``--tokenizer-model``, are known to differ.
     """
-    if record.rows is None:
-        return record
-    own = recorded_tokenizer(dataset)
-    if own is None:
+    sides = [
+        Side(f"dataset {dataset.prefix}", recorded_tokenizer(dataset)),
+        Side(f"the model {record.path}", record.tokenizer, record.vocab_size, padded=record.rows is not None),
+    ]
+    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
+    if given is not None:
+        sides.append(given)
+    vocab_size = true_vocabulary(sides, stated=config.vocab_size)
+    if vocab_size is None and record.rows is not None:
         raise UsageError(
             f"{record.path} tells {record.rows} rows of an embedding, padding among them, and {dataset.prefix} no "
             f"tokenizer: `megakd verify --adopt {dataset.prefix} --tokenizer-type T --tokenizer-model FILE` records it"
         )
-    return record.of_vocabulary(int(own["vocab_size"]))
+    warning = unknown_tokenizers(sides)
+    if warning is not None and os.environ.get("RANK", "0") == "0":
+        tell(warning)
+    if vocab_size is not None:
+        record = dataclasses.replace(record, vocab_size=vocab_size, rows=None)
+    return record, one_tokenizer(sides)
 
 
-def common_tokenizer(dataset: IndexedDataset, record: CheckpointRecord) -> dict[str, Any] | None:
-    """The tokenizer of a dataset and of a model that reads it. Raises MismatchError where they have different ones."""
-    own = recorded_tokenizer(dataset)
-    if own is None:
-        return record.tokenizer
-    if record.tokenizer is not None and not same_tokenizer(own, record.tokenizer):
-        raise MismatchError(
-            f"{dataset.prefix} was made with tokenizer {name_tokenizer(own)}, the model of {record.path} was trained "
-            f"with {name_tokenizer(record.tokenizer)}; its probabilities would be of other tokens. 'megakd retokenize' "
-            "makes the dataset in the model's tokens"
-        )
-    if own["vocab_size"] != record.vocab_size:
-        raise MismatchError(
-            f"{dataset.prefix}: vocabulary {own['vocab_size']}, that of the model of {record.path} is "
-            f"{record.vocab_size}"
-        )
-    return dict(own)
+def unrecorded_vocabulary(vocab_size: int, tokenizer: Mapping[str, Any] | None) -> dict[str, int]:
+    """The vocabulary that log-probabilities are of, for manifests whose tokenizer does not tell it."""
+    return {} if tokenizer is not None and tokenizer["vocab_size"] == vocab_size else {"vocab_size": vocab_size}

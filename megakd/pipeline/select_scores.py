@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
 from megakd.data.boundaries import starts_between
 from megakd.data.indexed import IndexedDataset
 from megakd.data.packing import open_samples
-from megakd.data.recorded import open_tokenizer
+from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.scores import COUNTS, Scores
-from megakd.data.tokenizer import same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.pipeline.select_config import SelectConfig
 from megakd.pipeline.select_excluded import read_excluded
@@ -74,6 +74,7 @@ def open_sources(config: SelectConfig) -> list[Source]:
             )
         _check_one_model(name, several)
         _check_role(config, name, several)
+    _check_tokenizers(config, opened)
     first, *others = opened
     datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
     sources = []
@@ -147,11 +148,11 @@ def _check_pair(one: Scores, other: Scores) -> None:
                 f"{one.folder} (fingerprint {one.fingerprint}) has {key} {values[0]}, {other.folder} (fingerprint "
                 f"{other.fingerprint}) has {values[1]}: score anew with the same"
             )
-    tokenizers = one.manifest.tokenizer, other.manifest.tokenizer
-    if tokenizers[0] and tokenizers[1] and not same_tokenizer(tokenizers[0], tokenizers[1]):
+    vocabularies = _vocabulary(one), _vocabulary(other)
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise MismatchError(
-            f"{one.folder} was scored with tokenizer {tokenizers[0].get('hash')}, {other.folder} with "
-            f"{tokenizers[1].get('hash')}: their tokens are not the same"
+            f"{one.folder} has log-probabilities over {vocabularies[0]} ids, {other.folder} over {vocabularies[1]}: "
+            "they do not compare; score anew with one --vocab-size, the tokenizer's number of ids"
         )
     if one.fingerprint == other.fingerprint:
         raise UsageError(
@@ -163,6 +164,27 @@ def _check_pair(one: Scores, other: Scores) -> None:
         raise MismatchError(
             f"{one.folder} and {other.folder} scored different tokens: {COUNTS} is {hashes[0]} and {hashes[1]}"
         )
+
+
+def _vocabulary(scores: Scores) -> int | None:
+    """The number of ids that log-probabilities are over, where it is recorded."""
+    stated = scores.manifest.parameters.get("vocab_size", (scores.manifest.tokenizer or {}).get("vocab_size"))
+    return None if stated is None else int(stated)
+
+
+def _check_tokenizers(config: SelectConfig, opened: Mapping[str, Sequence[Scores]]) -> None:
+    """Of all scores, of the datasets given, and of ``--tokenizer-model``, as far as they are known."""
+    sides = [
+        Side(f"the scores {scores.folder}", scores.manifest.tokenizer)
+        for several in opened.values()
+        for scores in several
+    ]
+    for prefix in config.data_path:
+        sides.append(Side(f"dataset {prefix}", recorded_tokenizer(IndexedDataset(prefix))))
+    if one_tokenizer(sides) is None:
+        return  # nothing that a file could be held against
+    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
+    one_tokenizer(sides if given is None else [*sides, given])
 
 
 def _open_samples(config: SelectConfig, index: int, scores: Scores) -> Samples:

@@ -49,7 +49,7 @@ def build_student(config: TrainConfig, plan: Plan, groups: Groups) -> Student:
 
 def build_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Teacher:
     """What the training data has stored, a frozen model in its own layout for the rest, or either, or none."""
-    return _combine(config, plan.stores, plan.blend, _build_model_teacher(config, plan, groups), groups)
+    return _combine(config, plan, plan.stores, plan.blend, _build_model_teacher(config, plan, groups), groups)
 
 
 def _build_model_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> ModelTeacher | None:
@@ -65,13 +65,23 @@ def _build_model_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Mod
 
 
 def _combine(
-    config: TrainConfig, stores: Sequence[LogitsStore | None], blend: Blend, model: ModelTeacher | None, groups: Groups
+    config: TrainConfig,
+    plan: Plan,
+    stores: Sequence[LogitsStore | None],
+    blend: Blend,
+    model: ModelTeacher | None,
+    groups: Groups,
 ) -> Teacher:
     if not any(stores):
         return model or NoTeacher()
     own = config.teacher
     stored = StoreTeacher(
-        stores, blend, groups, threads=own.logits_load_decode_threads, ahead=own.logits_load_prefetch_depth
+        stores,
+        blend,
+        groups,
+        vocab_size=plan.vocab_size,
+        threads=own.logits_load_decode_threads,
+        ahead=own.logits_load_prefetch_depth,
     )
     if model is None:
         return stored
@@ -178,6 +188,8 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
             f"Warning: --ckpt-step {config.checkpoint.ckpt_step}: later checkpoints stay until this run writes theirs; "
             "leave the flag out to go on with what it writes"
         )
+    for warning in plan.warnings:
+        metrics.say(warning)
     for change in () if config.evaluate.skip_train else plan.changed_teachers:
         metrics.say(f"Warning: this run goes on with other targets than its checkpoint: {change}")
     schedule = config.kd_schedule()
@@ -210,7 +222,7 @@ def build_evaluator(
         return None
     model = teacher.model if isinstance(teacher, MixedTeacher) else teacher
     teacher = _combine(
-        config, plan.valid_stores, plan.valid_blend, model if isinstance(model, ModelTeacher) else None, groups
+        config, plan, plan.valid_stores, plan.valid_blend, model if isinstance(model, ModelTeacher) else None, groups
     )
     return Evaluator(
         student,

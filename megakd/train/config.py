@@ -109,11 +109,17 @@ class DataConfig:
         "train on these samples alone: a folder of 'megakd select' for each dataset, or 'all' for one used whole",
         common=True,
     )
-    vocab_size: int | None = option(None, "true vocabulary (default: what the dataset's manifest records)")
+    vocab_size: int | None = option(
+        None,
+        "number of ids (default: the tokenizer's, as the dataset's manifest or --tokenizer-model tells); the rows that "
+        "a model has from there on are padding",
+    )
     tokenizer_type: (
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None
-    ) = option(None, "for bits per byte (default: what the dataset's manifest records)")
-    tokenizer_model: str | None = option(None, "model file of the tokenizer (default: as the manifest records)")
+    ) = option(None, "what the data was made with (default: what its manifest records)")
+    tokenizer_model: str | None = option(
+        None, "its file, which must be that of the manifest, teacher and checkpoint (default: as the manifest records)"
+    )
     eod_mask_loss: bool = option(
         False,
         "no loss, in training and evaluation, on the token after an end-of-document id, nor on one with which a "

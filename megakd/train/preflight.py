@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
 from megakd.data.blend import Blend, parse_data_path
 from megakd.data.boundaries import check_boundaries
 from megakd.data.indexed import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.packing import Packing, open_samples
-from megakd.data.recorded import open_tokenizer
+from megakd.data.recorded import open_tokenizer, recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.selection import SelectedSamples, Selection, selection_of
 from megakd.data.split import PartSamples, Split
-from megakd.data.tokenizer import name_tokenizer, same_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
 from megakd.logits.spec import StoreSpec
@@ -54,6 +54,8 @@ class Plan:
     valid_stores: tuple[LogitsStore | None, ...] = ()
     journal: tuple[StoreSpec, ...] = ()
     """What is kept of the student's own distribution, one for each dataset; empty where nothing is."""
+    warnings: tuple[str, ...] = ()
+    """What could not be checked, a line each."""
 
     @property
     def parents(self) -> dict[str, str]:
@@ -99,14 +101,20 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         blend = _part_of(blend, data.split_shares, 0) or blend
     valid_blend = _open_valid_blend(config)
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
-    tokenizer = _common_tokenizer([samples.dataset for samples in datasets])
-    vocab_size = config.data.vocab_size or (tokenizer or {}).get("vocab_size")
+    teacher, resume, weights_only = _read_teacher(config), *_read_resume(config, student)
+    sides = _sides(config, datasets, teacher, resume, weights_only)
+    tokenizer, vocab_size = one_tokenizer(sides), true_vocabulary(sides, stated=config.data.vocab_size)
     if vocab_size is None:
-        raise UsageError("the data has no manifest that tells its vocabulary: set --vocab-size")
+        raise UsageError(
+            "the data has no manifest that tells its vocabulary: set --vocab-size, or say which tokenizer it was made "
+            "with: --tokenizer-type, --tokenizer-model"
+        )
     check_vocabulary(datasets, vocab_size)
     for samples in datasets if data.eod_mask_loss else ():
         check_boundaries(samples.dataset, tokenizer, "--eod-mask-loss", instead="drop the flag")
-    teacher, teacher_shape = _check_teacher(config, world_size, vocab_size, tokenizer)
+    teacher = None if teacher is None else teacher.of_vocabulary(vocab_size)
+    resume = None if resume is None else resume.of_vocabulary(vocab_size)
+    teacher_shape = None if teacher is None else _check_teacher(config, world_size, teacher)
     open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
     stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")
     valid_stores: tuple[LogitsStore | None, ...] = ()
@@ -117,7 +125,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     journal = journal_specs(
         config.logits_save, blend, save=config.checkpoint.save, vocab_size=vocab_size, tokenizer=tokenizer
     )
-    resume, weights_only = _check_resume(config, student, vocab_size)
+    if resume is not None:
+        _check_resume(config, student, resume, weights_only, vocab_size)
     if resume is not None and not weights_only:
         _check_order(config, blend, data_size, resume)
     return Plan(
@@ -133,6 +142,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         stores=stores,
         valid_stores=valid_stores,
         journal=journal,
+        warnings=tuple(filter(None, [unknown_tokenizers(sides)])),
     )
 
 
@@ -207,15 +217,29 @@ def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing
     return open_samples(packing, dataset, data.seq_length, tokenizer)
 
 
-def _common_tokenizer(datasets: list[IndexedDataset]) -> dict[str, Any] | None:
-    known = [(d.prefix, dict(d.manifest.tokenizer)) for d in datasets if d.manifest and d.manifest.tokenizer]
-    for prefix, tokenizer in known[1:]:
-        if not same_tokenizer(known[0][1], tokenizer):
-            raise MismatchError(
-                f"datasets were made with different tokenizers: {known[0][0]} with {name_tokenizer(known[0][1])}, "
-                f"{prefix} with {name_tokenizer(tokenizer)}"
-            )
-    return known[0][1] if known else None
+def _sides(
+    config: TrainConfig,
+    datasets: Sequence[Samples],
+    teacher: CheckpointRecord | None,
+    resume: CheckpointRecord | None,
+    weights_only: bool,
+) -> list[Side]:
+    """All that knows a tokenizer or a vocabulary; stores, which are of a dataset, are held against it when opened."""
+    found = {
+        samples.dataset.prefix: Side(str(samples.dataset.prefix), recorded_tokenizer(samples.dataset))
+        for samples in datasets
+    }
+    sides = list(found.values())
+    if teacher is not None:
+        padded = teacher.rows is not None
+        sides.append(Side(f"the teacher {teacher.path}", teacher.tokenizer, teacher.vocab_size, padded=padded))
+    if resume is not None:  # a run that goes on has the vocabulary that it had, which is checked with its shape
+        rows = resume.vocab_size if weights_only else None
+        padded = resume.rows is not None
+        sides.append(Side(f"the checkpoint {resume.path}", resume.tokenizer, rows, padded=padded))
+    data = config.data
+    given = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
+    return sides if given is None else [*sides, given]
 
 
 def _check_interleaving(config: TrainConfig, data_size: int) -> None:
@@ -230,22 +254,15 @@ def _check_interleaving(config: TrainConfig, data_size: int) -> None:
         )
 
 
-def _check_teacher(
-    config: TrainConfig, world_size: int, vocab_size: int, tokenizer: dict[str, Any] | None
-) -> tuple[CheckpointRecord | None, ModelShape | None]:
+def _read_teacher(config: TrainConfig) -> CheckpointRecord | None:
     own = config.teacher
     if own.load is None:
-        return None, None
-    record = read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration", shape=own.shape())
-    record = record.of_vocabulary(vocab_size)
-    if record.tokenizer and tokenizer and not same_tokenizer(record.tokenizer, tokenizer):
-        raise MismatchError(
-            "teacher and data have different tokenizers: the teacher was trained with "
-            f"{name_tokenizer(record.tokenizer)}, the data was made with {name_tokenizer(tokenizer)}; its "
-            "probabilities would be of other tokens"
-        )
-    if record.vocab_size != vocab_size:
-        raise MismatchError(f"teacher: vocabulary {record.vocab_size}, the student's is {vocab_size}")
+        return None
+    return read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration", shape=own.shape())
+
+
+def _check_teacher(config: TrainConfig, world_size: int, record: CheckpointRecord) -> ModelShape:
+    own = config.teacher
     layout = config.teacher_parallel()
     layout.data_parallel_size(world_size)
     shape = record.shape.frozen(
@@ -264,30 +281,36 @@ def _check_teacher(
         )
     shape.check_layout(layout, "teacher")
     _check_weights(record, "teacher")
-    return record, shape
+    return shape
 
 
-def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> tuple[CheckpointRecord | None, bool]:
-    checkpoint, weights_only = config.checkpoint, False
+def _read_resume(config: TrainConfig, student: ModelShape) -> tuple[CheckpointRecord | None, bool]:
+    """What to go on from, and whether of that the weights alone are taken."""
+    checkpoint = config.checkpoint
     if checkpoint.save:
         _check_save(Path(checkpoint.save))
     own_step = checkpoint.ckpt_step if checkpoint.load in (None, checkpoint.save) else None
     if checkpoint.save and (own_step is not None or latest_iteration(checkpoint.save) is not None):
         # a run that was stopped continues, whatever --load says
         flag = "--ckpt-step" if checkpoint.load is None else f"--load {checkpoint.save} --ckpt-step"
-        record = read_record(checkpoint.save, own_step, role="--save", flag=flag)
-    elif checkpoint.load and not checkpoint.starts_afresh:
-        weights_only = checkpoint.finetune
-        record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step", shape=student)
-    else:
+        return read_record(checkpoint.save, own_step, role="--save", flag=flag), False
+    if not checkpoint.load or checkpoint.starts_afresh:
         return None, False
-    if record.foreign and not weights_only:
+    record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step", shape=student)
+    if record.foreign and not checkpoint.finetune:
         raise MismatchError(
             f"{record.path} was not written by 'megakd train': no run to continue; to start from its weights: "
             f"--load {record.path.parent} --finetune, and another --save"
         )
-    record = record.of_vocabulary(vocab_size)
+    return record, checkpoint.finetune
+
+
+def _check_resume(
+    config: TrainConfig, student: ModelShape, record: CheckpointRecord, weights_only: bool, vocab_size: int
+) -> None:
     distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
+    if weights_only:
+        vocab_size = record.vocab_size  # held against the tokenizer's already; rows behind that are padding
     check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
     if config.trains_taid and not weights_only and "taid" not in record.objective_state:
         raise MismatchError(
@@ -295,7 +318,6 @@ def _check_resume(config: TrainConfig, student: ModelShape, vocab_size: int) -> 
             "or start a new run from its weights (--load DIR --finetune and another --save)"
         )
     _check_weights(record, "checkpoint")
-    return record, weights_only
 
 
 def _check_order(config: TrainConfig, blend: Blend, data_size: int, resume: CheckpointRecord) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megakd.data.agreement import Side, true_vocabulary
 from megakd.data.blend import Blend
+from megakd.data.recorded import recorded_tokenizer
 from megakd.data.samples import Samples
 from megakd.data.selection import whole
 from megakd.errors import MismatchError, UsageError
@@ -57,7 +59,6 @@ def _open_store(
         store = LogitsStore(
             folder,
             dataset=samples.dataset.fingerprint,
-            tokenizer=(tokenizer or {}).get("hash"),
             packing=all_samples.packing,
             seq_length=samples.seq_length,
         )
@@ -66,12 +67,16 @@ def _open_store(
             f"{flag}: {error}; expected a folder that 'megakd capture' or 'megakd collect' has finished: run its "
             "command again to finish it"
         ) from error
-    for name, there, here in (
-        ("a vocabulary", store.spec.vocab_size, vocab_size),
-        ("a number of samples", store.spec.num_samples, all_samples.num_samples),
-    ):
-        if there != here:
-            raise MismatchError(f"{folder}: a store with {name} of {there}, expected {here}")
+    # that it is of this dataset was checked: what it does not record, the dataset does
+    made_with = store.spec.tokenizer or recorded_tokenizer(samples.dataset)
+    sides = [Side("the data", tokenizer), Side(f"the logits store {folder}", made_with, store.spec.vocab_size)]
+    # a student may have more rows than the tokenizer has ids: the store need not list what nothing stands for
+    true_vocabulary(sides, stated=min(vocab_size, int((tokenizer or {}).get("vocab_size", vocab_size))))
+    if store.spec.num_samples != all_samples.num_samples:
+        raise MismatchError(
+            f"{folder}: a store with a number of samples of {store.spec.num_samples}, expected "
+            f"{all_samples.num_samples}"
+        )
     return store
 
 
