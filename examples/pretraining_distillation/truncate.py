@@ -10,9 +10,9 @@ import torch
 
 from megakd.data.samples import Samples
 from megakd.errors import UsageError
-from megakd.logits.codec import Rows
+from megakd.logits.codec import Rows, invert
 from megakd.logits.sparsify import top_p_k
-from megakd.logits.spec import RANKS, finish_store, read_shard, write_shard
+from megakd.logits.spec import finish_store, read_ids_of_ranks, read_shard, write_shard
 from megakd.logits.store import LogitsStore
 
 
@@ -32,7 +32,7 @@ def truncate_store(source: Path, output: Path, samples: Samples, *, top_p: float
             f"{top_p} and {top_k}"
         )
     spec = replace(there, top_p=top_p, top_k=top_k, details={**there.details, "cut_from": store.fingerprint})
-    ranks = np.fromfile(source / RANKS, "<i4")
+    ranks = invert(read_ids_of_ranks(store.manifest))
     for shard in range(spec.num_shards):
         if read_shard(output, spec, ranks, shard) is not None:
             continue

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from megakd.durable import FileRecord, HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
-from megakd.logits.codec import ROWS_FOR_CODES, Rounding, RowFormat, ValueBits
+from megakd.logits.codec import ROWS_FOR_CODES, Rounding, RowFormat, ValueBits, invert
 from megakd.logits.shard import ShardWriter
 from megakd.manifest import Manifest, read_manifest, write_manifest
 from megakd.targets import SparseKind
 
 FORMAT, VERSION, READABLE = "megakd-logits", 2, (1, 2)
 _YOUNGER = {"proposal_exponent", "rounding"}  # than the first stores, which are as its default says
-MANIFEST, RANKS, SHARDS = "store.json", "ranks.i32", "shards"
+MANIFEST, ORDER, SHARDS = "store.json", "order.i32", "shards"
+_RANKS = "ranks.i32"  # of version 1, whole
 DEFAULT_DRAWS: dict[str, int] = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}
 """Of a row: none, as in arXiv 2503.16870, as in Gemma 3."""
 
@@ -211,8 +212,8 @@ def finish_store(
         samples += int(manifest.parameters["samples_with_targets"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    with HashingWriter(folder / RANKS) as writer:
-        writer.write(np.ascontiguousarray(ranks, "<i4").data)
+    with HashingWriter(folder / ORDER) as writer:
+        writer.write(_shortened(invert(ranks)).astype("<i4").data)
         files = [writer.commit()]
     return write_manifest(
         folder / MANIFEST,
@@ -223,6 +224,40 @@ def finish_store(
         tokenizer=spec.tokenizer,
         files=[*files, *more_files],
     )
+
+
+def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
+    """``[V]`` int32, the id of each rank, of the store that the manifest is of.
+
+    Raises CorruptError where the file is not what was written.
+    """
+    folder, spec = manifest.path.parent, StoreSpec.of(manifest)
+    path = folder / (_RANKS if manifest.version == 1 else ORDER)
+    found = np.fromfile(path, "<i4").astype(np.int32)
+    try:
+        ids_of_ranks = invert(found) if manifest.version == 1 else _lengthened(found, spec.vocab_size)
+        ranks = invert(ids_of_ranks)
+    except UsageError:
+        ranks = np.empty(0, np.int32)
+    if spec.parameters(ranks)["ranks"] != manifest.parameters["ranks"]:
+        raise CorruptError(f"{path}: it is not what was written: {shards.REPAIR}")
+    return ids_of_ranks
+
+
+def _shortened(ids_of_ranks: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Without the end in which ids only rise: what never occurred, by far the most ids of a small dataset."""
+    falls = np.flatnonzero(np.diff(ids_of_ranks) < 0)
+    return ids_of_ranks[: int(falls[-1]) + 1 if len(falls) else 0]
+
+
+def _lengthened(first: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
+    """With the ids that are not there, rising. Raises UsageError for ids that are none."""
+    if len(first) and not 0 <= int(first.min()) <= int(first.max()) < vocab_size:
+        raise UsageError(f"ids of ranks beyond {vocab_size}")
+    is_left = np.ones(vocab_size, np.bool_)
+    is_left[first] = False
+    whole: NDArray[np.int32] = np.concatenate([first, np.flatnonzero(is_left).astype(np.int32)])
+    return whole
 
 
 def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec, what: str) -> None:

@@ -1,6 +1,6 @@
 """A logits store, open for reading: what a teacher said about the samples of one dataset under one packing.
 
-``store.json`` is the manifest, written when all shards are there; ``ranks.i32`` the rank of each id; ``shards/`` the
+``store.json`` is the manifest, written when all shards are there; ``order.i32`` the id of each rank; ``shards/`` the
 shards, each a fixed range of samples. See docs/formats.md.
 
 Axes: ``B`` samples, ``S`` sequence, ``K`` slots for ids.
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from megakd.durable import Progress
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
-from megakd.logits.codec import Rows, empty_rows, invert
+from megakd.logits.codec import Rows, empty_rows
 from megakd.logits.shard import REPAIR, Shard
-from megakd.logits.spec import FORMAT, MANIFEST, RANKS, READABLE, SHARDS, StoreSpec, shard_path
+from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, read_ids_of_ranks, shard_path
 from megakd.manifest import read_manifest, verify_files
 
 
@@ -102,10 +102,7 @@ class LogitsStore:
                 )
         self._shards: list[list[Any] | None] = self.manifest.parameters["shards"]
         self._check_shards()
-        ranks = np.fromfile(self.folder / RANKS, "<i4")
-        if self.spec.parameters(ranks)["ranks"] != self.manifest.parameters["ranks"]:
-            raise CorruptError(f"{self.folder / RANKS}: it is not what was written: {REPAIR}")
-        self._ids_of_ranks = invert(ranks)
+        self._ids_of_ranks = read_ids_of_ranks(self.manifest)
         self._max_open = max_open
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()

@@ -12,11 +12,21 @@ import pytest
 from logits.rows import as_dicts, random_counts, random_rows
 from numpy.typing import NDArray
 
+from megakd.durable import HashingWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.logits.codec import Rows, frequency_ranks, identity_ranks
+from megakd.logits.codec import Rows, frequency_ranks, identity_ranks, invert
 from megakd.logits.prefetch import prefetched
-from megakd.logits.spec import MANIFEST, StoreSpec, finish_store, read_shard, shard_path, write_shard
+from megakd.logits.spec import (
+    MANIFEST,
+    StoreSpec,
+    finish_store,
+    read_ids_of_ranks,
+    read_shard,
+    shard_path,
+    write_shard,
+)
 from megakd.logits.store import LogitsStore, verify_store
+from megakd.manifest import Manifest, read_manifest, write_manifest
 
 VOCAB, SEQ = 500, 16
 SPEC = StoreSpec(
@@ -280,14 +290,14 @@ def test_every_flipped_byte_of_a_shard_is_found(folder: Path) -> None:
 
 
 def test_ranks_and_manifest_that_were_changed(folder: Path) -> None:
-    ranks = (folder / "ranks.i32").read_bytes()
-    (folder / "ranks.i32").write_bytes(ranks[4:] + ranks[:4])
-    with pytest.raises(CorruptError, match="ranks.i32: it is not what was written"):
+    ranks = (folder / "order.i32").read_bytes()
+    (folder / "order.i32").write_bytes(ranks[4:] + ranks[:4])
+    with pytest.raises(CorruptError, match="order.i32: it is not what was written"):
         LogitsStore(folder)
-    (folder / "ranks.i32").write_bytes(ranks)
+    (folder / "order.i32").write_bytes(ranks)
     LogitsStore(folder)
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["version"] = 2
+    manifest["version"] = 3
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CorruptError, match="the manifest was changed"):
         LogitsStore(folder)
@@ -311,3 +321,51 @@ def test_stores_that_are_older_than_a_parameter(written: Path) -> None:
     assert StoreSpec.of(replace(manifest, parameters=older)) == StoreSpec.of(manifest)
     with pytest.raises(CorruptError, match="parameters without kind"):
         StoreSpec.of(replace(manifest, parameters={name: value for name, value in older.items() if name != "kind"}))
+
+
+def test_a_store_of_version_1_reads_as_before(tmp_path: Path) -> None:
+    """Its ranks lie whole in ranks.i32, and its manifests say 1."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    write_store(new)
+    shutil.copytree(new, old)
+    store = LogitsStore(new)
+    listed = []
+    for number, entry in enumerate(store.manifest.parameters["shards"]):
+        shard = None if entry is None else read_manifest(shard_path(old, number))
+        if shard is not None:
+            entry = [_as_version_1(shard).fingerprint, *entry[1:]]
+        listed.append(entry)
+    (old / "order.i32").unlink()
+    with HashingWriter(old / "ranks.i32") as writer:
+        writer.write(RANKS.astype("<i4").data)
+        files = [writer.commit()]
+    whole = replace(store.manifest, path=old / "store.json", files=tuple(files))
+    _as_version_1(replace(whole, parameters={**whole.parameters, "shards": listed}))
+    found = LogitsStore(old)
+    assert found.manifest.version == 1 and verify_store(old) == []
+    for sample in set(range(SPEC.num_samples)) - WITHOUT:
+        before, after = store.read(sample, input_ids(sample)), found.read(sample, input_ids(sample))
+        assert before is not None and after is not None
+        for one, other in zip(vars(before).values(), vars(after).values()):
+            np.testing.assert_array_equal(one, other)
+
+
+def _as_version_1(manifest: Manifest) -> Manifest:
+    return write_manifest(
+        manifest.path,
+        format=manifest.format,
+        version=1,
+        parameters=manifest.parameters,
+        parents=manifest.parents,
+        tokenizer=manifest.tokenizer,
+        files=manifest.files,
+    )
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [5, 0, 0, 0], [0, 0, 0, 9], [3, 4, 5, 0], [0, 0, 7, 7], [9, 8, 7, 6]])
+def test_ids_that_never_occur_take_no_bytes(counts: list[int], tmp_path: Path) -> None:
+    ranks = frequency_ranks(np.array(counts))
+    spec = replace(SPEC, vocab_size=4)
+    manifest = finish_store(tmp_path, spec, ranks, present=[])
+    np.testing.assert_array_equal(invert(read_ids_of_ranks(manifest)), ranks)
+    assert (tmp_path / "order.i32").stat().st_size <= 4 * len([count for count in counts if count])
