@@ -201,8 +201,8 @@ def agreed(
         Side(f"the model {record.path}", record.tokenizer, record.vocab_size, padded=record.rows is not None),
     ]
     given = tokenizer_of_flags(None, config.tokenizer_model, sides)
-    if given is not None:
-        sides.append(given)
+    if given is not None:  # what the dataset was made with, where nothing is recorded
+        sides = [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
     vocab_size = true_vocabulary(sides, stated=config.vocab_size)
     if vocab_size is None and record.rows is not None:
         raise UsageError(

@@ -226,7 +226,7 @@ def _sides(
 ) -> list[Side]:
     """All that knows a tokenizer or a vocabulary; stores, which are of a dataset, are held against it when opened."""
     found = {
-        samples.dataset.prefix: Side(str(samples.dataset.prefix), recorded_tokenizer(samples.dataset))
+        samples.dataset.prefix: Side(f"dataset {samples.dataset.prefix}", recorded_tokenizer(samples.dataset))
         for samples in datasets
     }
     sides = list(found.values())
@@ -239,7 +239,8 @@ def _sides(
         sides.append(Side(f"the checkpoint {resume.path}", resume.tokenizer, rows, padded=padded))
     data = config.data
     given = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
-    return sides if given is None else [*sides, given]
+    # what flags name is what the data was made with, where nothing is recorded
+    return sides if given is None else [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
 
 
 def _check_interleaving(config: TrainConfig, data_size: int) -> None:

@@ -47,7 +47,6 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "another dataset": ({"data": "other"}, ("whole",), 4, "a store of dataset"),
     "another length": ({"data": {"seq_length": 8}}, ("whole",), 4, "a store of seq_length 16, expected 8"),
     "another packing": ({"data": {"packing": "document", "seq_length": 64}}, ("whole",), 4, "packing concat, expected"),
-    "another vocabulary": ({"data": {"vocab_size": 300}}, ("whole",), 4, "with a vocabulary of 251, expected 300"),
     "two for one": ({}, ("whole", "whole"), 2, "--logits-load-dir has 2 entries for 1 datasets"),
     "not there": ({}, ("nowhere",), 2, "no manifest here"),
     "a file": ({}, (__file__,), 2, "--logits-load-dir: "),
