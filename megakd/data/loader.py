@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +69,9 @@ class StepBatch:
 
     def parts(self, num_microbatches: int) -> Iterator[StepBatch]:
         """The samples of the step in order, in steps of so many microbatches a rank, of which this has a multiple."""
-        loader = copy.copy(self._loader)
-        loader.num_microbatches = num_microbatches
-        loader.global_batch_size = num_microbatches * loader.data_parallel_size * loader.micro_batch_size
-        firsts = range(0, len(self.sample_positions), loader.global_batch_size)
-        return (StepBatch(loader, self.sample_positions[first:][: loader.global_batch_size]) for first in firsts)
+        size = num_microbatches * self._loader.data_parallel_size * self._loader.micro_batch_size
+        firsts = range(0, len(self.sample_positions), size)
+        return (StepBatch(self._loader, self.sample_positions[first : first + size]) for first in firsts)
 
 
 class Loader:
