@@ -11,11 +11,19 @@ if TYPE_CHECKING:
     from megakd.train.config import TrainConfig
 
 _OF_A_MODEL = ("iteration", "transformer_impl", "bf16", "fp8_format", "fp8_recipe")
+_OF_DIVERGENCES = {
+    "kd_reverse_weight": ("symmetric_kl",), "kd_jsd_beta": ("generalised_jsd",),
+    "kd_skew_alpha": ("skew_forward_kl", "skew_reverse_kl"), "kd_akl_mu": ("adaptive_kl",),
+    "kd_ab_alpha": ("alpha_beta",), "kd_ab_beta": ("alpha_beta",),
+    "kd_dkd_alpha": ("decoupled",), "kd_dkd_beta": ("decoupled",),
+    "taid_t_start": ("taid",), "taid_t_end": ("taid",), "taid_alpha": ("taid",), "taid_beta": ("taid",),
+}  # fmt: skip
 _OF_STORES = ("logits_load_decode_threads", "logits_load_prefetch_depth")
 
 
 def check_given(config: TrainConfig, given: frozenset[str]) -> None:
-    """Refuse options of distillation with nothing to distil from, and a length that is told twice.
+    """Refuse options of distillation with nothing to distil from, parameters of a divergence that is not chosen, and a
+    length that is told twice.
 
     given: places in the tree of what flags and files say. ``--kd-alpha 0`` says itself that nothing is distilled.
     """
@@ -35,6 +43,13 @@ def check_given(config: TrainConfig, given: frozenset[str]) -> None:
             f"{_flags(asked)} without a teacher: the run would train on the LM loss alone. Add --teacher-load DIR or "
             f"--logits-load-dir DIR, or drop {'it' if len(asked) == 1 else 'them'}"
         )
+    chosen = config.objective.kd_divergence
+    for name, divergences in _OF_DIVERGENCES.items():
+        if f"objective.{name}" in given and chosen not in divergences:
+            raise UsageError(
+                f"{_flags([name])} is a parameter of {' and '.join(divergences)}, and --kd-divergence is {chosen}: "
+                f"choose --kd-divergence {divergences[0]}, or drop it"
+            )
     asked = [name for name in _OF_A_MODEL if f"teacher.{name}" in given]
     if asked and teacher.load is None:
         raise UsageError(f"{_flags(asked, 'teacher-')} without a model as teacher: add --teacher-load DIR")

@@ -26,7 +26,7 @@ def read(*words: str) -> TrainConfig:
         ("--kd-divergence reverse_kl", "--kd-divergence"),
         ("--objective.kd_alpha 0.9", "--kd-alpha"),
         ("--lm-weight 0.5", "--lm-weight"),
-        ("--taid-t-start 0.3", "--taid-t-start"),
+        ("--kd-divergence taid --taid-t-start 0.3", "--kd-divergence, --taid-t-start"),
         ("--kd-scale-by-temperature-squared", "--kd-scale-by-temperature-squared"),
     ],
 )
@@ -35,6 +35,16 @@ def test_distillation_without_a_teacher(words: str, named: str) -> None:
         read(*words.split())
     assert read(*words.split(), "--teacher-load", "t").teacher.load == "t"
     assert read(*words.split(), "--logits-load-dir", "s").teacher.reads_stores
+
+
+def test_a_parameter_of_another_divergence() -> None:
+    with pytest.raises(
+        UsageError, match="--kd-akl-mu is a parameter of adaptive_kl, and --kd-divergence is forward_kl"
+    ):
+        read("--kd-akl-mu", "0.7", "--teacher-load", "t")
+    with pytest.raises(UsageError, match="of skew_forward_kl and skew_reverse_kl, .* choose --kd-divergence skew_for"):
+        read("--kd-skew-alpha", "0.2", "--kd-divergence", "reverse_kl", "--teacher-load", "t")
+    assert read("--kd-akl-mu", "0.7", "--kd-divergence", "adaptive_kl", "--teacher-load", "t").teacher.is_there
 
 
 @pytest.mark.parametrize("text", ["objective: {kd_alpha: 0.5}", "objective: {kd_alpha: 0.9, kd_temperature: 2}"])
