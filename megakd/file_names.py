@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ def as_json(value: Any) -> Any:
     return [as_json(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def present_name(manifest: Path, recorded: str) -> str:
-    """What the file ``recorded`` of a manifest is called now: files that lie beside their manifest under one prefix are
-    called as it is. So a dataset or packing that was renamed with its manifest is still the same one."""
+def present_names(manifest: Path, recorded: Sequence[str]) -> list[str]:
+    """What the files ``recorded`` in a manifest are called now: those that lie beside it under one prefix are called as
+    it is. So a dataset or packing that was renamed with its manifest is still the same one."""
     beside = _BESIDE.fullmatch(manifest.name)
-    if beside is None or "/" in recorded:
-        return recorded
-    return beside[1] + (beside[2] or "") + Path(recorded).suffix
+    stems = {Path(name).stem for name in recorded}
+    if beside is None or len(stems) != 1 or any("/" in name for name in recorded):
+        return list(recorded)
+    return [beside[1] + (beside[2] or "") + Path(name).suffix for name in recorded]

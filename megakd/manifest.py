@@ -29,7 +29,7 @@ from megakd.durable import (
     hash_file,
 )
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.file_names import as_json, present_name, printable
+from megakd.file_names import as_json, present_names, printable
 
 __all__ = [
     "FileRecord",
@@ -243,7 +243,7 @@ def _parse(path: Path) -> Manifest:
             path=path,
             **{key: body[key] for key in _KEYS - {"checksum", "files", "tokenizer"}},
             tokenizer=None if body["tokenizer"] is None else _with_path(body["tokenizer"], partial(_found, path)),
-            files=tuple(_file_record(path, record) for record in body["files"]),
+            files=_file_records(path, body["files"]),
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise CorruptError(f"{path}: not a manifest: {error}") from error
@@ -253,14 +253,18 @@ def _parse(path: Path) -> Manifest:
     return manifest
 
 
-def _file_record(path: Path, record: Mapping[str, Any]) -> FileRecord:
+def _file_records(path: Path, records: Sequence[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
+    names = present_names(path, [str(record["name"]) for record in records])
+    return tuple(_file_record(path, record, name) for record, name in zip(records, names))
+
+
+def _file_record(path: Path, record: Mapping[str, Any], name: str) -> FileRecord:
     if not isinstance(record["name"], str) or not isinstance(record["size_bytes"], int):
         raise CorruptError(f"{path}: file {record['name']!r} of {record['size_bytes']!r} bytes is no file record")
     if len(record["blocks"]) != -(-record["size_bytes"] // BLOCK_BYTES):
         raise CorruptError(
             f"{path}: {record['name']} of {record['size_bytes']} bytes has {len(record['blocks'])} blocks"
         )
-    name = present_name(path, record["name"])
     return FileRecord(**{**record, "name": name, "blocks": tuple(record["blocks"])})
 
 

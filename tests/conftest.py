@@ -15,6 +15,15 @@ def pytest_configure(config: Config) -> None:
     os.environ["MEGAKD_CACHE_DIR"] = str(config.rootpath / ".pytest_cache" / "megakd")
 
 
+@pytest.fixture(autouse=True)
+def import_path_of_children() -> Iterator[None]:
+    """What a verb that is run in this process keeps off its children's import path is no matter of the next test's."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    yield
+    if before is None:
+        os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Worlds]:
     """``world(n)``: n gloo processes that live as long as the session; see worlds.py."""

@@ -15,7 +15,7 @@ from megakd.data.recorded import open_tokenizer
 from megakd.data.sentences import open_sentences
 from megakd.data.tokenizer import ByteTokenizer, build_tokenizer
 from megakd.errors import ExitStatus, UsageError
-from megakd.file_names import as_json, present_name, printable
+from megakd.file_names import as_json, present_names, printable
 from megakd.manifest import read_manifest
 
 
@@ -90,8 +90,11 @@ def test_a_dataset_that_was_moved_and_renamed_is_the_same_with_its_packing(tmp_p
     again = open_sentences(after, 16, closed)
     assert again.manifest.fingerprint == packing.manifest.fingerprint
     assert main(["verify", f"{after.prefix}", f"{after.prefix}.sentence-16"]) == 0
-    assert present_name(Path("x/new.manifest.json"), "old.v1.bin") == "new.bin"
-    assert present_name(Path("x/manifest.json"), "old.bin") == present_name(Path("a.json"), "old.bin") == "old.bin"
+    assert present_names(Path("x/new.manifest.json"), ["old.v1.bin", "old.v1.idx"]) == ["new.bin", "new.idx"]
+    apart = ["tokenizer.json", "tokenizer_config.json"]  # no files of one prefix
+    assert present_names(Path("x/tokenizer.manifest.json"), apart) == apart
+    for name in ("x/manifest.json", "a.json"):
+        assert present_names(Path(name), ["old.bin"]) == ["old.bin"]
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,9 +130,9 @@ def test_another_global_batch_size_continues_at_the_same_position(folder):
     ("change", "message"),
     [
         ({"seed": 2}, "seed was 1, is now 2"),
-        ({"seq_length": 13}, "seq_length was 7, is now 13"),
-        ({"weights": (0.5, 0.5)}, r"weights was \[0.3.*, is now \[0.5"),
-        ({"names": "ba"}, "datasets was .*, is now"),
+        ({"seq_length": 13}, "seq-length was 7, is now 13"),
+        ({"weights": (0.5, 0.5)}, "weights of --data-path were 0.3 a .*, are now 0.5 a"),
+        ({"names": "ba"}, "data-path was .*, is now"),
         ({"names": "a", "weights": (1,)}, "was .*, is now"),
     ],
 )

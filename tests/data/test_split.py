@@ -124,5 +124,5 @@ def test_an_order_is_not_continued_with_another_split(tmp_path: Path) -> None:
 
     state = loader("8,2").state()
     loader("8,2", state)
-    with pytest.raises(MismatchError, match="packing was .*documents 0 to 96.*documents 0 to 84"):
+    with pytest.raises(MismatchError, match="was .*documents 0 to 96.*documents 0 to 84"):
         loader("7,3", state)

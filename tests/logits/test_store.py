@@ -40,7 +40,7 @@ SPEC = StoreSpec(
     num_samples=22,
     shard_samples=5,
     parents={"dataset": "d" * 32, "model": "m" * 32},
-    tokenizer={"type": "NullTokenizer", "hash": "t" * 32, "vocab_size": VOCAB, "eod": None, "path": "x"},
+    tokenizer={"type": "NullTokenizer", "hash": "t" * 32, "vocab_size": VOCAB, "eod": None, "path": "/x"},
     details={"precision": "fp32"},
 )
 RANKS = frequency_ranks(np.random.default_rng(0).integers(0, 9, VOCAB))

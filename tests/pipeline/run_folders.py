@@ -9,8 +9,9 @@ from typing import Any
 import orjson
 import yaml
 
-from megakd.manifest import write_manifest
+from megakd.manifest import hash_file, write_manifest
 from megakd.model.config import ModelConfig
+from megakd.model.foreign import BACKENDS
 from megakd.model.record import FORMAT, MANIFEST, TRACKER, VERSION, checkpoint_path
 
 HELD_OUT = {"fingerprint": "f" * 32, "num_samples": 8, "num_tokens": 800, "num_bytes": 3200, "tokenizer": "t" * 32}
@@ -72,6 +73,7 @@ def write_checkpoint(folder: Path, iteration: int, *, num_layers: int = 1) -> st
     model = ModelConfig(num_layers=num_layers, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
     path = checkpoint_path(folder, iteration)
     path.mkdir(parents=True)
+    (path / BACKENDS).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     manifest = write_manifest(
         path / MANIFEST,
         format=FORMAT,
@@ -88,7 +90,7 @@ def write_checkpoint(folder: Path, iteration: int, *, num_layers: int = 1) -> st
         },
         parents={},
         tokenizer=None,
-        files=[],
+        files=[hash_file(path / BACKENDS)],
     )
     (folder / TRACKER).write_text(f"{iteration}\n")
     return manifest.fingerprint

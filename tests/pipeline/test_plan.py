@@ -9,8 +9,9 @@ import pytest
 
 from megakd.__main__ import run
 from megakd.errors import CorruptError, ExitStatus, UsageError
-from megakd.manifest import write_manifest
+from megakd.manifest import hash_file, write_manifest
 from megakd.model.config import ModelConfig
+from megakd.model.foreign import BACKENDS
 from megakd.pipeline import plan
 from megakd.pipeline.plan_costs import (
     ModelSize,
@@ -215,8 +216,9 @@ def write_run(folder, *, steps=12, tokens_a_step=50_000_000, tail=b"", floor=3.3
         "iteration": steps, "shape": dataclasses.asdict(shape), "vocab_size": 1000, "seq_length": 64,
         "loader_state": {}, "layout": {}, "use_distributed_optimizer": False, "rng_states": False,
     }  # fmt: skip
+    (checkpoint / BACKENDS).write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     write_manifest(checkpoint / "manifest.json", format="megakd-checkpoint", version=1, parameters=parameters,
-                   parents={}, tokenizer=None, files=[])  # fmt: skip
+                   parents={}, tokenizer=None, files=[hash_file(checkpoint / BACKENDS)])  # fmt: skip
     lines = []
     for step in range(1, steps + 1):
         tokens = step * tokens_a_step

@@ -202,7 +202,7 @@ def test_refusals(tmp_path, models, capsys):
     told = f"opening its tokenizer: --source-tokenizer-model {models['bpe'][1]}"
     refused(ExitStatus.USAGE, told, "--source-tokenizer-model", models["bpe"][1])
     refused(ExitStatus.MISMATCH, source.hash, "--source-tokenizer-model", models["nfkc"][1])
-    refused(ExitStatus.USAGE, "tokenizer_type", "--tokenizer-type", "NullTokenizer")
+    refused(ExitStatus.USAGE, "--tokenizer-type is NullTokenizer", "--tokenizer-type", "NullTokenizer")
     (tmp_path / "old.manifest.json").unlink()
     refused(ExitStatus.USAGE, "say which it was with --source-tokenizer-type")
     refused(ExitStatus.CORRUPT, "its tokenizer has 257", "--source-tokenizer-type", "ByteTokenizer")

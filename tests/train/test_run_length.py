@@ -28,7 +28,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def rate(samples: int) -> float:
-    """A straight line up to 12 samples, then half a cosine down to 50."""
+    """A straight line up to 12 samples, then half a cosine down to 50; of the update after ``samples``."""
     if samples <= 12:
         return 1e-4 + (3e-3 - 1e-4) * samples / 12
     x = min((samples - 12) / 38, 1.0)
@@ -46,7 +46,7 @@ def test_a_ramp_counts_samples_and_continues_to_the_bit(data: str, world: Worlds
     found = records(tmp_path / "whole")
     ends = [4, 8, 12, 20, 32, 44, 56]  # levels of ten samples: 4 up to 10, 8 up to 20, then 12
     assert [record["samples"] for record in found] == ends
-    assert [record["lr"] for record in found] == pytest.approx([rate(samples) for samples in ends])
+    assert [record["lr"] for record in found] == pytest.approx([rate(before) for before in [0, *ends[:-1]]])
     assert world(1).run(run_training, tree("cut", exit_interval=3)) == [75]
     assert world(1).run(run_training, tree("cut")) == [0]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -119,7 +119,7 @@ def test_load_from_where_nothing_is_saved_yet(data: str, world: Worlds, tmp_path
     run = str(tmp_path / "run")
     tree = make_tree(data, training={"train_iters": 1}, checkpoint={"save": run, "load": f"{run}/"})
     for change, message in (
-        ({"exit_on_missing_checkpoint": True}, "--load: folder .*run/ does not exist"),
+        ({"exit_on_missing_checkpoint": True}, "--load: folder .*run does not exist"),
         ({"finetune": True}, "--load: folder"),
         ({"load": str(tmp_path / "rum")}, "--load: folder .*rum does not exist"),
     ):

@@ -244,5 +244,4 @@ RECORD: tuple[Entry, ...] = (
     same("--app-tag-run-name", "there is no such logger", takes="one"),
     same("--app-tag-run-version", "there is no such logger", takes="one"),
     same("--config-logger-dir", "the resolved configuration is in SAVE/config.yaml", takes="one"),
-    refused("--wandb-entity", "set the environment variable WANDB_ENTITY", takes="one"),
 )
