@@ -184,7 +184,8 @@ class _Reading:
         for given in found.flags:
             if given.name == "--config":
                 self.read_tree(read_config_file(given.values[0]), source=f"{given.values[0]}: ")
-        flags = [given for given in found.flags if given.name not in ("--config", "--print-config")]
+        latest = {given.name: given for given in found.flags if given.name not in ("--config", "--print-config")}
+        flags = [given for given in found.flags if latest.get(given.name) is given]  # the last of each counts
         if dialect is not None:
             translation = dialect.translate(Line(flags, dict(self.values)))
             foreign = [given for given in flags if given.name not in self._by_flag or dialect.reads_itself(given)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from megatron_scripts import GPT3_175B, LLAMA3_8B, MIXTRAL, TRIED
 from runs import run_training, write_dataset
+from tokenizer_models import train_byte_bpe
 from worlds import Worlds
 
 from megakd.config import list_leaves, parse, to_dict
@@ -35,6 +36,15 @@ def read(words: str | list[str]) -> TrainConfig:
     return parse(TrainConfig, line, prog="megakd train", description="", dialect=MegatronFlags())
 
 
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A dataset of Megatron's own tool, which records nothing, and a tokenizer of its ids."""
+    folder = tmp_path_factory.mktemp("foreign")
+    prefix = write_dataset(folder / "data")
+    Path(f"{prefix}.manifest.json").unlink()
+    return prefix, str(train_byte_bpe(folder / "tokenizer"))
+
+
 def script(text: str, data: str, tmp_path: Path, changes: str = "") -> list[str]:
     """The script's words with paths that are there; later flags of ``changes`` count."""
     paths = {"DATA": data, "RUN": str(tmp_path / "run"), "BOARD": str(tmp_path / "board"), "CACHE": str(tmp_path / "c")}
@@ -55,8 +65,9 @@ def test_gpt3_is_refused_for_what_it_is(data: str, tmp_path: Path) -> None:
     assert len(lines) == 5
 
 
-def test_llama3_is_read_as_it_is(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = read(script(LLAMA3_8B, data, tmp_path))
+def test_llama3_is_read_as_it_is(foreign: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = script(LLAMA3_8B, foreign[0], tmp_path)
+    config = read([foreign[1] if word == "TOKENIZER" else word for word in words])
     assert config.training.train_iters == 1953125000 // 128
     assert config.optim.decoupled_lr == 5e-4 and config.student.fp8_amax_history_len == 1024
     assert not config.parallel.sequence_parallel and config.checkpoint.starts_afresh
