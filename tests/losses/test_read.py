@@ -48,7 +48,7 @@ def _drawn(probs_TV: Tensor, uniforms_TN: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 13, 251])
 def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_size: int) -> None:
     """As many as bits of an id, not as ids: what another layout adds up in another order may move so few."""

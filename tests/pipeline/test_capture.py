@@ -182,7 +182,7 @@ def test_drawn_ids_renormalised(made: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_number_of_ranks_changes_no_byte(
     kind: str, size: int, made: dict[str, Any], world: Worlds, tmp_path: Path
 ) -> None:

@@ -102,7 +102,7 @@ def test_bytes_after_a_few_kills(tmp_path: Path) -> None:
     kill_and_rerun(tmp_path, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bytes_after_fifty_kills(tmp_path: Path) -> None:
     kill_and_rerun(tmp_path, 50)
 

@@ -138,8 +138,8 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
     ("change", "size", "parallel", "background"),
     [
         ("flip", 1, {}, False),
-        ("remove", 2, OVERLAPPED, True),
-        pytest.param("flip", 2, PP2, True, marks=pytest.mark.long),
+        pytest.param("remove", 2, OVERLAPPED, True, marks=pytest.mark.long),
+        pytest.param("flip", 2, PP2, True, marks=pytest.mark.slow),
         pytest.param("remove", 2, TP2, False, marks=pytest.mark.long),
     ],
 )
@@ -174,7 +174,7 @@ def test_damage_in_a_store_costs_no_step(
         (2, {}, False),
         (2, {}, True),
         pytest.param(2, TP2, False, marks=pytest.mark.slow),
-        pytest.param(4, {**INTERLEAVED, **OVERLAPPED}, False, marks=pytest.mark.slow),
+        pytest.param(4, {**INTERLEAVED, **OVERLAPPED}, False, marks=pytest.mark.long),
     ],
 )
 def test_a_gradient_that_is_not_finite_names_the_samples(

@@ -99,9 +99,10 @@ def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp
         ((2, {**TP2}), (2, {"pipeline_model_parallel_size": 2})),
         ((2, {"use_distributed_optimizer": True}), (1, {"use_distributed_optimizer": True})),
         ((2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}), (2, {**TP2})),
-        (
+        pytest.param(
             (2, {"use_distributed_optimizer": True, **TP2}),
             (4, {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}),
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -125,7 +125,9 @@ def run_of_an_older_version(tree: dict[str, Any]) -> int:
         Student.whole = whole  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("first", [run_training, run_of_an_older_version], ids=["this", "older"])
+@pytest.mark.parametrize(
+    "first", [pytest.param(run_training, marks=pytest.mark.long), run_of_an_older_version], ids=["this", "older"]
+)
 def test_a_bf16_run_that_resumes_differs_in_no_bit(first: Any, data: str, world: Worlds, tmp_path: Path) -> None:
     """Also from a checkpoint of stale weights: what counts in it is the optimizer's."""
 
