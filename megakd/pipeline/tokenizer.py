@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from megakd.config import option, parse
+from megakd.console import tell
 from megakd.data.tokenizer import build_tokenizer
 from megakd.durable import HashingWriter, fsync_directory
 from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError
@@ -71,9 +72,6 @@ class TokenizerConfig:
             raise UsageError(f"--max-bytes {self.max_bytes}, --max-doc-bytes {self.max_doc_bytes}: expected at least 1")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
-        parent = Path(os.path.abspath(self.output)).parent
-        if not parent.is_dir():
-            raise UsageError(f"--output {self.output}: no folder {parent}; mkdir -p {parent}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(config)
     except StoppedBySignal as stop:
-        print(f"{stop}; nothing was written", file=sys.stderr)
+        tell(f"{stop}; nothing was written")
         return ExitStatus.STOPPED
     return ExitStatus.COMPLETE
 
@@ -108,10 +106,10 @@ def train(config: TokenizerConfig) -> Path:
         texts = _read_sample(config, inputs, stop)
         parameters = _parameters(config, inputs, texts)
         if _is_there(output, parameters):
-            print(f"{output} is there already, made from the same text with the same flags", file=sys.stderr)
+            tell(f"{output} is there already, made from the same text with the same flags")
             return output
         num_bytes = parameters["sample"]["bytes"]
-        print(f"learning {config.vocab_size} ids from {len(texts)} texts, {num_bytes / 1e6:.1f} MB", file=sys.stderr)
+        tell(f"learning {config.vocab_size} ids from {len(texts)} texts, {num_bytes / 1e6:.1f} MB")
         trainer = TRAINERS[config.type]
         files = trainer.train(
             texts, config.vocab_size, [config.eod_token, *config.special_tokens], split_digits=config.split_digits
@@ -121,11 +119,10 @@ def train(config: TokenizerConfig) -> Path:
         tokenizer = build_tokenizer(trainer.tokenizer_type, output)
         num_tokens = sum(len(ids) for ids in tokenizer.encode_arrays(texts[:200]))
         per_token = sum(len(text.encode()) for text in texts[:200]) / max(num_tokens, 1)
-        print(
+        tell(
             f"{output}: {tokenizer.vocab_size} ids, {per_token:.2f} bytes a token; {tokenizer.explain_eod()}\nnext: "
             f"megakd preprocess --tokenizer-type {trainer.tokenizer_type} --tokenizer-model {config.output} "
-            "--append-eod --input ... --output-prefix ...",
-            file=sys.stderr,
+            "--append-eod --input ... --output-prefix ..."
         )
     return output
 

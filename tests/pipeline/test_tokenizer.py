@@ -75,6 +75,11 @@ def test_digits_may_be_tokens_of_their_own(corpus: Path, tmp_path: Path) -> None
         assert len(tokenizer.encode("2024")) >= 4
 
 
+def test_the_folder_of_the_output_is_made(corpus: Path, tmp_path: Path) -> None:
+    assert run(corpus, tmp_path / "tokenizers/own") == 0
+    assert build_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizers/own").vocab_size == 700
+
+
 def test_what_is_there_is_left_alone(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(corpus, tmp_path / "t") == 0
     before = (tmp_path / "t/tokenizer.json").stat().st_mtime_ns
@@ -104,7 +109,7 @@ def test_what_is_there_is_left_alone(corpus: Path, tmp_path: Path, capsys: pytes
         (("--max-bytes", "0"), "max-bytes"),
         (("--json-keys", "nothing"), "150 of 150 records are bad.*byte 0: missing key"),
         (("--type", "wordpiece"), "wordpiece"),
-        (("--output", "/nowhere/t"), "mkdir"),
+        (("--output", "/dev/null/t"), "/dev/null is not a folder"),
     ],
 )
 def test_what_cannot_work_is_refused(flags: tuple[str, ...], words: str, corpus: Path, tmp_path: Path) -> None:
