@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 import json
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from megakd.pipeline.records import BOM, RecordError, name_type, parse_record
 _HEAD_BYTES = 1 << 16
 _SUFFIXES: dict[str, Kind] = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _RECOMPRESS = "decompress it, or recompress it with zstd"
+_UNPACKED = {"gzip": "gzip -dc", "zstd": "zstd -dc --long=31"}
 _UNPACK = "unpack it, and give the files in it"
 _EXPORT = "export it as JSON lines, one object with its text a line"
 # Offset, bytes, name, what to do.
@@ -96,9 +100,16 @@ def kind_of(path: Path) -> Kind:
     _refuse_magic(path, head)
     if head.startswith((GZIP, ZSTD)) and kind != "plain":
         raise UsageError(f"{path}: compressed twice: decompress it once")
-    if what := _not_json_lines(head.removeprefix(BOM), whole=len(head) < _HEAD_BYTES, path=path):
+    to_lines = functools.partial(_command, path, kind)
+    if what := _not_json_lines(head.removeprefix(BOM), whole=len(head) < _HEAD_BYTES, path=path, to_lines=to_lines):
         raise UsageError(f"{path}: {what}")
     return kind
+
+
+def _command(path: Path, kind: Kind, program: str) -> str:
+    """The shell's line that makes JSON lines of a file with a program that reads and writes text."""
+    name = shlex.quote(str(path))
+    return f"{program} < {name} > NEW.jsonl" if kind == "plain" else f"{_UNPACKED[kind]} {name} | {program} > NEW.jsonl"
 
 
 def _refuse_magic(path: Path, head: bytes) -> None:
@@ -139,11 +150,11 @@ def _is_wide(head: bytes) -> bool:
     )  # fmt: skip
 
 
-def _not_json_lines(head: bytes, *, whole: bool, path: Path) -> str | None:
+def _not_json_lines(head: bytes, *, whole: bool, path: Path, to_lines: Callable[[str], str]) -> str | None:
     """What a file is that begins so, and how JSON lines are made of it; None where some line is a record, or may be.
 
-    whole: whether it ends there. A file that is JSON lines but for some lines is no matter of this function: its bad
-    lines are counted.
+    whole: whether it ends there. to_lines: the command line that puts a program's output into a new file. A file that
+    is JSON lines but for some lines is no matter of this function: its bad lines are counted.
     """
     lines = head.splitlines(keepends=True) if b"\n" not in head else [line + b"\n" for line in head.split(b"\n")]
     if b"\n" in head and not whole:
@@ -154,7 +165,7 @@ def _not_json_lines(head: bytes, *, whole: bool, path: Path) -> str | None:
     ends_with_cr = b"\n" not in head and len(lines) > 1
     text = head.decode(errors="replace")
     if not ends_with_cr and _value(lines[0]) is _NO_VALUE and _spans_lines(text.lstrip(), whole=whole):
-        return _one_array(path) if text.lstrip().startswith("[") else _spread(path)
+        return _one_array(to_lines) if text.lstrip().startswith("[") else _spread(to_lines)
     values = []
     for line in lines:
         value = _value(line)
@@ -164,19 +175,19 @@ def _not_json_lines(head: bytes, *, whole: bool, path: Path) -> str | None:
     first = lines[0].lstrip()
     if ends_with_cr:
         if any(type(value) is dict for value in values):
-            return f"its lines end in CR alone; expected LF: tr '\\r' '\\n' < {path} > NEW"
+            return "its lines end in CR alone; expected LF: " + to_lines(r"tr '\r' '\n'")
         lines, values, first = [head], [_value(head)], head.lstrip()
     if first.startswith(b"["):
         if len(lines) > 1 and all(type(value) is list for value in values):
             return "each line is a list, expected an object"
-        return _one_array(path)
+        return _one_array(to_lines)
     if first.startswith(b"{"):
-        return _not_lines_of_objects(lines, text, path)
+        return _not_lines_of_objects(lines, text, to_lines)
     if first.startswith(b"\x1e"):
-        return f"this is a JSON text sequence (RFC 7464); expected lines alone: tr -d '\\036' < {path} > NEW.jsonl"
+        return "this is a JSON text sequence (RFC 7464); expected lines alone: " + to_lines(r"tr -d '\036'")
     kinds = {name_type(value) for value in values if value is not _NO_VALUE}
     if len(kinds) == 1 and _NO_VALUE not in values:
-        return f"each line is {kinds.pop()}, expected an object: jq -c '{{text: .}}' {path} > NEW.jsonl"
+        return f"each line is {kinds.pop()}, expected an object: " + to_lines("jq -c '{text: .}'")
     if _CONTROL.search(head):
         hint = "; the index beside it is a Megatron dataset's" if path.with_suffix(".idx").exists() else ""
         return f"this is no text, but bytes of an unknown format{hint}; expected JSON lines in UTF-8"
@@ -191,7 +202,7 @@ def _not_json_lines(head: bytes, *, whole: bool, path: Path) -> str | None:
         return "this is XML or HTML: extract its text to JSON lines"
     if columns := _columns(text):
         return f"this is CSV, or a table like it (columns {', '.join(columns[:5])}): {_EXPORT}"
-    return f"this is plain text, no JSON; of each line a record: jq -cR '{{text: .}}' {path} > NEW.jsonl"
+    return "this is plain text, no JSON; of each line a record: " + to_lines("jq -cR '{text: .}'")
 
 
 _NO_VALUE: Any = object()
@@ -220,24 +231,24 @@ def _spans_lines(text: str, *, whole: bool) -> bool:
         return False
 
 
-def _one_array(path: Path) -> str:
-    return f"this is one JSON array; expected a record in each line: jq -c '.[]' {path} > NEW.jsonl"
+def _one_array(to_lines: Callable[[str], str]) -> str:
+    return "this is one JSON array; expected a record in each line: " + to_lines("jq -c '.[]'")
 
 
-def _spread(path: Path) -> str:
-    return f"its records are spread over lines; expected one in each line: jq -c . {path} > NEW.jsonl"
+def _spread(to_lines: Callable[[str], str]) -> str:
+    return "its records are spread over lines; expected one in each line: " + to_lines("jq -c .")
 
 
-def _not_lines_of_objects(lines: list[bytes], text: str, path: Path) -> str | None:
+def _not_lines_of_objects(lines: list[bytes], text: str, to_lines: Callable[[str], str]) -> str | None:
     """The same for a file that begins with a brace, and none of whose lines is a record."""
     try:
         _, end = json.JSONDecoder(parse_int=float).raw_decode(text.lstrip())
     except (ValueError, RecursionError):
         end = 0
     if end and text.lstrip()[end:].lstrip(" \t").startswith("{"):
-        return f"it has several records in a line; expected one: jq -c . {path} > NEW.jsonl"
+        return "it has several records in a line; expected one: " + to_lines("jq -c .")
     if all(type(_value(line.strip().rstrip(b","))) is dict for line in lines):
-        return f"its lines end in commas; expected a record alone in each line: sed 's/,\\s*$//' {path} > NEW.jsonl"
+        return "its lines end in commas; expected a record alone in each line: " + to_lines(r"sed 's/,\s*$//'")
     if all(map(_is_python, lines)):
         return "its lines are Python's notation (single quotes, None), not JSON: write them with json.dumps"
     return None

@@ -8,7 +8,9 @@ import io
 import json
 import lzma
 import pickle
+import shutil
 import sqlite3
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -125,6 +127,19 @@ def test_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         kind_of(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_the_command_that_is_named_makes_json_lines(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path, new = tmp_path / "a name", tmp_path / "NEW.jsonl"
+    path.write_bytes(compress(RECORD.replace(b"\n", b"\r") * 3))
+    with pytest.raises(UsageError) as caught:
+        kind_of(path)
+    command = str(caught.value).partition("expected LF: ")[2]
+    if command.startswith("zstd") and shutil.which("zstd") is None:
+        pytest.skip("no zstd here")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert kind_of(new) == "plain" and new.read_bytes() == RECORD * 3
 
 
 def test_a_database_is_named(tmp_path: Path) -> None:
