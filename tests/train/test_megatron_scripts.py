@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from megatron_scripts import GPT3_175B, LLAMA3_8B, MIXTRAL, TRIED
+from pipeline.run_folders import write_checkpoint
 from runs import run_training, write_dataset
 from tokenizer_models import train_byte_bpe
 from worlds import Worlds
@@ -188,3 +189,11 @@ def test_the_table_stands_on_what_is_there(capsys: pytest.CaptureFixture[str]) -
     assert shown.splitlines() == megatron_help(list(LEAVES.values()))
     assert all(f"  {flag}" in shown for flag in flags)
     assert max(map(len, shown.splitlines())) <= 125
+
+
+def test_weights_alone_of_a_run_that_would_go_on(tmp_path: Path) -> None:
+    words = f"{TINY} --data-path x --no-load-optim --save {tmp_path / 'run'}"
+    assert read(words).checkpoint.save == str(tmp_path / "run")  # nothing is there that could be loaded
+    write_checkpoint(tmp_path / "run", 4)
+    with pytest.raises(UsageError, match="--no-load-optim: --save .*run holds a run, which goes on with all"):
+        read(words)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megakd.command_line import Line
+from megakd.model.record import latest_iteration
 from megakd.train.megatron.verdicts import (
     Entry,
     Reading,
@@ -30,7 +31,13 @@ _SCHEDULE = "the schedule is what the flags say, also where a run continues; giv
 
 def _weights_alone(words: tuple[str, ...], line: Line) -> str:
     if not line.has("--load") and line.files.get("checkpoint.load") is None:
-        return ""  # nothing is loaded from elsewhere, so nothing of it is left out
+        save = (line.of("--save") or (line.files.get("checkpoint.save"),))[0]
+        if save is None or latest_iteration(str(save)) is None:
+            return ""  # nothing is loaded, so nothing of it is left out
+        return (
+            f"--save {save} holds a run, which goes on with all of its state: drop the flag, or start from its weights "
+            f"(--load {save} --finetune, and another --save)"
+        )
     return "weights without the optimizer's state are --finetune: new optimizer, step 0, first sample"
 
 
