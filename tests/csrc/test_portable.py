@@ -24,7 +24,7 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", CHOICE
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a minute of compiling
 @pytest.mark.timeout(560)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere the portable paths are the ones that are built")
 def test_kernels_without_avx(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path
     "layout",
     [
         pytest.param([], marks=pytest.mark.long),
-        ["--tensor-model-parallel-size", "2"],
+        pytest.param(["--tensor-model-parallel-size", "2"], marks=pytest.mark.long),
         pytest.param(["--pipeline-model-parallel-size", "2"], marks=pytest.mark.long),
     ],
 )

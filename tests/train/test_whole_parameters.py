@@ -70,6 +70,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str, bool]] = {
     "tp2-dp2-bf16-end-background": (4, {**TP2, **OVERLAPPED}, BF16, "end", True),
     "interleaved-dp2-bf16-signal": (4, {**INTERLEAVED, **OVERLAPPED}, BF16, "signal", False),
 }
+
+
+def _marks(name: str, ranks: int) -> Any:
+    """Four ranks take their time on two cores; interleaved stages most of all."""
+    return pytest.mark.long if name.startswith("interleaved") else pytest.mark.slow if ranks > 2 else ()
+
+
 EVERY = {
     f"{layout}-{gather}-{dtype}-{ending}{'-background' * background}": (
         2 if layout == "dp2" else 4, {**shape, **overlap}, student, ending, background
@@ -87,7 +94,7 @@ EVERY = {
 @pytest.mark.parametrize(
     "case",
     [
-        *(pytest.param(case, id=name, marks=pytest.mark.slow if case[0] > 2 else ()) for name, case in CASES.items()),
+        *(pytest.param(case, id=name, marks=_marks(name, case[0])) for name, case in CASES.items()),
         *(pytest.param(case, id=name, marks=pytest.mark.long) for name, case in EVERY.items()),
     ],
 )
