@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pipeline.select_corpus import Corpus, configure, run
 from pipeline.select_twin import ordered, scores_of, write
@@ -37,6 +37,10 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     uniform=st.booleans(),
     collected=st.sampled_from([0, 3, 1 << 19]),
 )
+@example(  # its only sample has nothing to score
+    sizes=[1], seed=701, levels=1, ratio=1.0, by_tokens=False, drop_negative=False, drop_top=0.0, temperature=0.0,
+    uniform=False, collected=0,
+)  # fmt: skip
 def test_select_is_the_full_sort(
     as_it_was: None,
     tmp_path_factory: pytest.TempPathFactory,
@@ -59,7 +63,8 @@ def test_select_is_the_full_sort(
     flags = ["--ratio", ratio, "--ratio-of", "tokens" if by_tokens else "samples", "--drop-top-fraction", drop_top]
     flags += ["--gumbel-temperature", temperature, *(["--drop-negative"] if drop_negative else [])]
     if not any(expected):
-        with pytest.raises(UsageError, match="keep"):
+        scored = any(counts.any() for counts in corpus.counts)
+        with pytest.raises(UsageError, match="keep" if scored else "there is no sample to select from"):
             run(*corpus.flags(), *flags)
         return
     assert run(*corpus.flags(), *flags) == expected
