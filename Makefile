@@ -62,7 +62,7 @@ $(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*)
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 	@echo "building the native extension"
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -15,7 +15,7 @@ if march:
 elif platform.machine() == "x86_64":
     flags.append("-march=native")
 
-csrc = [os.path.join("csrc", name) for name in sorted(os.listdir("csrc"))]
+csrc = sorted(os.path.join(folder, name) for folder, _, names in os.walk("csrc") for name in names)
 ParallelCompile("MAX_JOBS", default=2).install()
 
 setup(

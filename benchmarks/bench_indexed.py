@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from megakd.data.idx_format import bin_path, idx_path
-from megakd.data.indexed import IndexedDataset, IndexedWriter, write_idx
-from megakd.data.samples import ConcatSamples
+from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter, write_idx
+from megakd.data.indexed.idx_format import bin_path, idx_path
+from megakd.data.samples.concat import ConcatSamples
 
 SEQ_LENGTH = 2048
 MEAN_TOKENS = 256

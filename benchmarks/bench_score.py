@@ -101,18 +101,18 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
     import numpy as np
     import torch
 
-    from megakd.data.indexed_writer import IndexedWriter
+    from megakd.data.indexed.writer import IndexedWriter
     from megakd.layout import ParallelConfig, padded_vocab_size
+    from megakd.model.checkpoint.record import CheckpointRecord
     from megakd.model.config import ModelConfig
     from megakd.model.gpt import build_model
-    from megakd.model.initial import set_initial_weights
-    from megakd.model.record import CheckpointRecord
-    from megakd.model.teacher import ModelTeacher
+    from megakd.model.initial_weights import set_initial_weights
     from megakd.parallel import init_parallel
-    from megakd.pipeline.capture_plan import CaptureConfig, check_capture_of
-    from megakd.pipeline.capture_run import Capturer
-    from megakd.pipeline.score_plan import ScoreConfig, check_score_of
-    from megakd.pipeline.score_run import Scorer
+    from megakd.pipeline.capture.preflight import CaptureConfig, check_capture_of
+    from megakd.pipeline.capture.run import Capturer
+    from megakd.pipeline.score.preflight import ScoreConfig, check_score_of
+    from megakd.pipeline.score.run import Scorer
+    from megakd.teachers.model_teacher import ModelTeacher
 
     groups = init_parallel(ParallelConfig(), seed=1)
     torch.set_num_threads(arguments.threads)

@@ -27,16 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from megakd.config import parse
-from megakd.data.idx_format import manifest_path, write_idx
-from megakd.data.indexed import IndexedDataset, IndexedWriter
-from megakd.data.samples import ConcatSamples
-from megakd.data.scores import COUNTS, LOG_PROBS, finish_scores
+from megakd.config.tree import parse
+from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
+from megakd.data.indexed.idx_format import manifest_path, write_idx
+from megakd.data.samples.concat import ConcatSamples
+from megakd.data.scores.artefact import COUNTS, LOG_PROBS, finish_scores
+from megakd.data.scores.sources import open_sources
 from megakd.data.selection import MANIFEST, Selection, SelectionWriter
-from megakd.pipeline.select import select
-from megakd.pipeline.select_config import SelectConfig
-from megakd.pipeline.select_materialize import materialize
-from megakd.pipeline.select_scores import open_sources
+from megakd.pipeline.select.config import SelectConfig
+from megakd.pipeline.select.main import select
+from megakd.pipeline.select.materialize import materialize
 
 SEQ_LENGTH, SHARDS, PIECE = 1024, 25, 1 << 20
 RATIO = 0.5
@@ -205,7 +205,7 @@ class DroppedIds:
 
 
 def select_megakd_ids(work: Path, num_samples: int) -> Any:
-    import megakd.pipeline.select as verb
+    import megakd.pipeline.select.main as verb
 
     verb.SelectionWriter = DroppedIds  # type: ignore[misc, assignment]
     return select_megakd(work, num_samples)

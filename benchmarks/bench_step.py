@@ -149,7 +149,7 @@ def _batch(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _ours(arguments: argparse.Namespace, sizes: dict[str, int], groups: Any, with_head: bool) -> Any:
     from megakd.model.config import ModelConfig
     from megakd.model.gpt import build_model
-    from megakd.model.initial import set_initial_weights
+    from megakd.model.initial_weights import set_initial_weights
 
     shape = ModelConfig(bf16=True, **sizes).resolve("model")
     models = build_model(

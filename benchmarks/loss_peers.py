@@ -19,9 +19,9 @@ from loss_inputs import DISTIL, LM, HeadInputs, LogitInputs, Problem, forward_kl
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.losses.call import KD
 from megakd.losses.head import head_loss
 from megakd.losses.logits import logits_loss
+from megakd.losses.rows import KD
 from megakd.losses.terms import KDTerm
 from megakd.targets import LogitTargets
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.indexed import IndexedDataset
-from megakd.data.samples import ConcatSamples
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import ConcatSamples
 from megakd.logits.store import LogitsStore
 
 NOISE = 0.35  # nats

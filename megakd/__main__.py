@@ -24,28 +24,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megakd.console import keep_stream_numbers, tell
-from megakd.durable import FULL
+from megakd.artefacts.durable_files import FULL
 from megakd.errors import ExitStatus
-from megakd.output import explain_unwritten, flush_output, print_any_name
+from megakd.work.console import keep_stream_numbers, tell
+from megakd.work.standard_output import explain_unwritten, flush_output, print_any_name
 
 VERBS = {
-    "tokenizer": "megakd.pipeline.tokenizer",
-    "preprocess": "megakd.pipeline.preprocess",
-    "merge": "megakd.pipeline.merge",
-    "verify": "megakd.pipeline.verify",
-    "show": "megakd.pipeline.show",
-    "compare": "megakd.pipeline.compare",
-    "pack": "megakd.pipeline.pack",
-    "score": "megakd.pipeline.score",
-    "proxy": "megakd.pipeline.proxy",
-    "select": "megakd.pipeline.select",
-    "report": "megakd.pipeline.report",
-    "retokenize": "megakd.pipeline.retokenize",
-    "import-miniplm": "megakd.pipeline.import_miniplm",
-    "capture": "megakd.pipeline.capture",
-    "collect": "megakd.pipeline.collect",
-    "plan": "megakd.pipeline.plan",
+    "tokenizer": "megakd.pipeline.tokenizer.main",
+    "preprocess": "megakd.pipeline.preprocess.main",
+    "merge": "megakd.pipeline.datasets.merge",
+    "verify": "megakd.pipeline.datasets.verify",
+    "show": "megakd.pipeline.datasets.show",
+    "compare": "megakd.pipeline.compare.main",
+    "pack": "megakd.pipeline.datasets.pack",
+    "score": "megakd.pipeline.score.main",
+    "proxy": "megakd.pipeline.proxy.main",
+    "select": "megakd.pipeline.select.main",
+    "report": "megakd.pipeline.report.main",
+    "retokenize": "megakd.pipeline.retokenize.main",
+    "import-miniplm": "megakd.pipeline.miniplm.main",
+    "capture": "megakd.pipeline.capture.main",
+    "collect": "megakd.pipeline.capture.collect_main",
+    "plan": "megakd.pipeline.planning.main",
     "train": "megakd.train.main",
 }
 

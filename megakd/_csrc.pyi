@@ -1,4 +1,4 @@
-"""Types of the native kernels (csrc/bindings.cpp).
+"""Types of the native kernels (csrc/module.cpp).
 
 All sweep over a chunk of logits ``[rows, columns]``, float32 or bf16 as uint16, whose columns from ``num_valid`` on are
 padding. ``"statistics"`` fills ``statistics`` ``[k, rows]``; ``"gradient"`` reads it and overwrites ``student``;
@@ -65,11 +65,11 @@ def sweep_listed(
     gradient needs ``kernels.ListedSlope``."""
 
 def sentence_cuts(tokens: NDArray[Any], classes: NDArray[np.uint8], window: int, starts: NDArray[np.int64]) -> int:
-    """Not a sweep: csrc/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are filled,
-    that one counted. Raises IndexError for an id that ``classes`` has no entry for."""
+    """Not a sweep: csrc/data/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are
+    filled, that one counted. Raises IndexError for an id that ``classes`` has no entry for."""
 
 class ScoreSweep:
-    """Not a sweep over logits: sweeps over the scores of one dataset's samples (csrc/radix_select.h).
+    """Not a sweep over logits: sweeps over the scores of one dataset's samples (csrc/select/radix_select.h).
 
     Score: sum of weight * -log_probs / divisor, or of the ranks of that. Ranges are samples; a key is the image of the
     score and the hash of the id. ``counts`` and ``ids`` are filled. Raises ValueError for arrays that do not fit.
@@ -130,7 +130,7 @@ ROW_READ_AHEAD: int
 """Bytes behind a record that its decoder may look at."""
 
 class RowEncoder:
-    """Not a sweep: rows of a logits store to bytes (csrc/row_encoder.h). ``ranks``: of each id."""
+    """Not a sweep: rows of a logits store to bytes (csrc/rows/row_encoder.h). ``ranks``: of each id."""
 
     def __init__(
         self,
@@ -154,7 +154,9 @@ class RowEncoder:
         """Payload, with the bytes to read ahead; ``[samples + 1]`` offsets in it; code lengths."""
 
 class RowDecoder:
-    """Not a sweep: bytes of a logits store to rows (csrc/row_decoder.h). Raises ValueError for lengths of no code."""
+    """Not a sweep: bytes of a logits store to rows (csrc/rows/row_decoder.h).
+
+    Raises ValueError for lengths of no code."""
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class RowDecoder:
         they are. Returns -1, or the row that is not what the encoder writes."""
 
 class BytePairs:
-    """Not a sweep: pairs of adjacent bytes to look for in texts (csrc/byte_pairs.cpp)."""
+    """Not a sweep: pairs of adjacent bytes to look for in texts (csrc/data/byte_pairs.cpp)."""
 
     def __init__(self, pairs: NDArray[np.uint8]) -> None:
         """pairs: ``[65536]``, not 0 at ``256 * first + second`` of each. Raises ValueError for another shape."""

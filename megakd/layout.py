@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megakd.config import option
+from megakd.config.tree import option
 from megakd.errors import UsageError
 
 _MINUTES_OF_A_YEAR = 525_600

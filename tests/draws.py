@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.hashing import mix64
+from megakd.splitmix64 import mix64
 
 
 def draw(probs_V: NDArray[np.float64], numbers_N: NDArray[np.float64]) -> NDArray[np.int64]:

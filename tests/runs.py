@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megakd.config import from_dict, validate
-from megakd.data.indexed_writer import IndexedWriter
+from megakd.config.tree import from_dict, validate
+from megakd.data.indexed.writer import IndexedWriter
 from megakd.train.config import TrainConfig
 from megakd.train.preflight import check_run
 
@@ -107,7 +107,7 @@ def losses(folder: Path) -> dict[int, tuple[float, float]]:
 def weights(folder: str, iteration: int) -> dict[str, bytes]:
     """Every tensor of a checkpoint, as bytes; runs in a world."""
     from megakd.layout import ParallelConfig
-    from megakd.model.record import checkpoint_path
+    from megakd.model.checkpoint.record import checkpoint_path
     from megakd.parallel import init_parallel
 
     init_parallel(ParallelConfig(), seed=1)

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.run_folders import HELD_OUT, evaluation, write_lines, write_run
-from pipeline.select_twin import write as write_scores
+from pipeline.select.select_twin import write as write_scores
+from run_folder.run_folders import HELD_OUT, evaluation, write_lines, write_run
 
-from megakd.config import parse
+from megakd.config.tree import parse
 from megakd.logits.codec import Rows, identity_ranks
 from megakd.logits.spec import StoreSpec, finish_store, write_shard
-from megakd.pipeline.capture_plan import CaptureConfig
-from megakd.pipeline.score_plan import ScoreConfig
-from megakd.pipeline.select_config import SelectConfig
-from megakd.pipeline.show_artefact import describe_artefact
+from megakd.pipeline.capture.preflight import CaptureConfig
+from megakd.pipeline.datasets.describe import describe_artefact
+from megakd.pipeline.score.preflight import ScoreConfig
+from megakd.pipeline.select.config import SelectConfig
 from megakd.train.config import TrainConfig
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"

@@ -16,57 +16,38 @@ SOURCES = sorted(path for folder in ("megakd", "tools") for path in (ROOT / fold
 
 # From the ground up. A module imports from lower rows or from its own entry, never upwards, never from a neighbour.
 LAYERS = (
-    (
-        *(
-            "config",
-            "config_values",
-            "config_file",
-            "command_line",
-            "suggestions",
-            "manifest",
-            "durable",
-            "errors",
-            "targets",
-            "layout",
-            "hashing",
-            "console",
-            "file_names",
-            "output",
-            "known_warnings",
-            "mortal",
-            "_csrc",
-        ),
-        "",  # megakd/__init__.py
-    ),
+    ("errors", "targets", "splitmix64", "known_warnings", "_csrc", ""),  # "" is megakd/__init__.py
+    ("config", "artefacts"),
+    ("layout", "work"),
     ("data", "logits", "losses"),
     ("cpu", "parallel"),
     ("model",),
+    ("teachers", "run_folder"),
     ("train", "pipeline"),
     ("__main__",),
     ("tools",),
 )
 NEIGHBOURS = {("parallel", "cpu")}  # what starts the process groups must first make megatron run here
-FOUNDATION_MAY_IMPORT_ITSELF = 0
-SEAM = ("model", "parallel", "cpu", "train")  # the only entries that may import megatron
+SEAM = ("model", "teachers", "parallel", "cpu", "train")  # the only entries that may import megatron
 LOCAL_IMPORTS_ALLOWED = {
     ("megakd/__main__.py", "megakd"),  # the version, for --version alone
     # --help and refusals must not wait for what does the work
-    ("megakd/pipeline/preprocess.py", "megakd.pipeline.corpus"),
+    ("megakd/pipeline/preprocess/main.py", "megakd.pipeline.preprocess.run"),
     ("megakd/train/main.py", "megakd.train.loop"),
-    ("megakd/pipeline/score.py", "megakd.pipeline.score_run"),
-    ("megakd/pipeline/capture.py", "megakd.pipeline.capture_run"),
-    ("megakd/pipeline/proxy.py", "megakd.pipeline.proxy_fit"),
+    ("megakd/pipeline/score/main.py", "megakd.pipeline.score.run"),
+    ("megakd/pipeline/capture/main.py", "megakd.pipeline.capture.run"),
+    ("megakd/pipeline/proxy/main.py", "megakd.pipeline.proxy.fit"),
     # triton need not be installed where nobody runs its kernels
-    ("megakd/losses/triton_kernels.py", "megakd.losses.triton_statistics"),
-    ("megakd/losses/triton_kernels.py", "megakd.losses.triton_gradients"),
-    ("megakd/train/preflight.py", "megakd.model.metadata"),  # only where there is a checkpoint to read
+    ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.statistics"),
+    ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.gradients"),
+    ("megakd/train/preflight.py", "megakd.model.checkpoint.tensor_names"),  # only where there is a checkpoint to read
 }
 # Wrong input is refused by these before torch or megatron is loaded, so nothing that they load may load either.
 TORCH_FREE = (
     "megakd.__main__",
     "megakd.layout",
     "megakd.model.config",
-    "megakd.model.record",
+    "megakd.model.checkpoint.record",
     "megakd.train.config",
     "megakd.train.main",
     "megakd.train.preflight",
@@ -74,7 +55,7 @@ TORCH_FREE = (
 # What the others load once nothing is left to refuse.
 RUNS_A_MODEL = tuple(
     f"megakd.pipeline.{name}"
-    for name in ("range_model", "range_run", "score_run", "score_columns", "proxy_fit", "capture_run")
+    for name in ("frozen.model", "frozen.run", "score.run", "score.columns", "proxy.fit", "capture.run")
 )
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 
@@ -145,8 +126,6 @@ def breaches_layers(importer: str, imported: str) -> bool:
     source, target = entry_of(importer), entry_of(imported)
     if source == target or target == "" or (source, target) in NEIGHBOURS:
         return False
-    if row_of(source) == row_of(target) == FOUNDATION_MAY_IMPORT_ITSELF:
-        return False
     return row_of(target) >= row_of(source)
 
 
@@ -158,8 +137,8 @@ def test_layers() -> None:
 def test_layers_notice_a_breach() -> None:
     assert breaches_layers("megakd.data.loader", "megakd.losses.head")
     assert breaches_layers("megakd.losses.head", "megakd.parallel")
-    assert breaches_layers("megakd.train.loop", "megakd.pipeline.merge")
-    assert breaches_layers("megakd.manifest", "megakd.data.idx_format")
+    assert breaches_layers("megakd.train.loop", "megakd.pipeline.datasets.merge")
+    assert breaches_layers("megakd.artefacts.manifest", "megakd.data.indexed.idx_format")
     assert not breaches_layers("megakd.train.loop", "megakd.data.loader")
     assert not breaches_layers("megakd.data.loader", "megakd.data.blend")
     with pytest.raises(AssertionError, match="no layer"):
@@ -169,13 +148,13 @@ def test_layers_notice_a_breach() -> None:
 def test_imports_are_seen_wherever_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text(
-        "import torch\nfrom megakd import config\ndef f():\n    from megakd.data.loader import Loader\n"
+        "import torch\nfrom megakd import layout\ndef f():\n    from megakd.data.loader import Loader\n"
         "if TYPE_CHECKING:\n    import numpy as np\nif __name__ == '__main__':\n    import json\n"
     )
     seen = [(at.module, at.local, at.typing_only) for at in imports_of(file)]
     assert seen == [
         ("torch", False, False),
-        ("megakd.config", False, False),
+        ("megakd.layout", False, False),
         ("megakd.data.loader", True, False),
         ("numpy", False, True),
     ]

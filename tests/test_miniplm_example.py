@@ -16,11 +16,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megakd.config import parse
-from megakd.data.indexed import IndexedDataset
-from megakd.data.scores import write_scores
+from megakd.config.tree import parse
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.scores.artefact import write_scores
 from megakd.data.selection import SelectionWriter
-from megakd.pipeline import preprocess
+from megakd.pipeline.preprocess import main as preprocess
 from megakd.train.config import TrainConfig
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from logits.rows import as_dicts, random_rows
 
-from megakd.config import parse
-from megakd.data.indexed import IndexedDataset
-from megakd.data.samples import ConcatSamples
+from megakd.config.tree import parse
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import UsageError
 from megakd.logits.codec import Rows, frequency_ranks
 from megakd.logits.spec import StoreSpec, finish_store, write_shard
 from megakd.logits.store import LogitsStore
-from megakd.pipeline.capture_plan import CaptureConfig
+from megakd.pipeline.capture.preflight import CaptureConfig
 from megakd.train.config import TrainConfig
-from megakd.train.stores import check_stores
+from megakd.train.stored_targets import check_stores
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FOLDER = EXAMPLES / "pretraining_distillation"

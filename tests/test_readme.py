@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megakd.__main__ import VERBS
-from megakd.config import from_dict, parse, validate
+from megakd.config.tree import from_dict, parse, validate
 from megakd.errors import ExitStatus
 from megakd.train.config import TrainConfig
 

@@ -8,7 +8,7 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-from megakd.data.engine_probe import build_probe
+from megakd.data.tokenizers.probe import build_probe
 
 BPE_RULES = {
     "gpt2": None,

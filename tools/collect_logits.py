@@ -3,7 +3,7 @@
 import sys
 
 from megakd.__main__ import run
-from megakd.pipeline.collect import main
+from megakd.pipeline.capture.collect_main import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

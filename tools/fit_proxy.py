@@ -3,7 +3,7 @@
 import sys
 
 from megakd.__main__ import run
-from megakd.pipeline.proxy import main
+from megakd.pipeline.proxy.main import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -3,7 +3,7 @@
 import sys
 
 from megakd.__main__ import run
-from megakd.pipeline.preprocess import main
+from megakd.pipeline.preprocess.main import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -3,7 +3,7 @@
 import sys
 
 from megakd.__main__ import run
-from megakd.pipeline.select import main
+from megakd.pipeline.select.main import main
 
 if __name__ == "__main__":
     sys.exit(run(main))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megakd.logits.store import LogitsStore
-from megakd.pipeline.compare import compare_runs
-from megakd.pipeline.compare_config import CompareConfig
-from megakd.pipeline.compare_plot import draw
-from megakd.pipeline.compare_table import Comparison, as_csv, as_dict, markdown
-from megakd.pipeline.run_record import read_run
+from megakd.pipeline.compare.config import CompareConfig
+from megakd.pipeline.compare.main import compare_runs
+from megakd.pipeline.compare.plot import draw
+from megakd.pipeline.compare.table import Comparison, as_csv, as_dict, markdown
+from megakd.run_folder.record import read_run
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from megakd.model.record import latest_iteration
+from megakd.model.checkpoint.record import latest_iteration
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), "PYTHONWARNINGS": "ignore"}

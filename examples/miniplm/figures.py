@@ -11,10 +11,10 @@ from noise import KINDS
 from numpy.typing import NDArray
 from planted import sample_kinds
 
-from megakd.data.scores import Scores
+from megakd.data.scores.artefact import Scores
 from megakd.data.selection import Selection
-from megakd.pipeline.compare_runs import Source, measure
-from megakd.pipeline.run_record import read_run
+from megakd.run_folder.figures import Source, measure
+from megakd.run_folder.record import read_run
 
 Record = dict[str, Any]
 MODELS = ("teacher", "reference", "reference-small")

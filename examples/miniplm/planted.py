@@ -9,7 +9,7 @@ import numpy as np
 from noise import CLEAN, KINDS
 from numpy.typing import NDArray
 
-from megakd.data.indexed import IndexedDataset
+from megakd.data.indexed.dataset import IndexedDataset
 
 
 def sample_tokens(kinds: NDArray[np.uint8], lengths: NDArray[np.int64], seq_length: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from settings import FIRST, LM, Setting
 
-from megakd.pipeline.run_record import read_run
+from megakd.run_folder.record import read_run
 
 Record = dict[str, Any]
 

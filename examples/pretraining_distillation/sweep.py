@@ -21,9 +21,9 @@ from text import prepare_text
 from truncate import truncate_store
 
 from megakd.__main__ import run
-from megakd.config import option, parse
-from megakd.data.indexed import IndexedDataset
-from megakd.data.samples import ConcatSamples
+from megakd.config.tree import option, parse
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import ConcatSamples
 from megakd.data.selection import SelectionWriter
 from megakd.errors import UsageError
 

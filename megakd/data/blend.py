@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.samples import Samples, permute
+from megakd.data.samples.concat import Samples, permute
 from megakd.errors import UsageError
 
 _QUANTA = 1 << 32

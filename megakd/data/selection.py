@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.indexed import IndexedDataset
-from megakd.data.samples import Samples
-from megakd.data.split import PartSamples
-from megakd.durable import HashingWriter, fsync_directory, hash_file
+from megakd.artefacts.durable_files import HashingWriter, fsync_directory, hash_file
+from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import Samples
+from megakd.data.samples.split import PartSamples
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.manifest import Manifest, read_manifest, write_manifest
 
 FORMAT, VERSION = "megakd-selection", 1
 MANIFEST, IDS = "selection.json", "ids.i64"

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.huggingface_tokenizer import HuggingFaceTokenizer
-from megakd.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megakd.data.tokenizer_base import (
+from megakd.data.tokenizers.base import (
     Ragged,
     Tokenizer,
     TokenizerType,
@@ -23,6 +21,8 @@ from megakd.data.tokenizer_base import (
     name_tokenizer,
     same_tokenizer,
 )
+from megakd.data.tokenizers.huggingface import HuggingFaceTokenizer
+from megakd.data.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from megakd.errors import UsageError
 
 __all__ = [

@@ -20,14 +20,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.durable import FileRecord, HashingWriter, Progress, fsync_directory, hash_file
+from megakd.artefacts.durable_files import FileRecord, HashingWriter, Progress, fsync_directory, hash_file
+from megakd.artefacts.manifest import Manifest, read_manifest, verify_files, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, identity_ranks
 from megakd.logits.shard import FORMAT as SEGMENT
 from megakd.logits.shard import VERSION as SEGMENT_VERSION
 from megakd.logits.shard import Shard, ShardWriter
 from megakd.logits.spec import StoreSpec
-from megakd.manifest import Manifest, read_manifest, verify_files, write_manifest
 
 FORMAT, VERSION = "megakd-logits-journal", 1
 SEGMENTS = "segments"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.hashing import GOLDEN, mix64, states_at
 from megakd.logits.codec import TOP_LEVEL, WEIGHT_UNIT, ValueBits
+from megakd.splitmix64 import GOLDEN, mix64, states_at
 
 _POWER = 8  # levels are equal steps of the 8th root of a mass
 

@@ -16,7 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.durable import HashingWriter, hash_file
+from megakd.artefacts.durable_files import HashingWriter, hash_file
+from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import (
     CODE_LENGTHS,
@@ -28,7 +29,6 @@ from megakd.logits.codec import (
     Rows,
     empty_rows,
 )
-from megakd.manifest import Manifest, read_manifest, write_manifest
 
 FORMAT, VERSION, READABLE = "megakd-logits-shard", 2, (1, 2)
 REPAIR = "restore the file, or `megakd verify --drop-damaged STORE` and the capture's command again"

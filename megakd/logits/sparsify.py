@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.errors import UsageError
-from megakd.hashing import GOLDEN, mix64, states_at
 from megakd.logits.codec import WEIGHT_UNIT, Rows
 from megakd.logits.rounding import RandomRounding
+from megakd.splitmix64 import GOLDEN, mix64, states_at
 
 
 def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: float = 1.0) -> Rows:

@@ -12,12 +12,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.durable import FileRecord, HashingWriter
+from megakd.artefacts.durable_files import FileRecord, HashingWriter
+from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
 from megakd.logits.codec import ROWS_FOR_CODES, Rounding, RowFormat, ValueBits, invert
 from megakd.logits.shard import ShardWriter
-from megakd.manifest import Manifest, read_manifest, write_manifest
 from megakd.targets import SparseKind
 
 FORMAT, VERSION, READABLE = "megakd-logits", 2, (1, 2)

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.durable import Progress
+from megakd.artefacts.durable_files import Progress
+from megakd.artefacts.manifest import read_manifest, verify_files
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
 from megakd.logits.codec import Rows, empty_rows
 from megakd.logits.shard import REPAIR, Shard
 from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, read_ids_of_ranks, shard_path
-from megakd.manifest import read_manifest, verify_files
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megakd.errors import UsageError
-from megakd.losses.call import (
+from megakd.losses.kernels.choose import Implementation
+from megakd.losses.logit_sources import HeadStudent
+from megakd.losses.main_grad import add_to_main_grad
+from megakd.losses.rows import (
     KD,
     HeadOutput,
     Select,
@@ -29,9 +32,6 @@ from megakd.losses.call import (
     head_output,
     make_rows,
 )
-from megakd.losses.implementations import Implementation
-from megakd.losses.logit_sources import HeadStudent
-from megakd.losses.main_grad import add_to_main_grad
 from megakd.losses.sweep import DEFAULT_CHUNK_BYTES, sweep
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import VocabShard

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megakd.losses.call import KD, HeadOutput, Select, check_shapes, head_output, make_rows
-from megakd.losses.implementations import Implementation, kernels_for
-from megakd.losses.kernels import Chunk
+from megakd.losses.kernels.choose import Implementation, kernels_for
+from megakd.losses.kernels.protocol import Chunk
+from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.logit_sources import GivenLogits, GivenStudent
-from megakd.losses.reference import ReferenceKernels
+from megakd.losses.rows import KD, HeadOutput, Select, check_shapes, head_output, make_rows
 from megakd.losses.sweep import Term, sweep
 from megakd.losses.vocab_parallel import VocabShard
 

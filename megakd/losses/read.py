@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.errors import UsageError
-from megakd.hashing import GOLDEN, MULTIPLIERS
-from megakd.losses.call import check_shapes
 from megakd.losses.divergences import column, teacher_entropy
-from megakd.losses.implementations import Implementation, kernels_for
-from megakd.losses.kernels import Chunk, DenseTeacher
+from megakd.losses.kernels.choose import Implementation, kernels_for
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher
 from megakd.losses.logit_sources import ProductLogits
+from megakd.losses.rows import check_shapes
 from megakd.losses.sweep import DEFAULT_CHUNK_BYTES
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import Gather, RowStatistics, VocabShard, merge_statistics, pivot
+from megakd.splitmix64 import GOLDEN, MULTIPLIERS
 
 _TIES_LOOKED_AT = 32
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.divergences import column
-from megakd.losses.kernels import ListedSlope
+from megakd.losses.kernels.protocol import ListedSlope
 from megakd.losses.pointwise import POINTWISE, Entries, product
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics

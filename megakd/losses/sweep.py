@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megakd.losses.adaptive import head_and_tail_gap
+from megakd.losses.adaptive_kl import head_and_tail_gap
 from megakd.losses.divergences import DIVERGENCES, teacher_entropy
-from megakd.losses.implementations import Implementation, kernels_for
-from megakd.losses.kernels import Chunk, DenseTeacher, Kernels, ListedSlope, ListedTeacher
+from megakd.losses.kernels.choose import Implementation, kernels_for
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, ListedSlope, ListedTeacher
 from megakd.losses.logit_sources import Logits, Student
 from megakd.losses.sparse import Buckets, listed_values
 from megakd.losses.terms import KDTerm

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megakd.config import option
+from megakd.config.tree import option
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
 

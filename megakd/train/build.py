@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.config import dump
+from megakd.config.tree import dump
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.data.tokenizer import build_tokenizer
 from megakd.logits.store import LogitsStore
-from megakd.model.checkpoint import (
+from megakd.model.checkpoint.save import (
     CheckpointWriter,
     load_teacher,
     load_training_state,
@@ -22,18 +22,18 @@ from megakd.model.checkpoint import (
     record_parameters,
 )
 from megakd.model.gpt import build_model, resolve_transformer_impl
-from megakd.model.initial import set_initial_weights
-from megakd.model.mixed_teacher import MixedTeacher
-from megakd.model.store_teacher import StoreTeacher
-from megakd.model.teacher import ModelTeacher, NoTeacher, Teacher
+from megakd.model.initial_weights import set_initial_weights
 from megakd.parallel import Groups, build_groups
+from megakd.teachers.mixed_teacher import MixedTeacher
+from megakd.teachers.model_teacher import ModelTeacher, NoTeacher, Teacher
+from megakd.teachers.store_teacher import StoreTeacher
 from megakd.train.config import TrainConfig
 from megakd.train.evaluate import Evaluator
 from megakd.train.journal import TrainingJournal
-from megakd.train.metrics import Cost, Metrics
-from megakd.train.objective import Objective, make_objective
+from megakd.train.objective.objective import Objective, make_objective
 from megakd.train.optim import Optimizer, Student, wrap_student
 from megakd.train.preflight import Plan, student_rows
+from megakd.train.record.metrics import Cost, Metrics
 from megakd.train.settings import changed_settings, keep_configuration, settings_of
 
 

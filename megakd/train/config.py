@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megakd.config import group, option
+from megakd.config.tree import group, option
 from megakd.data.batch_sizes import BatchSizes, Ramp
-from megakd.data.packing import Packing
-from megakd.data.split import Split
+from megakd.data.samples.packing import Packing
+from megakd.data.samples.split import Split
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig
+from megakd.model.checkpoint.record import latest_iteration
 from megakd.model.config import ModelConfig
-from megakd.model.record import latest_iteration
 from megakd.train.given import check_given
 from megakd.train.journal_config import LogitsSaveConfig
-from megakd.train.kd_schedule import DecayShape, KDSchedule, Phases
 from megakd.train.lengths import Lengths, check_lengths, check_told_once, lr_lengths
-from megakd.train.objective_config import ObjectiveConfig
+from megakd.train.objective.config import ObjectiveConfig
+from megakd.train.objective.schedule import DecayShape, KDSchedule, Phases
 from megakd.train.teacher_config import TeacherConfig
 
 _MOST_SAMPLES, _MOST_SAMPLES_A_STEP = 2**62, 2**24

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megakd.data.loader import StepBatch
-from megakd.model.teacher import Teacher
 from megakd.parallel import Groups
-from megakd.train.objective import Objective
+from megakd.teachers.model_teacher import Teacher
+from megakd.train.objective.objective import Objective
 from megakd.train.optim import NonFiniteGradientError, Student
 from megakd.train.step import run_step
 

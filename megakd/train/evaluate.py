@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader
-from megakd.model.teacher import Teacher
 from megakd.parallel import Groups
-from megakd.train.calibration import NUM_BINS, calibration_error
+from megakd.teachers.model_teacher import Teacher
 from megakd.train.config import TrainConfig
-from megakd.train.objective import Objective
+from megakd.train.objective.calibration import NUM_BINS, calibration_error
+from megakd.train.objective.objective import Objective
 from megakd.train.optim import Student
 from megakd.train.step import run_step
 

@@ -27,10 +27,10 @@ from megakd.logits.journal import SEGMENTS, JournalWriter, Segment, commit_steps
 from megakd.logits.spec import StoreSpec
 from megakd.losses.read import HeadReading
 from megakd.model.attention import gather_sequence, slice_sequence
-from megakd.model.capture_rows import RowReader, draw_numbers, finite_samples, split_samples
 from megakd.parallel import Groups
+from megakd.teachers.head_rows import RowReader, draw_numbers, finite_samples, split_samples
 from megakd.train.journal_config import journal_folder
-from megakd.train.objective import Objective
+from megakd.train.objective.objective import Objective
 
 # isort: split
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

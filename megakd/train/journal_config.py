@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megakd.config import option
+from megakd.config.tree import option
 from megakd.data.blend import Blend
 from megakd.data.selection import whole
 from megakd.errors import UsageError

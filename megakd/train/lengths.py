@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megakd.errors import UsageError
-from megakd.train.kd_schedule import DecayShape, Phases
+from megakd.train.objective.schedule import DecayShape, Phases
 
 if TYPE_CHECKING:
     from megakd.train.config import OptimConfig, TrainingConfig

@@ -19,9 +19,9 @@ from megakd.train.build import (
 from megakd.train.config import TrainConfig
 from megakd.train.culprits import name_samples
 from megakd.train.preflight import Plan
-from megakd.train.signals import StopRequest
 from megakd.train.standing import Standing
 from megakd.train.step import run_step
+from megakd.train.stop import StopRequest
 
 
 def train(config: TrainConfig, plan: Plan) -> ExitStatus:

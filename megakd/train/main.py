@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megakd.config import list_leaves, parse
+from megakd.config.tree import list_leaves, parse
 from megakd.known_warnings import ignore_known_warnings
 from megakd.losses.terms import legality_table
 from megakd.train.config import TrainConfig
-from megakd.train.kd_schedule import schedule_help
 from megakd.train.megatron.dialect import MegatronFlags
 from megakd.train.megatron.help import megatron_help
+from megakd.train.objective.schedule import schedule_help
 from megakd.train.preflight import check_run
 
 HELP = "pre-train a student on an indexed dataset, with or without a teacher (under torchrun or alone)"

@@ -12,10 +12,10 @@ from megakd.errors import NonFiniteError
 from megakd.layout import ParallelConfig
 from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
-from megakd.train.adamw import use_where_fused_adam_is_missing
 from megakd.train.config import OptimConfig
+from megakd.train.fused_adam import use_where_fused_adam_is_missing
 from megakd.train.lengths import Lengths
-from megakd.train.schedules import build_lr_schedule, set_rate
+from megakd.train.lr_schedule import build_lr_schedule, set_rate
 
 # isort: split
 from megatron.core.distributed import (

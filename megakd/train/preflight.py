@@ -15,24 +15,24 @@ from typing import Any
 
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
 from megakd.data.blend import Blend, parse_data_path
-from megakd.data.boundaries import check_boundaries
-from megakd.data.indexed import IndexedDataset
+from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
-from megakd.data.packing import Packing, open_samples
-from megakd.data.recorded import open_tokenizer, recorded_tokenizer
-from megakd.data.samples import Samples
+from megakd.data.samples.boundaries import check_boundaries
+from megakd.data.samples.concat import Samples
+from megakd.data.samples.packing import Packing, open_samples
+from megakd.data.samples.split import PartSamples, Split
 from megakd.data.selection import SelectedSamples, Selection, selection_of
-from megakd.data.split import PartSamples, Split
+from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size
 from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
+from megakd.model.checkpoint.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.model.config import ModelShape
-from megakd.model.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.train.config import TrainConfig
 from megakd.train.journal_config import journal_specs
-from megakd.train.stores import check_stores, open_stores
-from megakd.train.writers import check_writers
+from megakd.train.record.writers import check_writers
+from megakd.train.stored_targets import check_stores, open_stores
 
 
 @dataclass(frozen=True)
@@ -349,6 +349,6 @@ def _check_save(folder: Path) -> None:
 
 
 def _check_weights(record: CheckpointRecord, role: str) -> None:
-    from megakd.model.metadata import check_weights  # late: it needs torch, which takes a second to load
+    from megakd.model.checkpoint.tensor_names import check_weights  # late: it needs torch, which takes a second to load
 
     check_weights(record.path, record.shape, role)

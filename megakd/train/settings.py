@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from megakd.config import from_dict
+from megakd.artefacts.manifest import atomic_write
+from megakd.config.tree import from_dict
 from megakd.errors import UsageError
-from megakd.manifest import atomic_write
+from megakd.model.checkpoint.record import CheckpointRecord
 from megakd.model.config import ModelShape
-from megakd.model.record import CheckpointRecord
 from megakd.train.config import TrainConfig
 
 _RESOLVED = "config.yaml"

@@ -17,12 +17,12 @@ from torch import Tensor
 from megakd.data.loader import Microbatch, StepBatch
 from megakd.errors import NonFiniteError
 from megakd.model.attention import slice_sequence
-from megakd.model.teacher import NoTeacher, Teacher
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
-from megakd.train.calibration import NUM_BINS
+from megakd.teachers.model_teacher import NoTeacher, Teacher
 from megakd.train.journal import Keep
-from megakd.train.objective import Objective, TokenLosses
+from megakd.train.objective.calibration import NUM_BINS
+from megakd.train.objective.objective import Objective, TokenLosses
 from megakd.train.optim import Student
 
 # isort: split

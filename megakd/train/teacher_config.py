@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megakd.config import option
+from megakd.config.tree import option
 from megakd.errors import UsageError
+from megakd.model.checkpoint.foreign import read_shape
 from megakd.model.config import ModelShape
-from megakd.model.foreign import read_shape
-from megakd.train.stores import WITHOUT
+from megakd.train.stored_targets import WITHOUT
 
 
 @dataclass

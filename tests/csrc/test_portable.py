@@ -19,7 +19,7 @@ spec = importlib.util.spec_from_file_location("megakd._csrc", sys.argv[1])
 megakd._csrc = sys.modules["megakd._csrc"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(megakd._csrc)
 CHOICE = "native and not precision and not threads and not huge_logits_on_sparse"  # which are alike on every path
-tests = ["tests/losses/test_kernels.py", "tests/losses/test_native.py"]
+tests = ["tests/losses/kernels/test_kernels.py", "tests/losses/kernels/test_native.py"]
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests, "-k", CHOICE]))
 """
 

@@ -10,9 +10,9 @@ from runs import write_dataset
 
 from megakd.data.batch_sizes import BatchSizes, Ramp
 from megakd.data.blend import Blend
-from megakd.data.indexed import IndexedDataset
+from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader
-from megakd.data.samples import ConcatSamples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import UsageError
 
 RAMPS = [(4, 4, 100, 16), (16, 16, 5_859, 1536), (2, 2, 7, 8), (1, 7, 1000, 8), (8, 8, 1, 16), (3, 1, 50, 5)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megakd.data.blend import Blend
-from megakd.data.indexed import IndexedDataset, IndexedWriter
+from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megakd.data.loader import Loader, check_vocabulary
-from megakd.data.samples import ConcatSamples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import MismatchError, UsageError
 
 SEQ = 7

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from runs import make_config, make_tree, write_dataset
 
+from megakd.artefacts.manifest import verify_files
 from megakd.data.blend import Blend
-from megakd.data.indexed import IndexedDataset
+from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader
-from megakd.data.ranges import DocumentSamples
-from megakd.data.samples import ConcatSamples
+from megakd.data.samples.concat import ConcatSamples
+from megakd.data.samples.documents import DocumentSamples
 from megakd.data.selection import SelectedSamples, Selection, SelectionWriter, whole, whole_ids
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.manifest import verify_files
 from megakd.train.preflight import check_run
 
 SEQ = 16

@@ -12,10 +12,11 @@ import pytest
 from logits.rows import as_dicts, random_counts, random_rows
 from numpy.typing import NDArray
 
-from megakd.durable import HashingWriter
+from megakd.artefacts.durable_files import HashingWriter
+from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, frequency_ranks, identity_ranks, invert
-from megakd.logits.prefetch import prefetched
+from megakd.logits.read_ahead import prefetched
 from megakd.logits.spec import (
     MANIFEST,
     StoreSpec,
@@ -26,7 +27,6 @@ from megakd.logits.spec import (
     write_shard,
 )
 from megakd.logits.store import LogitsStore, verify_store
-from megakd.manifest import Manifest, read_manifest, write_manifest
 
 VOCAB, SEQ = 500, 16
 SPEC = StoreSpec(

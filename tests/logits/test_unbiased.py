@@ -25,7 +25,7 @@ from megakd.logits.rounding import RandomRounding
 from megakd.logits.spec import StoreSpec, finish_store, write_shard
 from megakd.logits.store import BatchRows, LogitsStore
 from megakd.losses.vocab_parallel import VocabShard
-from megakd.model.capture_rows import RowReader, draw_numbers, token_positions
+from megakd.teachers.head_rows import RowReader, draw_numbers, token_positions
 
 VOCAB, DRAWS, ROWS, SAMPLES = 41, 50, 1000, 20
 STARTS = np.arange(SAMPLES) * ROWS

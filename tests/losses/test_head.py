@@ -25,10 +25,10 @@ from losses.head_problem import (
 from torch import Tensor
 from worlds import Worlds
 
-from megakd.losses import implementations
 from megakd.losses.head import KDTerm
-from megakd.losses.kernels import Chunk, ListedSlope
-from megakd.losses.reference import ReferenceKernels
+from megakd.losses.kernels import choose as implementations
+from megakd.losses.kernels.protocol import Chunk, ListedSlope
+from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.vocab_parallel import RowStatistics
 
 WORLD_SIZES = [1, 2, 4]

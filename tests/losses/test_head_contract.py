@@ -14,8 +14,9 @@ from torch import Tensor
 from worlds import Worlds
 
 from megakd.errors import UsageError
-from megakd.losses import implementations, logit_sources
+from megakd.losses import logit_sources
 from megakd.losses.head import KD, KDTerm, VocabShard, head_loss
+from megakd.losses.kernels import choose as implementations
 from megakd.targets import DenseTargets
 
 MASKED = [

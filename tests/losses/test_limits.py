@@ -13,7 +13,7 @@ from torch import Tensor
 from worlds import Worlds
 
 from megakd.losses.head import KD, KDTerm, VocabShard
-from megakd.losses.implementations import Implementation
+from megakd.losses.kernels.choose import Implementation
 from megakd.losses.logits import logits_loss
 from megakd.losses.terms import LEGAL
 from megakd.targets import LogitTargets

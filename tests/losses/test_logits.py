@@ -12,7 +12,7 @@ from worlds import Worlds
 
 from megakd.errors import UsageError
 from megakd.losses.head import KD, HeadOutput, KDTerm, VocabShard
-from megakd.losses.implementations import Implementation
+from megakd.losses.kernels.choose import Implementation
 from megakd.losses.logits import logits_loss
 from megakd.targets import LogitTargets, SparseTargets
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.config import dump, parse
+from megakd.config.tree import dump, parse
 from megakd.errors import UsageError
 from megakd.train.config import TrainConfig
 

@@ -11,7 +11,7 @@ import pytest
 from runs import make_tree, one_step, write_dataset
 from worlds import Worlds
 
-from megakd.config import from_dict, list_leaves, validate
+from megakd.config.tree import from_dict, list_leaves, validate
 from megakd.errors import CorruptError, MismatchError, NoSpaceError, UsageError
 from megakd.train.config import TrainConfig
 from megakd.train.preflight import check_run

@@ -18,14 +18,14 @@ import yaml
 from runs import losses, make_config, make_tree, one_step, run_training, write_dataset
 from worlds import Worlds
 
-from megakd.config import from_dict
-from megakd.data.indexed import IndexedDataset
+from megakd.config.tree import from_dict
+from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader
-from megakd.data.samples import ConcatSamples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import MismatchError, UsageError
 from megakd.logits.store import BatchRows, LogitsStore, verify_store
-from megakd.pipeline.capture_plan import CaptureConfig, check_capture
-from megakd.pipeline.collect import main as collect
+from megakd.pipeline.capture.collect_main import main as collect
+from megakd.pipeline.capture.preflight import CaptureConfig, check_capture
 from megakd.train.preflight import check_run
 
 SEQ, SAMPLES, STEPS = 16, 118, 20  # 160 samples of 118: some are met twice
@@ -60,7 +60,7 @@ def rows_of(data: str, store: Path) -> BatchRows:
 
 
 def run_capture(tree: dict[str, Any]) -> int:
-    from megakd.pipeline.capture_run import capture
+    from megakd.pipeline.capture.run import capture
 
     config = from_dict(CaptureConfig, tree)
     return int(capture(config, check_capture(config, int(os.environ["WORLD_SIZE"]))))

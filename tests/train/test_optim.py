@@ -12,10 +12,10 @@ import torch
 from runs import make_config, make_tree, write_dataset
 from worlds import Worlds
 
-from megakd.train.adamw import AdamW
 from megakd.train.config import OptimConfig
+from megakd.train.fused_adam import AdamW
+from megakd.train.lr_schedule import build_lr_schedule, set_rate
 from megakd.train.preflight import check_run
-from megakd.train.schedules import build_lr_schedule, set_rate
 
 
 def test_adamw_equals_torch() -> None:

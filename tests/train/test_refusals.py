@@ -17,12 +17,12 @@ from worlds import Worlds
 from megakd.__main__ import run
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.losses.terms import KDTerm, legality_table
+from megakd.model.checkpoint.tensor_names import read_tensor_names
 from megakd.model.config import ModelConfig
-from megakd.model.metadata import read_tensor_names
 from megakd.train import main as train_main
-from megakd.train.metrics import _lock
-from megakd.train.objective_config import ObjectiveConfig
+from megakd.train.objective.config import ObjectiveConfig
 from megakd.train.preflight import check_run
+from megakd.train.record.metrics import _lock
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_teacher_with_missing_weights(setting: dict[str, Any], world: Worlds, tm
     """A record that promises more than the checkpoint holds: nothing may be left as it was initialised."""
 
     def promise_more(path: Path) -> None:
-        from megakd.manifest import read_manifest, write_manifest
+        from megakd.artefacts.manifest import read_manifest, write_manifest
 
         old = read_manifest(path / "manifest.json")
         shape = {**old.parameters["shape"], "add_qkv_bias": True}

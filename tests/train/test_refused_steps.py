@@ -55,7 +55,8 @@ def blend_of(tree: dict[str, Any]) -> Blend:
 
 def error_of_training(tree: dict[str, Any], change: str, *details: Any) -> tuple[str, int, str]:
     """What a run on this rank ends with where ``change`` comes about as step STEP begins."""
-    from megakd.train import loop, objective
+    from megakd.train import loop
+    from megakd.train.objective import objective
 
     run_step, weigh = loop.run_step, objective.Objective.__call__
 
@@ -96,7 +97,7 @@ def remove(store: str, sample: int) -> None:
 
 def poison(labels_S: list[int], of_loss: bool) -> None:
     """The gradient of one sample is not finite from here on, or its loss: the sample with these labels."""
-    from megakd.train import objective
+    from megakd.train.objective import objective
 
     weigh = objective.Objective.__call__
 

@@ -19,7 +19,7 @@ import yaml
 from runs import losses, make_tree, run_training, weights, write_dataset
 from worlds import Worlds
 
-from megakd.manifest import hash_file, read_manifest, write_manifest
+from megakd.artefacts.manifest import hash_file, read_manifest, write_manifest
 
 TP2 = {"tensor_model_parallel_size": 2}
 

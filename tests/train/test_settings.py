@@ -13,7 +13,7 @@ from runs import make_config, make_tree, output_of_training, run_training, write
 from worlds import Worlds
 
 from megakd.errors import MismatchError
-from megakd.model.record import read_record
+from megakd.model.checkpoint.record import read_record
 from megakd.train.preflight import check_run
 from megakd.train.settings import changed_settings, keep_configuration, settings_of
 

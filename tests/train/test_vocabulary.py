@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.score_runs import run_score
+from pipeline.score.score_runs import run_score
 from runs import TOKENIZER, VOCAB, make_config, make_tree, one_step, run_training, write_dataset
 from tokenizer_models import train_byte_bpe
 from worlds import Worlds
 
-from megakd.config import from_dict, validate
-from megakd.data.indexed import IndexedDataset
-from megakd.data.samples import ConcatSamples
-from megakd.data.scores import Scores
+from megakd.config.tree import from_dict, validate
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import ConcatSamples
+from megakd.data.scores.artefact import Scores
 from megakd.data.tokenizer import build_tokenizer
 from megakd.errors import MismatchError
 from megakd.logits.store import BatchRows, LogitsStore
@@ -26,8 +26,8 @@ SEQ = 16
 
 
 def run_capture(tree: dict[str, Any]) -> int:
-    from megakd.pipeline.capture_plan import CaptureConfig, check_capture
-    from megakd.pipeline.capture_run import capture
+    from megakd.pipeline.capture.preflight import CaptureConfig, check_capture
+    from megakd.pipeline.capture.run import capture
 
     config = from_dict(CaptureConfig, tree)
     validate(config)
@@ -37,7 +37,7 @@ def run_capture(tree: dict[str, Any]) -> int:
 def widen(folder: str) -> None:
     """Give the rows behind the tokenizer's ids weights that would take most of a softmax. Runs in a world."""
     from megakd.layout import ParallelConfig
-    from megakd.model.record import read_record
+    from megakd.model.checkpoint.record import read_record
     from megakd.parallel import init_parallel
 
     init_parallel(ParallelConfig(), seed=1)

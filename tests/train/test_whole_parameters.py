@@ -46,7 +46,7 @@ def run_until_asked(tree: dict[str, Any], signal_at: int | None) -> int:
 def stale_weights(folder: str, iteration: int) -> tuple[int, int]:
     """How many weights of a checkpoint are not the optimizer's fp32 ones in the weights' dtype, and how many are."""
     from megakd.layout import ParallelConfig
-    from megakd.model.record import checkpoint_path
+    from megakd.model.checkpoint.record import checkpoint_path
     from megakd.parallel import init_parallel
 
     init_parallel(ParallelConfig(), seed=1)

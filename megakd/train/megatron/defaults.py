@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megakd.command_line import Line
+from megakd.config.command_line import Line
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megakd.command_line import Given, Line, Takes, Translation
+from megakd.config.command_line import Given, Line, Takes, Translation
 from megakd.train.megatron.defaults import DEFAULTS, tell_difference
 from megakd.train.megatron.machine_flags import ELSEWHERE, KERNELS, LAYOUT
 from megakd.train.megatron.model_flags import EXPERTS, MODEL, PRECISION

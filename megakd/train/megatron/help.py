@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from megakd.config import Leaf
+from megakd.config.tree import Leaf
 from megakd.train.megatron.defaults import DEFAULTS
 from megakd.train.megatron.dialect import TABLES
 from megakd.train.megatron.machine_flags import ELSEWHERE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megakd.command_line import Line
+from megakd.config.command_line import Line
 from megakd.model.config import preset_layers
 from megakd.train.megatron.verdicts import Entry, Reading, becomes, flags_of, means, refused, same, same_for, words
 

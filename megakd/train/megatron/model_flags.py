@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megakd.command_line import Line
+from megakd.config.command_line import Line
 from megakd.train.megatron.verdicts import Entry, Reading, flags_of, refused, same, same_for, same_if, words
 
 _FAMILY = (

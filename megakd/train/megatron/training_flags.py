@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megakd.command_line import Line
-from megakd.model.record import latest_iteration
+from megakd.config.command_line import Line
+from megakd.model.checkpoint.record import latest_iteration
 from megakd.train.megatron.verdicts import (
     Entry,
     Reading,

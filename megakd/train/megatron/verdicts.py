@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megakd.command_line import Given, Line, Takes
+from megakd.config.command_line import Given, Line, Takes
 
 Reader = Callable[[tuple[str, ...], Line], "Reading"]
 """From the words behind a flag, and the whole line, to what the flag comes to."""

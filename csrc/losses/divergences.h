@@ -1,0 +1,167 @@
+// The divergences' formulas for sixteen vocabulary entries at a time; the sweep in pair_sweep.h is generic over them.
+// Those that need the probabilities for their value are in mixtures.h. Derivations are in docs/numerics.md.
+//
+// A divergence is a struct with
+//   kFirst       sums over the row that `accumulate` adds to, kFirstUnit what they are multiplied by at the end;
+//   kSecond      sums over the row that `accumulate_second` adds to, once the first are merged over the whole row; with
+//                kSecondElsewhere they are made outside;
+//   kLinear      whether `slope` is of first degree in p and q, so that the row's weight can be in them already;
+//   kLabelApart  whether the label's entry stays out of all sums and has a slope of its own, `label_slope`;
+//   slope        the derivative by the student's logit over its temperature.
+#pragma once
+
+#include <cmath>
+
+#include "simd/vec.h"
+
+namespace megakd {
+
+// Entries of a row before its sums are known. s2 and t2 are the logits of student and teacher relative to the maximum of
+// their slice, after temperature, in units of log2; exp_s and exp_t are 2 to their power, exactly 0 where there is no mass.
+// s and t are the logits relative to nothing, after temperature, in nats.
+struct Entries {
+  Vec s2, t2, exp_s, exp_t, s, t;
+};
+
+// The same once the sums of the whole row are merged; s2 and t2 are relative to the maximum of the whole row. p and q are
+// the probabilities, times the weight of the row's divergence if that is linear.
+struct Probabilities {
+  Vec s2, t2, p, q, s, t;
+};
+
+// What a row's logits are relative to, and the inverse of the temperature that they are then multiplied by.
+struct Scale {
+  float pivot, inverse_temperature;
+
+  // Subtracted before scaled: exact where logits are huge.
+  Vec in_log2(Vec logits) const { return (logits - pivot) * (inverse_temperature * kLog2E); }
+};
+
+// The merged sums of a row: of exp_s and exp_t, and the divergence's columns in nats, first and then second.
+struct RowSums {
+  float student, teacher;
+  Scale student_scale, teacher_scale;
+  const float* own;
+};
+
+// What a divergence can be told; which is which stands at the divergence.
+struct Parameters {
+  float a, b;
+};
+
+// mass * ratio, exactly 0 where there is no mass, whatever the ratio.
+inline Vec product(Vec mass, Vec ratio) { return mass == 0.0f ? Vec{} : mass * ratio; }
+
+// sum += mass * ratio, leaving the sum alone where there is no mass, whatever the ratio.
+inline void add_product(Vec& sum, Vec mass, Vec ratio) { sum = mass == 0.0f ? sum : sum + mass * ratio; }
+
+// What most divergences have in common.
+struct Plain {
+  static constexpr int kFirst = 1, kSecond = 0;
+  static constexpr float kFirstUnit = kLn2;
+  static constexpr bool kSecondElsewhere = false, kLinear = true, kLabelApart = false;
+};
+
+// KL(p || q).
+struct ForwardKL : Plain {
+  static void accumulate(const Entries& e, Vec sums[]) { add_product(sums[0], e.exp_t, e.t2 - e.s2); }
+
+  ForwardKL(const RowSums&, const Parameters&) {}
+  Vec slope(const Probabilities& e) const { return e.q - e.p; }
+};
+
+// KL(q || p).
+struct ReverseKL : Plain {
+  static void accumulate(const Entries& e, Vec sums[]) { add_product(sums[0], e.exp_s, e.s2 - e.t2); }
+
+  ReverseKL(const RowSums& row, const Parameters&) : mean(row.own[0] / row.student) {}
+  Vec slope(const Probabilities& e) const { return product(e.q, (e.s2 - e.t2) * kLn2 - mean); }
+  float mean;
+};
+
+// (1 - w) KL(p || q) + w KL(q || p), w the first parameter.
+struct SymmetricKL : Plain {
+  static constexpr int kFirst = 2;  // forward, reverse
+
+  static void accumulate(const Entries& e, Vec sums[]) {
+    add_product(sums[0], e.exp_t, e.t2 - e.s2);
+    add_product(sums[1], e.exp_s, e.s2 - e.t2);
+  }
+
+  SymmetricKL(const RowSums& row, const Parameters& with) : reverse_weight(with.a), mean(row.own[1] / row.student) {}
+  Vec slope(const Probabilities& e) const {
+    return (e.q - e.p) * (1.0f - reverse_weight) + product(e.q, (e.s2 - e.t2) * kLn2 - mean) * reverse_weight;
+  }
+  float reverse_weight, mean;
+};
+
+// The same with w for each row: the tail's share of the gap, from head_gap and tail_gap, which are not made here.
+struct AdaptiveKL : SymmetricKL {
+  static constexpr int kSecond = 2;
+  static constexpr bool kSecondElsewhere = true;
+
+  AdaptiveKL(const RowSums& row, const Parameters&) : SymmetricKL(row, {tail_share(row.own[2], row.own[3]), 0.0f}) {}
+  static float tail_share(float head, float tail) { return head + tail == 0.0f ? 0.5f : tail / (head + tail); }
+};
+
+// Ids that are not ruled out by both models: all others take no part in squared differences of logits.
+inline IntVec in_play(Vec s, Vec t) { return (s != -kInfinity) | (t != -kInfinity); }
+
+// mean (s - t)^2.
+struct LogitMSE : Plain {
+  static constexpr int kFirst = 2;  // square, count
+  static constexpr float kFirstUnit = 1.0f;
+  static constexpr bool kLinear = false;
+
+  static void accumulate(const Entries& e, Vec sums[]) {
+    const Vec difference = in_play(e.s, e.t) ? e.s - e.t : Vec{};
+    sums[0] += difference * difference;
+    sums[1] += in_play(e.s, e.t) ? broadcast(1.0f) : Vec{};
+  }
+
+  LogitMSE(const RowSums& row, const Parameters&) : factor(2.0f / row.own[1]) {}
+  Vec slope(const Probabilities& e) const { return (in_play(e.s, e.t) ? e.s - e.t : Vec{}) * factor; }
+  float factor;
+};
+
+// mean (s - t - mean (s - t))^2.
+struct CentredLogitMSE : Plain {
+  static constexpr int kFirst = 2, kSecond = 1;  // difference, count; square
+  static constexpr float kFirstUnit = 1.0f;
+  static constexpr bool kLinear = false;
+
+  static void accumulate(const Entries& e, Vec sums[]) {
+    // An infinite difference stays out of the mean: it makes the sum of squares infinite anyway. NaN stays.
+    const Vec difference = in_play(e.s, e.t) ? e.s - e.t : Vec{};
+    sums[0] += (difference == kInfinity) | (difference == -kInfinity) ? Vec{} : difference;
+    sums[1] += in_play(e.s, e.t) ? broadcast(1.0f) : Vec{};
+  }
+
+  CentredLogitMSE(const RowSums& row, const Parameters&) : mean(row.own[0] / row.own[1]), factor(2.0f / row.own[1]) {}
+  Vec centred(const Probabilities& e) const { return in_play(e.s, e.t) ? e.s - e.t - mean : Vec{}; }
+  void accumulate_second(const Probabilities& e, Vec sums[]) const { sums[0] += centred(e) * centred(e); }
+  Vec slope(const Probabilities& e) const { return centred(e) * factor; }
+  float mean, factor;
+};
+
+// alpha (label part) + beta KL among the other ids, of which p and q are here; the parameters are alpha and beta.
+struct Decoupled : Plain {
+  static constexpr bool kLabelApart = true;
+
+  static void accumulate(const Entries& e, Vec sums[]) { ForwardKL::accumulate(e, sums); }
+
+  // The columns are forward, student_label and teacher_label.
+  Decoupled(const RowSums& row, const Parameters& with)
+      : label_slope(float(with.a * (of_label(row.own[1], row.student_scale, row.student) -
+                                    of_label(row.own[2], row.teacher_scale, row.teacher)))),
+        beta(with.b) {}
+  Vec slope(const Probabilities& e) const { return (e.q - e.p) * beta - e.q * label_slope; }
+
+  // The label's probability from its logit and the sum over the others.
+  static double of_label(float logit, const Scale& scale, float others) {
+    return 1.0 / (1.0 + others * std::exp((double(scale.pivot) - logit) * scale.inverse_temperature));
+  }
+  float label_slope, beta;
+};
+
+}  // namespace megakd

@@ -1,0 +1,1 @@
+"""Configuration: a tree of dataclasses filled from defaults, YAML files and flags."""

@@ -1,0 +1,207 @@
+"""Joining datasets, or parts of one, into one dataset in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.artefacts.durable_files import FileRecord, HashingWriter, Progress
+from megakd.artefacts.manifest import Manifest
+from megakd.data.indexed.idx_format import bin_path, idx_path, read_header, write_idx_chunks
+from megakd.data.indexed.writer import checked_max, commit_pair, write_dataset_manifest
+from megakd.errors import CorruptError, MismatchError, UsageError
+
+_COPY_BYTES = 4 * 2**20
+_INDEX_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of documents, one sequence each: raw tokens, and their lengths as a one-axis int32 ``.npy``."""
+
+    bin_path: Path
+    lengths_path: Path
+
+
+def write_lengths(path: Path, lengths: NDArray[np.int32]) -> FileRecord:
+    """Write the ``lengths_path`` of a part. lengths: ``[num_documents]``, tokens in each. Raises NoSpaceError."""
+    array = np.ascontiguousarray(lengths, dtype="<i4")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    with HashingWriter(path) as out:
+        out.write(header.getbuffer())
+        out.write(array.data)
+        return out.commit()
+
+
+def concatenate(
+    sources: Sequence[Part | tuple[Path, Path] | Path | str],
+    out_prefix: str | os.PathLike[str],
+    *,
+    dtype: np.dtype[Any] | type | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    parents: Mapping[str, str] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Join parts, or whole datasets by prefix, into one dataset in the order given.
+
+    Reads and writes a few megabytes at a time, so memory depends neither on the size nor on the number of documents.
+
+    dtype: of the parts' tokens; needed unless a prefix tells it. progress: called with token bytes copied.
+
+    Raises MismatchError for sources of different dtypes and for ids beyond the tokenizer, CorruptError for lengths that
+    do not sum to the tokens; a dataset that was at ``out_prefix`` is then still there.
+    """
+    opened = [_open_source(source, None if dtype is None else np.dtype(dtype)) for source in sources]
+    dtypes = {source.dtype for source in opened} or ({np.dtype(dtype)} if dtype is not None else set())
+    if len(dtypes) != 1:
+        listing = ", ".join(f"{source.bin}: {source.dtype}" for source in opened)
+        raise MismatchError(f"{out_prefix}: sources of one dtype expected, found {listing or 'no source'}")
+    token_dtype = dtypes.pop()
+    num_sequences = sum(source.num_sequences for source in opened)
+    num_documents = sum(source.num_documents for source in opened)
+    max_token_id = -1
+
+    def lengths() -> Iterator[NDArray[Any]]:
+        for source in opened:
+            yield from source.lengths()
+
+    def document_indices() -> Iterator[NDArray[Any]]:
+        yield np.zeros(1, dtype=np.int64)
+        base = 0
+        for source in opened:
+            for piece in source.document_ends():
+                yield piece + base
+            base += source.num_sequences
+
+    with HashingWriter(bin_path(out_prefix)) as tokens_out, HashingWriter(idx_path(out_prefix)) as idx:
+        for source in opened:
+            max_token_id = max(max_token_id, _copy_tokens(source, tokens_out, progress))
+        vocab_size = (tokenizer or {}).get("vocab_size")
+        if vocab_size is not None and max_token_id >= vocab_size:
+            raise MismatchError(f"{out_prefix}: token id {max_token_id}, the tokenizer has {vocab_size} entries")
+        write_idx_chunks(
+            idx,
+            token_dtype,
+            num_sequences=num_sequences,
+            lengths=lengths,
+            document_indices=document_indices,
+            num_document_indices=num_documents + 1,
+        )
+        files = commit_pair(out_prefix, tokens_out, idx)
+    return write_dataset_manifest(
+        out_prefix,
+        files,
+        dtype=token_dtype,
+        num_documents=num_documents,
+        num_sequences=num_sequences,
+        max_token_id=max_token_id,
+        parameters=parameters,
+        parents=parents,
+        tokenizer=tokenizer,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One input of `concatenate`, read by pieces from its files rather than mapped: mapped pages count as resident."""
+
+    bin: Path
+    index: Path
+    dtype: np.dtype[Any]
+    num_sequences: int
+    num_documents: int
+    lengths_at: int
+    document_indices_at: int | None
+
+    def lengths(self) -> Iterator[NDArray[np.int32]]:
+        return _read_pieces(self.index, np.dtype("<i4"), self.lengths_at, self.num_sequences)
+
+    def document_ends(self) -> Iterator[NDArray[np.int64]]:
+        if self.document_indices_at is not None:
+            yield from _read_pieces(self.index, np.dtype("<i8"), self.document_indices_at + 8, self.num_documents)
+        else:
+            for start in range(0, self.num_documents, _INDEX_CHUNK):
+                yield np.arange(start + 1, min(start + _INDEX_CHUNK, self.num_documents) + 1, dtype=np.int64)
+
+
+def _open_source(source: Part | tuple[Path, Path] | Path | str, dtype: np.dtype[Any] | None) -> _Source:
+    if isinstance(source, (str, Path)):
+        header = read_header(idx_path(source))
+        opened = _Source(
+            bin_path(source),
+            idx_path(source),
+            header.dtype,
+            header.num_sequences,
+            header.num_document_indices - 1,
+            header.lengths_at,
+            header.document_indices_at,
+        )
+    else:
+        part = source if isinstance(source, Part) else Part(*source)
+        if dtype is None:
+            raise UsageError(f"{part.bin_path}: a part does not tell its dtype; pass dtype=")
+        with open(part.lengths_path, "rb") as stream:
+            count = _npy_count(stream, part.lengths_path)
+            opened = _Source(part.bin_path, part.lengths_path, dtype, count, count, stream.tell(), None)
+    total, least = 0, 0
+    for piece in opened.lengths():
+        total, least = total + int(piece.sum(dtype=np.int64)), min(least, int(piece.min()))
+    size_bytes = opened.bin.stat().st_size
+    if least < 0 or total * opened.dtype.itemsize != size_bytes:
+        raise CorruptError(
+            f"{opened.bin}: {size_bytes} bytes, but {opened.index} counts {total} tokens of {opened.dtype} "
+            f"(shortest document {least})"
+        )
+    return opened
+
+
+def _npy_count(stream: BinaryIO, path: Path) -> int:
+    """The length of the one-axis int32 array that follows; leaves the stream at its first entry. Unpickles nothing."""
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("format version is not 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise CorruptError(f"{path}: not a .npy file of lengths: {error}") from error
+    at, size_bytes = stream.tell(), os.fstat(stream.fileno()).st_size
+    if len(shape) != 1 or dtype != np.dtype("<i4") or at + 4 * shape[0] != size_bytes:
+        raise CorruptError(f"{path}: shape {shape}, dtype {dtype}, {size_bytes} bytes: expected one axis of int32")
+    return int(shape[0])
+
+
+def _read_pieces(path: Path, dtype: np.dtype[Any], at: int, count: int) -> Iterator[NDArray[Any]]:
+    with open(path, "rb") as stream:
+        stream.seek(at)
+        for start in range(0, count, _INDEX_CHUNK):
+            want = min(_INDEX_CHUNK, count - start)
+            piece = np.fromfile(stream, dtype=dtype, count=want)
+            if len(piece) != want:
+                raise CorruptError(f"{path}: ends at entry {start + len(piece)} of {count}; cut while it was read")
+            yield piece
+
+
+def _copy_tokens(source: _Source, out: HashingWriter, progress: Progress | None) -> int:
+    """Append a source's tokens; returns the largest id."""
+    max_token_id, left = -1, source.bin.stat().st_size
+    buffer = bytearray(min(_COPY_BYTES, max(left, 1)))
+    with open(source.bin, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            left -= count
+            # Only the end of a regular file makes a short read, so a piece holds whole tokens.
+            tokens = np.frombuffer(buffer, dtype=source.dtype, count=count // source.dtype.itemsize)
+            max_token_id = max(max_token_id, checked_max(tokens, source.dtype, str(source.bin)))
+            out.write(memoryview(buffer)[:count])
+            if progress is not None:
+                progress(count)
+    if left:
+        raise CorruptError(f"{source.bin}: its size changed while it was read ({left} bytes short)")
+    return max_token_id

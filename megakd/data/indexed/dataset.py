@@ -1,0 +1,176 @@
+"""The indexed dataset: Megatron's ``.bin/.idx`` opened as one memory-mapped stream of tokens."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.data.indexed.concatenate import Part, concatenate
+from megakd.data.indexed.data_path import find_prefix
+from megakd.data.indexed.idx_format import (
+    best_dtype,
+    bin_path,
+    check_arrays,
+    check_ends,
+    idx_path,
+    manifest_path,
+    read_header,
+    write_idx,
+)
+from megakd.data.indexed.writer import FORMAT, FORMAT_VERSION, IndexedWriter
+from megakd.errors import CorruptError, MismatchError
+
+__all__ = ["IndexedDataset", "IndexedWriter", "Part", "best_dtype", "concatenate", "write_idx"]
+
+# Checking every entry of the index reads all of it. A dataset with a manifest was checked when it was written, so a
+# long index is not read at open (training by samples never needs it) but when one of its arrays is first used.
+_CHECK_AT_OPEN = 1 << 20
+
+
+class IndexedDataset:
+    """A dataset by its prefix, or what else stands for it (`data_path`). Its arrays are read-only views of the mapped
+    files and stay valid after it is gone.
+
+    Raises UsageError where a file is missing, CorruptError for any disagreement between header, index, ``.bin`` and
+    manifest, MismatchError if ``expect_fingerprint`` is not this dataset's. Warns where there is no manifest.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> None:
+        self.prefix = prefix = find_prefix(prefix)
+        self._idx_path, tokens_path = idx_path(prefix), bin_path(prefix)
+        header = read_header(self._idx_path)
+        index = _map(self._idx_path)
+        self.dtype = header.dtype
+        self.num_documents = header.num_document_indices - 1
+        self.num_sequences = header.num_sequences
+        self._lengths = np.frombuffer(index, "<i4", header.num_sequences, header.lengths_at)
+        self._pointers = np.frombuffer(index, "<i8", header.num_sequences, header.pointers_at)
+        self._document_indices = np.frombuffer(index, "<i8", header.num_document_indices, header.document_indices_at)
+        self._bin = _map(tokens_path)
+        size_bytes = len(self._bin)
+        check_ends(self._idx_path, self.dtype, self._lengths, self._pointers, self._document_indices, size_bytes)
+        self.num_tokens = size_bytes // self.dtype.itemsize
+        self.tokens: NDArray[Any] = np.frombuffer(self._bin, self.dtype)
+        """``[num_tokens]`` of ``dtype``: the whole ``.bin``, indexed by token position."""
+        self.manifest = self._read_manifest()
+        self._checked = False
+        if self.manifest is None or self.num_sequences <= _CHECK_AT_OPEN:
+            self.check()
+        if expect_fingerprint is not None and expect_fingerprint != self.fingerprint:
+            raise MismatchError(
+                f"{self.prefix}: dataset fingerprint {self.fingerprint}, expected {expect_fingerprint}; "
+                "it was rewritten, or this is another dataset"
+            )
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """``[num_sequences]`` int32: tokens per sequence."""
+        self.check()
+        return self._lengths
+
+    @property
+    def pointers(self) -> NDArray[np.int64]:
+        """``[num_sequences]`` int64: byte at which each sequence starts in the ``.bin``."""
+        self.check()
+        return self._pointers
+
+    @property
+    def document_indices(self) -> NDArray[np.int64]:
+        """``[num_documents + 1]`` int64: the sequence with which each document starts, and the number of sequences."""
+        self.check()
+        return self._document_indices
+
+    @property
+    def max_token_id(self) -> int | None:
+        """The largest id, from the manifest (-1 in a dataset without tokens); None where there is no manifest."""
+        return None if self.manifest is None else int(self.manifest.parameters["dataset"]["max_token_id"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The manifest's; without one, ``unverified:`` with a hash of the index and the size of the ``.bin``."""
+        if self.manifest is not None:
+            return self.manifest.fingerprint
+        hashed = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
+        for array in (self._lengths, self._document_indices):
+            hashed.update(array.data if len(array) else b"")
+        return f"unverified:{hashed.hexdigest()}"
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, sequence: int) -> NDArray[Any]:
+        """The tokens of one sequence, a view."""
+        if not -self.num_sequences <= sequence < self.num_sequences:
+            raise IndexError(f"sequence {sequence} of {self.num_sequences}")
+        start = int(self.pointers[sequence]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self._lengths[sequence])]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[sequence] for sequence in range(self.num_sequences))
+
+    def document(self, document: int) -> NDArray[Any]:
+        """The tokens of one document, a view."""
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        return self.tokens[self.document_start(document) : self.document_start(document + 1)]
+
+    def document_start(self, document: int) -> int:
+        """The token position at which a document starts; for ``num_documents``, at which the last one ends."""
+        sequence = int(self.document_indices[document])
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        return int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the kernel to read token positions ``start`` to ``stop`` ahead; returns at once."""
+        if isinstance(self._bin, mmap.mmap):
+            first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bin.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)
+
+    def check(self) -> None:
+        """Check every entry of the index, once; CorruptError for the first bad one."""
+        if not self._checked:
+            check_arrays(self._idx_path, self.dtype, self._lengths, self._pointers, self._document_indices)
+            self._checked = True
+
+    def _read_manifest(self) -> Manifest | None:
+        path = manifest_path(self.prefix)
+        if not path.exists():
+            warnings.warn(
+                f"{self.prefix}: no manifest; its structure was checked, its content was not. "
+                f"`megakd verify --adopt {self.prefix}` writes one",
+                stacklevel=3,
+            )
+            return None
+        manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSION)
+        names = [record.name for record in manifest.files]  # those they have now, if the dataset was renamed
+        if names != [bin_path(self.prefix).name, idx_path(self.prefix).name]:
+            raise CorruptError(f"{path}: names {names}, expected a .bin and an .idx")
+        recorded = manifest.parameters.get("dataset", {})
+        for key, found in (
+            ("dtype", self.dtype.name),
+            ("num_documents", self.num_documents),
+            ("num_sequences", self.num_sequences),
+            ("num_tokens", self.num_tokens),
+        ):
+            if recorded.get(key) != found:
+                raise CorruptError(f"{path}: {key} {recorded.get(key)}, but the index says {found}")
+        return manifest
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """The file, mapped read-only. Arrays over it keep the mapping alive, and a mapping cannot be closed under them."""
+    with open(path, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size == 0:  # an empty file cannot be mapped
+            return b""
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

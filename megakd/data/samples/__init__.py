@@ -1,0 +1,1 @@
+"""Samples: the ways in which a dataset is cut into training sequences."""

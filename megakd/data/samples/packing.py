@@ -1,0 +1,31 @@
+"""The packings by name: how a dataset is cut into samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.concat import ConcatSamples, Samples
+from megakd.data.samples.documents import DocumentSamples
+from megakd.data.samples.sentences import open_sentences
+from megakd.data.tokenizer import Tokenizer
+
+Packing = Literal["concat", "sentence", "document"]
+
+
+def open_samples(
+    packing: Packing, dataset: IndexedDataset, seq_length: int, open_tokenizer: Callable[[], Tokenizer]
+) -> Samples:
+    """The samples of a dataset.
+
+    open_tokenizer: called only where the starts of sentence packing are not on disk yet: they are then written beside
+    the dataset.
+
+    Raises UsageError for a dataset that has no samples so, MismatchError for a tokenizer that is not the dataset's.
+    """
+    if packing == "sentence":
+        return open_sentences(dataset, seq_length, open_tokenizer)
+    if packing == "document":
+        return DocumentSamples(dataset, seq_length)
+    return ConcatSamples(dataset, seq_length)

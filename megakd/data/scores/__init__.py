@@ -1,0 +1,1 @@
+"""Scores of samples: on disk, and as they are compared."""

@@ -1,0 +1,252 @@
+"""What a selection is made from: scores that belong together, and which samples are out of question."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.samples.boundaries import starts_between
+from megakd.data.samples.concat import Samples
+from megakd.data.samples.packing import open_samples
+from megakd.data.scores.artefact import COUNTS, Scores
+from megakd.data.scores.excluded import read_excluded
+from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
+from megakd.errors import MismatchError, UsageError
+from megakd.pipeline.select.config import SelectConfig
+
+_SAMPLES_AT_ONCE = 1 << 12
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Source:
+    """The scores of one dataset's samples under every model."""
+
+    output: Path
+    scores: dict[str, Scores]
+    samples: Samples | None
+    """The dataset's samples, where --data-path tells it."""
+    divisor: NDArray[np.int32] | int
+    """``[num_samples]``: an NLL is divided by it."""
+    excluded: NDArray[np.int64]
+    """Sorted ids that are never kept."""
+    excluded_by: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the selections among what excludes."""
+
+    @property
+    def any_scores(self) -> Scores:
+        return next(iter(self.scores.values()))
+
+    @property
+    def dataset(self) -> str:
+        """Fingerprint of the dataset."""
+        return self.any_scores.manifest.parents["dataset"]
+
+    @property
+    def num_samples(self) -> int:
+        return self.any_scores.num_samples
+
+    @property
+    def counts(self) -> NDArray[np.int32]:
+        """``[num_samples]``: scored tokens, the same for every model."""
+        return self.any_scores.counts
+
+
+def open_sources(config: SelectConfig) -> list[Source]:
+    """The scores of every dataset, in the order of the outputs.
+
+    Raises MismatchError, with both values, for scores that do not belong together or to the datasets given; UsageError
+    for missing or doubled ones.
+    """
+    opened = {name: [Scores(folder) for folder in folders] for name, (_, folders) in config.models().items()}
+    for name, several in opened.items():
+        if len(several) != len(config.output):
+            raise UsageError(
+                f"scores of {name}: {len(several)} folders, --output has {len(config.output)}: one for each dataset"
+            )
+        _check_one_model(name, several)
+        _check_role(config, name, several)
+    _check_tokenizers(config, opened)
+    first, *others = opened
+    datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
+    sources = []
+    for index, output in enumerate(config.output):
+        anchor = opened[first][index]
+        dataset = anchor.manifest.parents["dataset"]
+        scores = {first: anchor}
+        for name in others:
+            found = {each.manifest.parents["dataset"]: each for each in opened[name]}
+            if dataset not in found:
+                listing = ", ".join(f"{each.folder} of dataset {which}" for which, each in found.items())
+                raise MismatchError(
+                    f"no scores of {name} for dataset {dataset}, which {first} scored in {anchor.folder}; there are "
+                    f"{listing}: score the same dataset with both"
+                )
+            scores[name] = found[dataset]
+            _check_pair(anchor, scores[name])
+        samples = _open_samples(config, index, anchor) if config.data_path else None
+        excluded, excluded_by = read_excluded(config, datasets, anchor)
+        sources.append(
+            Source(
+                output=Path(output),
+                scores=scores,
+                samples=samples,
+                divisor=_divisor(config, anchor, samples),
+                excluded=excluded,
+                excluded_by=excluded_by,
+            )
+        )
+    return sources
+
+
+def _check_one_model(name: str, several: Sequence[Scores]) -> None:
+    """One name is one model, and each folder another dataset."""
+    by_dataset: dict[str, Scores] = {}
+    for scores in several:
+        parents = scores.manifest.parents
+        model = several[0].manifest.parents["model"]
+        if parents["model"] != model:
+            raise MismatchError(
+                f"scores of {name} are of different models: {several[0].folder} of {model}, {scores.folder} of "
+                f"{parents['model']}"
+            )
+        twin = by_dataset.setdefault(parents["dataset"], scores)
+        if twin is not scores:
+            raise UsageError(f"scores of {name}: {twin.folder} and {scores.folder} are of one dataset")
+
+
+def _check_role(config: SelectConfig, name: str, several: Sequence[Scores]) -> None:
+    """Refuse a proxy's predictions where a model's scores are asked for, and the other way round."""
+    for scores in several:
+        predicts = "predicts" in scores.manifest.parameters
+        if config.proxy_scores and not predicts:
+            raise UsageError(
+                f"--proxy-scores {scores.folder}: the scores of a model, not a proxy's predictions ('megakd score "
+                "--proxy'); give two models' by --teacher-scores and --reference-scores"
+            )
+        if predicts and not config.proxy_scores and not config.scores:
+            raise UsageError(
+                f"--{name}-scores {scores.folder}: a proxy's predictions of the difference already; give them alone, "
+                "by --proxy-scores"
+            )
+
+
+def _check_pair(one: Scores, other: Scores) -> None:
+    """Refuse scores that are not of the same tokens of the same samples."""
+    for key in ("packing", "seq_length", "mask_policy", "boundaries", "num_samples", "sampled"):
+        values = [scores.manifest.parameters.get(key) for scores in (one, other)]
+        if values[0] != values[1]:
+            raise MismatchError(
+                f"{one.folder} (fingerprint {one.fingerprint}) has {key} {values[0]}, {other.folder} (fingerprint "
+                f"{other.fingerprint}) has {values[1]}: score anew with the same"
+            )
+    vocabularies = _vocabulary(one), _vocabulary(other)
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise MismatchError(
+            f"{one.folder} has log-probabilities over {vocabularies[0]} ids, {other.folder} over {vocabularies[1]}: "
+            "they do not compare; score anew with one --vocab-size, the tokenizer's number of ids"
+        )
+    if one.fingerprint == other.fingerprint:
+        raise UsageError(
+            f"{one.folder} and {other.folder} are the same scores: their difference says nothing; give those of two "
+            "models"
+        )
+    hashes = [next(f.xxh3_128 for f in scores.manifest.files if f.name == COUNTS) for scores in (one, other)]
+    if hashes[0] != hashes[1]:
+        raise MismatchError(
+            f"{one.folder} and {other.folder} scored different tokens: {COUNTS} is {hashes[0]} and {hashes[1]}"
+        )
+
+
+def _vocabulary(scores: Scores) -> int | None:
+    """The number of ids that log-probabilities are over, where it is recorded."""
+    stated = scores.manifest.parameters.get("vocab_size", (scores.manifest.tokenizer or {}).get("vocab_size"))
+    return None if stated is None else int(stated)
+
+
+def _check_tokenizers(config: SelectConfig, opened: Mapping[str, Sequence[Scores]]) -> None:
+    """Of all scores, of the datasets given, and of ``--tokenizer-model``, as far as they are known."""
+    sides = [
+        Side(f"the scores {scores.folder}", scores.manifest.tokenizer)
+        for several in opened.values()
+        for scores in several
+    ]
+    for prefix in config.data_path:
+        sides.append(Side(f"dataset {prefix}", recorded_tokenizer(IndexedDataset(prefix))))
+    if one_tokenizer(sides) is None:
+        return  # nothing that a file could be held against
+    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
+    one_tokenizer(sides if given is None else [*sides, given])
+
+
+def _open_samples(config: SelectConfig, index: int, scores: Scores) -> Samples:
+    manifest = scores.manifest
+    dataset = IndexedDataset(config.data_path[index], expect_fingerprint=manifest.parents["dataset"])
+    tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
+    samples = open_samples(manifest.parameters["packing"], dataset, int(manifest.parameters["seq_length"]), tokenizer)
+    if samples.num_samples != scores.num_samples:
+        raise MismatchError(
+            f"{scores.folder}: scores of {scores.num_samples} samples, {dataset.prefix} has {samples.num_samples} with "
+            f"{samples.packing} packing of {samples.seq_length} tokens"
+        )
+    return samples
+
+
+def outdated(source: Source) -> str | None:
+    """A warning where scores that leave labels out were made before the index told which; None where none were."""
+    for scores in source.scores.values():
+        policy = scores.manifest.parameters.get("mask_policy", "all")
+        if policy != "all" and "boundaries" not in scores.manifest.parameters:
+            return (
+                f"{scores.folder}: mask policy {policy}, by end-of-document ids alone: where documents end without, "
+                "nothing was left out; this version of 'megakd score' takes the documents' starts from the index"
+            )
+    return None
+
+
+def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> NDArray[np.int32] | int:
+    if config.normalise == "token":
+        return scores.counts
+    if config.normalise == "sample":
+        return 1
+    assert samples is not None  # byte needs --data-path
+    tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
+    parameters = scores.manifest.parameters
+    skipped = tokenizer.eod if parameters.get("mask_policy", "all") != "all" else None
+    by_index = "boundaries" in parameters
+    return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped, skip_starts=by_index)
+
+
+def sample_bytes(
+    samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None, skip_starts: bool = False
+) -> NDArray[np.int32]:
+    """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a file without a name.
+
+    skip_after, skip_starts: labels behind this id, and those with which documents of the index start, were not scored
+        and do not count.
+    """
+    with tempfile.TemporaryFile() as stream:
+        stream.truncate(4 * samples.num_samples)
+        sizes: NDArray[np.int32] = np.memmap(stream, "<i4", "r+", shape=(samples.num_samples,))
+    for first in range(0, samples.num_samples, _SAMPLES_AT_ONCE):
+        ids = np.arange(first, min(first + _SAMPLES_AT_ONCE, samples.num_samples))
+        starts = samples.starts(ids)
+        ends = starts + samples.lengths(ids)
+        base = int(starts[0])
+        tokens = samples.dataset.tokens[base : int(ends[-1])]
+        bytes_each = token_bytes[tokens]
+        if skip_after is not None:
+            bytes_each[1:][tokens[:-1] == skip_after] = 0
+        if skip_starts:
+            bytes_each[starts_between(samples.dataset, base, base + len(tokens)) - base] = 0
+        before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
+        sizes[ids] = before[ends - base] - before[np.minimum(starts + 1, ends) - base]  # empty documents have no first
+    return sizes

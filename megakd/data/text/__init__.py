@@ -1,0 +1,1 @@
+"""Text files: found, decompressed and read record by record."""

@@ -1,0 +1,1 @@
+"""Tokenizers: the reference engines, and a fast one that is held to them."""

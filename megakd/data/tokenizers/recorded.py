@@ -1,0 +1,70 @@
+"""The tokenizer that a dataset was made with, opened again from what its manifest records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, name_tokenizer, same_tokenizer
+from megakd.errors import MismatchError, UsageError
+
+
+def recorded_tokenizer(dataset: IndexedDataset) -> Mapping[str, Any] | None:
+    """What the manifest says about the tokenizer; None where it, or the manifest, says nothing."""
+    return None if dataset.manifest is None else dataset.manifest.tokenizer
+
+
+def end_as_recorded(tokenizer: Tokenizer, recorded: Mapping[str, Any]) -> None:
+    """Let a tokenizer end documents as a dataset's were, which may have been made with ``--eod-token``."""
+    eod = recorded.get("eod")
+    if tokenizer.path is not None and isinstance(eod, int) and eod != tokenizer.eod and eod < tokenizer.vocab_size:
+        tokenizer.end_documents_with(eod)
+
+
+def open_tokenizer(
+    dataset: IndexedDataset,
+    *,
+    tokenizer_type: TokenizerType | None = None,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+    flag_prefix: str = "--",
+) -> Tokenizer:
+    """The dataset's tokenizer; the arguments stand in for what is not recorded, or tell where its file lies now.
+
+    flag_prefix: how the flags of these arguments begin, for messages.
+
+    Raises UsageError where it is not known or its file is not there, MismatchError for one that is not the dataset's.
+    """
+    recorded = dict(recorded_tokenizer(dataset) or {})
+    kind = tokenizer_type or recorded.get("type")
+    if kind is None:
+        raise UsageError(
+            f"{dataset.prefix}: its tokenizer is not recorded: say which it was with {flag_prefix}tokenizer-type and "
+            f"{flag_prefix}tokenizer-model"
+        )
+    model = tokenizer_model or recorded.get("path")
+    if kind == "NullTokenizer" and vocab_size is None and recorded.get("type") == kind:
+        vocab_size = int(recorded["vocab_size"]) - 1  # its end of document comes on top
+    flag = f"{flag_prefix}tokenizer-model"
+    try:
+        tokenizer = build_tokenizer(
+            kind,
+            model,
+            vocab_size=vocab_size,
+            model_flag=flag,
+            type_flag=f"{flag_prefix}tokenizer-type" if tokenizer_type else None,
+        )
+    except UsageError as error:
+        whose = "" if tokenizer_type else f"; the dataset records a {kind}: {flag} says where its file is now"
+        raise UsageError(f"{dataset.prefix}: opening its tokenizer: {error}{whose}") from error
+    end_as_recorded(tokenizer, recorded)
+    if recorded and not same_tokenizer(recorded, tokenizer):
+        raise MismatchError(
+            f"{dataset.prefix}: made with the tokenizer {name_tokenizer(recorded)}; "
+            f"the one given is {name_tokenizer(tokenizer)}"
+        )
+    largest = dataset.max_token_id
+    if largest is not None and largest >= tokenizer.vocab_size:
+        raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
+    return tokenizer

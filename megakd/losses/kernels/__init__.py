@@ -1,0 +1,1 @@
+"""The work on one chunk of logits: one implementation a file."""

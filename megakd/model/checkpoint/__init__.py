@@ -1,0 +1,1 @@
+"""Checkpoints: written, described, read back, and refused when damaged."""

@@ -1,0 +1,138 @@
+"""A checkpoint's files read into a model's tree: held against their hashes, complete, and without running a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megakd.artefacts.manifest import faults_in_blocks
+from megakd.errors import CorruptError, MismatchError
+from megakd.model.checkpoint.damage import damaged
+from megakd.model.checkpoint.foreign import KeyForm
+from megakd.model.checkpoint.record import CheckpointRecord
+from megakd.model.checkpoint.tensor_names import read_tensor_names
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+
+def read_weights(
+    tree: dict[str, Any], record: CheckpointRecord, form: KeyForm, *, reads_twice: bool = False
+) -> dict[str, Any]:
+    """Tensors alone, under the checkpoint's own names; of a foreign one no pickled object is read."""
+    if form.prefix:
+        add_prefix_for_sharding(tree, form.prefix)
+    if record.foreign:
+        dict_list_map_inplace(_without_object, tree)
+    return read_tree(tree, record, common=_NoCommonState(), reads_twice=reads_twice)
+
+
+def read_tree(
+    tree: dict[str, Any],
+    record: CheckpointRecord,
+    *,
+    common: LoadCommonStrategy | None = None,
+    reads_twice: bool = False,
+) -> dict[str, Any]:
+    if record.checked:
+        _check_content(record)
+    path = record.path
+    read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
+    _check_complete(tree, path, record.role)
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            tree, str(path), common_strategy=common, validate_access_integrity=not reads_twice
+        )
+    except CheckpointException as error:  # of torch: some rank could not read its part; all raise
+        raise CorruptError(f"{record.role}: {path} cannot be read: {_reason(error)}") from error
+    return loaded
+
+
+def _reason(error: CheckpointException) -> str:
+    """One line of what torch says about every rank; ranks beside the first are told nothing."""
+    reasons = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
+    return "; ".join(reason.splitlines()[0] for reason in reasons) or "see what rank 0 says"
+
+
+def _without_object(value: Any) -> Any:
+    """A module's extra state, say that of FP8 scaling, stays as it was built: it is a pickle in the checkpoint."""
+    return LocalNonpersistentObject(None) if isinstance(value, ShardedObject) else value
+
+
+class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc]
+    """Reads nothing: weights need nothing of ``common.pt``, which is a pickle."""
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        return {}
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
+        raise NotImplementedError("torch_dist holds its objects itself")
+
+    def check_backend_compatibility(self, loaded_backend: Any) -> None:
+        """What was read before is what can be read."""
+
+    def check_version_compatibility(self, loaded_version: Any) -> None:
+        """What was read before is what can be read."""
+
+
+def _check_content(record: CheckpointRecord) -> None:
+    """Hold every byte of the checkpoint against its manifest, each on one rank; every rank raises or none.
+
+    It is read from the page cache right after.
+
+    Raises:
+        CorruptError: names file and block, and the checkpoint before it.
+    """
+    assert record.manifest is not None
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    found = faults_in_blocks(record.manifest, share=rank, num_shares=num_ranks)
+    gathered: list[list[str]] = [[] for _ in range(num_ranks)]
+    dist.all_gather_object(gathered, found)
+    faults = sorted(fault for own in gathered for fault in own)
+    if not faults:
+        return
+    error: list[CorruptError | None] = [None]
+    if rank == 0:
+        error = [damaged(record.path, faults, role=record.role, flag=record.flag, hash_all=True)]
+    dist.broadcast_object_list(error)
+    assert error[0] is not None
+    raise error[0]
+
+
+def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:
+    """Every weight that the model has must be in the checkpoint, in its shape; every rank raises or none."""
+    available = dist_checkpointing.load_tensors_metadata(str(path))
+    problems = []
+    for tensor in wanted_tensors(tree):
+        found = available.get(tensor.key)
+        if found is None:
+            problems.append(f"{tensor.key} is missing")
+        elif not tensor.allow_shape_mismatch and tuple(found.global_shape) != tuple(tensor.global_shape):
+            problems.append(f"{tensor.key} is {tuple(found.global_shape)} there, {tuple(tensor.global_shape)} here")
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, problems)
+    merged = sorted({problem for rank in gathered for problem in rank})
+    if merged:
+        raise MismatchError(f"{role}: {path} does not fit the model: {'; '.join(merged[:5])} ({len(merged)} in all)")
+
+
+def wanted_tensors(tree: dict[str, Any]) -> Iterator[ShardedTensor]:
+    for value in nested_values(tree):
+        if isinstance(value, ShardedTensorFactory):
+            value = value.build()
+            yield from (part for part in nested_values(value) if isinstance(part, ShardedTensor))
+        elif isinstance(value, ShardedTensor):
+            yield value

@@ -1,0 +1,69 @@
+"""The pickled list of tensors in a checkpoint, read without running anything it names. torch, but no megatron."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megakd.errors import CorruptError, MismatchError
+from megakd.model.checkpoint.foreign import KeyForm
+from megakd.model.checkpoint.plain_pickle import BROKEN_PICKLE
+from megakd.model.config import ModelShape
+
+# module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
+_METADATA_NAMES: dict[str, set[str] | None] = {
+    "torch": None,
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.planner": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
+}
+_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
+
+
+def read_tensor_names(path: Path) -> set[str]:
+    """Names of the tensors in the checkpoint at ``path``.
+
+    megatron-core unpickles ``.metadata`` unrestrictedly; this reads it first with an unpickler that resolves only
+    torch's plain checkpoint classes.
+
+    Raises:
+        CorruptError: the file is missing, cut, or names something else; the name is in the message.
+    """
+    try:
+        with open(path / ".metadata", "rb") as file:
+            metadata = _PlainUnpickler(file).load()
+        return set(metadata.state_dict_metadata)
+    except BROKEN_PICKLE as error:
+        raise CorruptError(f"{path / '.metadata'} cannot be trusted: {error}") from None
+
+
+def check_weights(path: Path, shape: ModelShape, role: str) -> None:
+    """Refuse a checkpoint that lacks a weight of ``shape``: nothing may stay as it was initialised.
+
+    Raises:
+        MismatchError: names the missing weights.
+    """
+    names = read_tensor_names(path)
+    form = KeyForm.of(names)
+    missing = sorted(shape.weight_names() - {form.plain(name) for name in names if name.startswith(form.prefix)})
+    if missing:
+        raise MismatchError(
+            f"{role}: {path} does not fit the model: {', '.join(missing[:5])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing ({len(missing)} in all)"
+        )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = _METADATA_NAMES.get(module, set())
+        if module in _METADATA_NAMES and (allowed is None or name in allowed):
+            found = super().find_class(module, name)
+            if module != "torch" or isinstance(found, _TORCH_VALUES) or found is torch.Size:
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")

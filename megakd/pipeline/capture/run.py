@@ -1,0 +1,131 @@
+"""Capturing itself: the teacher's head, read over one shard's samples after the other, to rows.
+
+Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``N`` draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megakd.data.loader import Microbatch
+from megakd.errors import CorruptError, ExitStatus
+from megakd.logits.codec import Rows
+from megakd.losses.read import HeadReading
+from megakd.parallel import Groups
+from megakd.pipeline.capture.preflight import CaptureConfig, CapturePlan
+from megakd.pipeline.capture.store_parts import Captured
+from megakd.pipeline.frozen.batches import Stretches
+from megakd.pipeline.frozen.config import padded_vocab
+from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
+from megakd.pipeline.frozen.run import work_through
+from megakd.pipeline.score.columns import log_prob_columns
+from megakd.pipeline.score.range_columns import RangeColumns
+from megakd.targets import DenseTargets
+from megakd.teachers.head_rows import RowReader, draw_numbers, finite_samples, split_samples, token_positions
+from megakd.teachers.model_teacher import ModelTeacher
+from megakd.work.range_progress import RangeProgress
+
+_SAMPLES_AT_ONCE = 64  # whose rows are held until they can be added in the order of their ids
+
+
+def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
+    """Capture what is missing in ``--output``, with all other ranks and jobs that do.
+
+    All ranks call it. Returns COMPLETE once the whole store is there, STOPPED if a signal came first.
+
+    Raises CorruptError where the model gives no finite log-probabilities.
+    """
+    return work_through(plan.work, partial(build_capturer, config, plan), config, done="captured")
+
+
+def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> Capturer:
+    """The teacher of ``--load`` in the layout of ``groups``, ready to be captured. All ranks call it."""
+    return Capturer(config, plan, build_frozen(config, plan.record, plan.shape, groups), groups)
+
+
+class Capturer:
+    """One copy of the teacher, and the shards it fills."""
+
+    def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
+        self._config, self._plan, self._groups = config, plan, groups
+        self._model = RangeModel(
+            config,
+            plan.samples,
+            teacher,
+            vocab_size=plan.record.vocab_size,
+            eod_mask_loss=config.mask_policy != "all",
+            eod_token=plan.eod_token,
+        )
+        padded = padded_vocab(config, plan.record, plan.shape)
+        shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
+        self._reader = RowReader(
+            plan.spec,
+            shard=shard,
+            implementation=config.loss_implementation,
+            chunk_bytes=config.head_chunk_mbytes << 20,
+        )
+        self.computed = computed_by(config, plan.work.range_samples)
+
+    def make(
+        self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64]
+    ) -> Captured | None:
+        """The shard of the samples ``[start, stop)``, not yet committed, and their scores, on the last stage. The
+        copy's ranks all call it."""
+        work = self._plan.work
+        leads = self._groups.has_output(None) and self._groups.tensor_rank == 0
+        shard = work.new_shard(start // work.range_samples) if leads else None
+        columns = None
+        if work.scores is not None:
+            columns = RangeColumns(work.scores.columns, start, stop, ids, self._config.seq_length)
+        for first in range(0, len(ids), _SAMPLES_AT_ONCE):
+            some = ids[first : first + _SAMPLES_AT_ONCE]
+            held: dict[int, tuple[NDArray[np.int64], Rows]] = {}
+            for part, microbatch, targets, share in self._model.outputs(some):
+                reading = self._read(microbatch, targets)
+                if shard is not None:
+                    rows = self._reader.rows(reading, self._positions(microbatch))
+                    held |= _by_sample(part, microbatch, rows)
+                    if columns is not None:
+                        moved = replace(part, places=part.places + first)
+                        columns.add(moved, log_prob_columns(reading, microbatch, self._config.load))
+                if progress is not None:
+                    progress.tick(first + int(len(some) * share))
+            if shard is not None:
+                for sample in some.tolist():
+                    shard.add(sample, *held[sample])
+        return None if shard is None else Captured(shard, {} if columns is None else columns.finish())
+
+    def _read(self, microbatch: Microbatch, targets: DenseTargets) -> HeadReading:
+        labels_T = None
+        if self._plan.work.scores is not None:
+            labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
+        uniforms_TN = self._uniforms(microbatch) if self._reader.draws else None
+        reading = self._reader.read(targets.hidden_TH, targets.weight_vH, uniforms_TN=uniforms_TN, ids_T=labels_T)
+        finite_B = finite_samples(reading, len(microbatch.sample_ids_B))
+        if not finite_B.all():
+            raise CorruptError(
+                f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[~finite_B][:8].tolist()} are not "
+                "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+            )
+        return reading
+
+    def _positions(self, microbatch: Microbatch) -> NDArray[np.int64]:
+        """``[T]``: of the input tokens, in the dataset."""
+        return token_positions(self._plan.samples.starts(microbatch.sample_ids_B), microbatch.tokens_BS.shape[1])
+
+    def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
+        """``[T, N]`` float64."""
+        starts_B = self._plan.samples.starts(microbatch.sample_ids_B)
+        numbers_SBN = draw_numbers(starts_B, microbatch.tokens_BS.shape[1], self._plan.spec)
+        return torch.from_numpy(numbers_SBN).flatten(0, 1).to(self._groups.device)
+
+
+def _by_sample(part: Stretches, microbatch: Microbatch, rows: Rows) -> dict[int, tuple[NDArray[np.int64], Rows]]:
+    """By sample id: its input ids and its rows, one for each label it has."""
+    samples = zip(microbatch.sample_ids_B.tolist(), microbatch.tokens_BS, split_samples(rows, part.lengths - 1))
+    return {sample: (tokens[: own.num_rows], own) for sample, tokens, own in samples}

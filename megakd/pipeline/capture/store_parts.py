@@ -1,0 +1,148 @@
+"""A logits store in the making: its shards are the ranges, committed on their own, and one manifest makes them a store.
+
+`range_work` has how they are shared out. What is scored in the same pass is committed with the shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.artefacts.durable_files import FileRecord, hash_file
+from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.artefacts.run_lock import RunLock
+from megakd.errors import CorruptError, UsageError
+from megakd.logits.shard import ShardWriter
+from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, finish_store, read_shard, write_shard
+from megakd.logits.store import LogitsStore
+from megakd.pipeline.frozen.output_folder import check_output
+from megakd.pipeline.score.parts import Parts
+from megakd.work.ranges import Claim, RangeWork
+
+_LOCK = re.compile(r"[0-9]{8}\.lock")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A range: its shard, to which all samples were added, and the columns of scores, if they are wanted."""
+
+    shard: ShardWriter
+    columns: Mapping[str, NDArray[Any]]
+
+
+class StoreWork(RangeWork[Captured | None]):
+    """The store in ``folder``, finished or in the making.
+
+    ids: ascending, the samples that get targets; None: all. scores: to be made in the same ranges; None: none are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: StoreSpec,
+        ranks: NDArray[np.int32],
+        *,
+        ids: NDArray[np.int64] | None = None,
+        scores: Parts | None = None,
+    ) -> None:
+        super().__init__(
+            folder, folder / SHARDS, num_samples=spec.num_samples, range_samples=spec.shard_samples, ids=ids
+        )
+        self.spec, self.ranks, self.scores = spec, ranks, scores
+
+    def check_all(self) -> None:
+        """Raise MismatchError if the folder holds another store, finished or not, UsageError if it holds something
+        else, CorruptError if a finished store has lost a shard; reads, writes nothing."""
+        check_output(self.folder, "--output", MANIFEST)
+        if self.finished():
+            LogitsStore(self.folder)  # looks at the size of every file
+        else:
+            for path in sorted(self._ranges.glob("[0-9]*.json")):
+                if path.stem.isdigit() and int(path.stem) < self.num_ranges:
+                    self._read(path)
+
+    def finished(self) -> bool:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return False
+        manifest = read_manifest(path, format=FORMAT, version=READABLE)
+        self.spec.check(manifest, self.ranks)
+        if self.scores is not None and not self.scores.finished():
+            raise UsageError(
+                f"{self.folder}: this store is finished, and was captured without scores in {self.scores.folder}: "
+                "score the samples with 'megakd score'"
+            )
+        return True
+
+    @property
+    def has_leftovers(self) -> bool:
+        locks = any(map(_LOCK.fullmatch, self._names() or ()))
+        return locks or (self.scores is not None and self.scores.has_leftovers)
+
+    def new_shard(self, index: int) -> ShardWriter:
+        """To which the samples of range ``index`` are to be added, in rising order."""
+        return write_shard(self.folder, self.spec, self.ranks, index)
+
+    def commit(self, claim: Claim, made: Captured | None, *, computed: Mapping[str, Any]) -> None:
+        assert made is not None  # by the leader
+        if self.scores is not None:
+            self.scores.write(claim.index, made.columns, computed=computed)
+        made.shard.commit()
+        self._done.add(claim.index)
+        claim.release()
+
+    def finish(self, lock: RunLock) -> Manifest:
+        """Raises CorruptError where a shard is gone, cut or damaged meanwhile, or scores were: run again."""
+        try:
+            if not (self.folder / MANIFEST).exists():
+                self._check_indexes()
+            if self.scores is not None:
+                self.scores.join()
+            if not (self.folder / MANIFEST).exists():
+                try:
+                    finish_store(self.folder, self.spec, self.ranks, more_files=self._more_files())
+                except UsageError as error:
+                    raise CorruptError(f"{error}; run again") from error
+            for name in filter(_LOCK.fullmatch, self._names() or ()):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path(int(name[:8]), ".lock").unlink()
+        finally:
+            lock.__exit__()
+        return read_manifest(self.folder / MANIFEST, format=FORMAT, version=READABLE)
+
+    def _check_indexes(self) -> None:
+        """That shards which others wrote came over whole, as far as that costs little: what tells where rows are and
+        what they must hash to is read again, they are not. Damaged shards lose their manifest."""
+        damaged = []
+        for index in range(self.num_ranges):
+            manifest = self._read(self._path(index, ".json"))
+            if manifest is not None:
+                record = manifest.files[1]
+                if hash_file(manifest.path.parent / record.name).xxh3_128 != record.xxh3_128:
+                    manifest.path.unlink()
+                    damaged.append(record.name)
+        if damaged:
+            raise CorruptError(
+                f"{self._ranges}: {len(damaged)} of {self.num_ranges} shards are not what was written, the first is "
+                f"{damaged[0]}; they were dropped, run again to make them anew"
+            )
+
+    def _more_files(self) -> Sequence[FileRecord]:
+        """Files of the store beside its shards, made durable now."""
+        return ()
+
+    def _read(self, path: Path) -> Manifest | None:
+        try:
+            manifest = read_shard(self.folder, self.spec, self.ranks, int(path.stem))
+        except FileNotFoundError:
+            return None
+        if manifest is None or (self.scores is not None and not self.scores.holds(int(path.stem))):
+            return None
+        return manifest

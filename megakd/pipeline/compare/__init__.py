@@ -1,0 +1,1 @@
+"""Verb: runs side by side."""

@@ -1,0 +1,96 @@
+"""What every verb is told that runs a frozen model over the samples of a dataset. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megakd.config.tree import option
+from megakd.data.samples.packing import Packing
+from megakd.errors import UsageError
+from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.model.checkpoint.foreign import read_shape
+from megakd.model.checkpoint.record import CheckpointRecord
+from megakd.model.config import ModelShape
+
+
+@dataclass(frozen=True)
+class RangeRunConfig:
+    """The samples, the model's layout and precision, and how work is cut and told."""
+
+    data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
+    seq_length: int = option(..., "tokens of one sample", common=True)
+    packing: Packing = option(
+        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
+    )
+    micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
+    tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
+    pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
+    sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
+    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    vocab_size: int | None = option(
+        None, "number of ids (default: the tokenizer's); the rows that the model has from there on are padding"
+    )
+    tokenizer_model: str | None = option(
+        None, "where the tokenizer of dataset and model lies now; sentence packing that is not written yet needs it"
+    )
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
+    bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the model in FP8 (Transformer Engine)")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling")
+    loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
+        "auto", "code that sweeps the logits"
+    )
+    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
+    model_config: str | None = option(
+        None, "YAML that describes the model of a checkpoint that does not (plain megatron-core), as a run's student"
+    )
+    log_interval: float = option(10.0, "seconds between progress lines", common=True)
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        for name in ("seq_length", "micro_batch_size", "head_chunk_mbytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.log_interval < 0:
+            raise UsageError(f"--log-interval is {self.log_interval}; expected 0 or more")
+        self.parallel().validate()
+        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
+            raise UsageError(
+                f"--seq-length {self.seq_length} is not a multiple of --tensor-model-parallel-size "
+                f"{self.tensor_model_parallel_size}, which --sequence-parallel needs"
+            )
+
+    def parallel(self) -> ParallelConfig:
+        """The model's layout."""
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            distributed_timeout_minutes=self.distributed_timeout_minutes,
+        )
+
+    def described_shape(self) -> ModelShape | None:
+        """What ``model_config`` describes."""
+        return None if self.model_config is None else read_shape(self.model_config, "--model-config")
+
+    def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
+        """The model of a checkpoint as it is run here."""
+        return record.shape.frozen(
+            transformer_impl=self.transformer_impl,
+            bf16=record.shape.bf16 if self.bf16 is None else self.bf16,
+            fp8_format=self.fp8_format,
+            fp8_recipe=self.fp8_recipe,
+        )
+
+
+def precision(shape: ModelShape) -> str:
+    """What numbers a model runs in, for manifests."""
+    wide = "bf16" if shape.bf16 else "fp32"
+    return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide
+
+
+def padded_vocab(config: RangeRunConfig, record: CheckpointRecord, shape: ModelShape) -> int:
+    """Rows of the output weight, over all ranks that share it."""
+    size, divisible_by = config.tensor_model_parallel_size, shape.make_vocab_size_divisible_by
+    return padded_vocab_size(record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size)

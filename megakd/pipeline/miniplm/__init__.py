@@ -1,0 +1,1 @@
+"""Verb: MiniPLM's own shards and scores, imported."""

@@ -1,0 +1,1 @@
+"""Verb: what refining and distilling cost, and whether they pay."""

@@ -1,0 +1,1 @@
+"""Verb: JSON lines to an indexed dataset."""

@@ -1,0 +1,295 @@
+"""Preprocessing from end to end: inputs, engine, shards spread over workers, the budget of bad records, the dataset.
+
+The dataset's bytes are a function of the inputs and the flags that name them: neither the number of workers nor how
+often the run was killed shows in them. Inputs that changed since an unfinished run have another fingerprint, hence
+another folder for unfinished work: that run starts afresh. Inputs that change under a run make it a MismatchError.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from megakd import __version__
+from megakd.artefacts.file_names import as_json
+from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.artefacts.run_lock import RunLock
+from megakd.data.indexed.dataset import best_dtype, concatenate
+from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.idx_format import manifest_path
+from megakd.data.text.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
+from megakd.data.tokenizer import build_tokenizer
+from megakd.data.tokenizers.fast import Choice, choose_engine, give_back_memory
+from megakd.errors import MismatchError, UsageError
+from megakd.pipeline.preprocess.budget import QUARANTINE, Budget, check_budget, check_counts, write_quarantine
+from megakd.pipeline.preprocess.config import PreprocessConfig
+from megakd.pipeline.preprocess.shards import Counts, Settings, Shard, finished_shards, num_shards
+from megakd.work.console import tell
+from megakd.work.progress import Progress
+from megakd.work.stop import BackgroundHashes, StopFlag
+from megakd.work.unfinished import open_folder, remove_folder
+from megakd.work.worker_pool import WorkerPool
+
+_WORKER = "megakd.pipeline.preprocess.worker"
+_ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
+_MAX_SHARDS = 4096
+# For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
+_RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 304 << 20, 112 << 20
+
+
+def preprocess(config: PreprocessConfig) -> list[Manifest]:
+    """Tokenize; returns the manifest of each key's dataset. Datasets that are there already and are the same are kept.
+
+    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile and for other datasets in the
+    place of these, CorruptError for a cut or damaged input, NoSpaceError, ChildProcessError for workers that keep
+    dying, StoppedBySignal.
+    """
+    with StopFlag() as stop, RunLock(Path(config.output_prefix + ".lock")):
+        inputs = find_inputs(config.input, own=config.output_prefix + QUARANTINE)
+        tokenizer = build_tokenizer(
+            config.tokenizer_type, config.tokenizer_model, vocab_size=config.vocab_size, eod_token=config.eod_token
+        )
+        if config.append_eod and tokenizer.eod is None:
+            raise UsageError(
+                f"--append-eod: {config.tokenizer_model} names no end-of-document token (eos_token): give --eod-token, "
+                f"one of {', '.join(tokenizer.literals[:12]) or 'its special tokens, of which it has none'}"
+            )
+        tell(tokenizer.explain_eod() + ("" if config.append_eod else "; not appended, for lack of --append-eod"))
+        for note in tokenizer.notes + tokenizer.eod_warnings:
+            tell(f"warning: {note}")
+        sample = sample_texts(inputs, config.json_keys)
+        choice = choose_engine(tokenizer, sample, mode=config.tokenizer_engine, say=tell)
+        tell(f"tokenizer engine: {choice.engine} ({choice.reason})")
+        description, dtype = tokenizer.describe(), best_dtype(tokenizer.vocab_size)
+        eod_text = tokenizer.eod_token
+        eod_is_cut_out = eod_text is not None and tokenizer.eod in tokenizer.encode(eod_text)
+        del tokenizer
+        give_back_memory()
+
+        root = Path(config.work_dir or config.output_prefix + ".work")
+        folder = root / _fingerprint(config, inputs, choice, description)
+        hashes = BackgroundHashes([Path(item.path) for item in inputs], stopped=stop.is_set)
+        if done := _find_finished(config, inputs, description, hashes, unfinished=folder.is_dir()):
+            remove_folder(root, folder)
+            return done
+        open_folder(root, folder.name)
+        num_workers = config.workers or len(os.sched_getaffinity(0))
+        settings = _settings(config, inputs, choice, description, eod_text, folder, num_workers)
+        progress = _encode(config, settings, inputs, num_workers, stop)
+
+        shards = _collect(settings)
+        counts = Counts()
+        for shard in (shard for per_file in shards for shard in per_file):
+            counts.add(shard.counts)
+        quarantine = write_quarantine(config, settings.paths, shards)
+        check_budget(config, counts, settings.paths, shards, quarantine)
+        parents = dict(zip(distinct_names(inputs), hashes.wait()))
+        check_unchanged(inputs)
+        manifests = []
+        for column, key in enumerate(config.json_keys):
+            manifests.append(
+                concatenate(
+                    [shard.parts[column] for per_file in shards for shard in per_file],
+                    dataset_prefix(config, key),
+                    dtype=dtype,
+                    parameters=_parameters(config, key, choice, counts, eod_text),
+                    parents=parents,
+                    tokenizer=description,
+                    progress=lambda _: stop.check(),
+                )
+            )
+        remove_folder(root, folder)
+        if counts.documents_with_eod_text:
+            effect = (
+                "which is that id: each falls into several" if eod_is_cut_out else "which is text to this tokenizer"
+            )
+            tell(f"warning: {counts.documents_with_eod_text} documents have {eod_text} written out, {effect}")
+        tell(
+            f"{counts.documents} documents ({counts.empty_documents} empty), {counts.tokens} tokens, "
+            f"{counts.bad_records} bad records, {counts.blank_lines} blank lines, "
+            f"{counts.duplicate_keys} duplicate keys; {progress.summary()}"
+        )
+    return manifests
+
+
+def dataset_prefix(config: PreprocessConfig, key: str) -> str:
+    """Where the dataset of a key goes."""
+    return f"{config.output_prefix}_{key}_document"
+
+
+def _find_finished(
+    config: PreprocessConfig,
+    inputs: list[Input],
+    tokenizer: Mapping[str, Any],
+    hashes: BackgroundHashes,
+    *,
+    unfinished: bool,
+) -> list[Manifest] | None:
+    """The manifests of the datasets, if all are there and are what would be made now.
+
+    Raises MismatchError for others; flags are compared first, inputs by their content: all of it is read then.
+    """
+
+    def find(key: str, parents: Mapping[str, str]) -> Manifest | None:
+        return find_dataset(
+            dataset_prefix(config, key),
+            parameters={"json_key": key, "append_eod": config.append_eod, "max_doc_bytes": config.max_doc_bytes},
+            parents=parents,
+            tokenizer=tokenizer,
+            flag="--output-prefix",
+            unfinished=unfinished,
+        )
+
+    paths = [manifest_path(dataset_prefix(config, key)) for key in config.json_keys]
+    recorded = [read_manifest(path, check_files=False).parents for path in paths if path.exists()]
+    names = distinct_names(inputs)
+    for parents in recorded or [{}]:  # what needs no reading
+        same = set(parents) == set(names)
+        for key in config.json_keys:
+            find(key, parents if same else dict.fromkeys(names, "an input"))
+    if not recorded:
+        return None
+    tell("comparing the inputs with those of the dataset that is there")
+    parents = dict(zip(names, hashes.wait()))
+    found = [find(key, parents) for key in config.json_keys]
+    done = [manifest for manifest in found if manifest is not None]
+    if len(done) < len(found):
+        return None
+    for key in config.json_keys:
+        say_complete(dataset_prefix(config, key))
+    check_counts(config, Counts(**{"tokens": 0, **done[0].parameters["counts"]}))
+    return done
+
+
+def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, tokenizer: Mapping[str, Any]) -> str:
+    """Of all that decides the bytes of a shard; inputs by size and time, as reading them all would take too long."""
+    content = {
+        "megakd": __version__,
+        "versions": {name: _version(name) for name in _ENGINES},
+        "inputs": [[os.path.abspath(item.path), item.kind, item.size_bytes, item.modified_ns] for item in inputs],
+        "tokenizer": {key: value for key, value in tokenizer.items() if key != "path"},
+        "choice": choice.as_dict(),
+        "flags": [config.json_keys, config.append_eod, config.max_doc_bytes, config.shard_bytes],
+    }
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(as_json(content), option=orjson.OPT_SORT_KEYS))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _settings(
+    config: PreprocessConfig,
+    inputs: list[Input],
+    choice: Choice,
+    tokenizer: Mapping[str, Any],
+    eod_text: str | None,
+    folder: Path,
+    num_workers: int,
+) -> Settings:
+    total = sum(item.size_bytes for item in inputs)
+    return Settings(
+        paths=[item.path for item in inputs],
+        kinds=[item.kind for item in inputs],
+        json_keys=config.json_keys,
+        append_eod=config.append_eod,
+        tokenizer_type=config.tokenizer_type,
+        tokenizer_model=config.tokenizer_model,
+        vocab_size=config.vocab_size,
+        num_ids=tokenizer["vocab_size"],
+        eod=tokenizer["eod"],
+        eod_text=eod_text,
+        choice=choice.as_dict(),
+        max_doc_bytes=config.max_doc_bytes,
+        shard_bytes=config.shard_bytes or max(16 << 20, total // _MAX_SHARDS),
+        folder=str(folder),
+        max_resident_bytes=max(_RESIDENT_BYTES // num_workers, _LEAST_RESIDENT_BYTES),
+    )
+
+
+def _encode(
+    config: PreprocessConfig, settings: Settings, inputs: list[Input], num_workers: int, stop: StopFlag
+) -> Progress:
+    """Encode the shards that an earlier run has not."""
+    jobs = []
+    done_bytes = 0
+    budget = Budget(config, inputs, settings.shard_bytes)
+    for file, item in enumerate(inputs):
+        for shard, finished in enumerate(finished_shards(settings, file, verify=True)):
+            stop.check()
+            if finished is None:
+                jobs.append({"file": file, "shard": shard})
+                continue
+            budget.add_finished(file, shard, finished.counts, ended=finished.last)
+            if item.kind == "plain":
+                done_bytes += min(settings.shard_bytes, item.size_bytes - shard * settings.shard_bytes)
+            elif finished.last:
+                done_bytes += item.size_bytes
+    total = sum(item.size_bytes for item in inputs)
+    if jobs:
+        budget.check()
+        tell(f"reading {len(inputs)} files, {total / 1e6:.1f} MB, with {num_workers} workers")
+    progress = Progress(total, done_bytes=done_bytes, log_interval=config.log_interval)
+    positions: dict[tuple[int, int], int] = {}
+
+    def on_message(job: Mapping[str, Any], message: dict[str, Any]) -> None:
+        where = (job["file"], job["shard"])
+        before = positions.get(where, 0)
+        positions[where] = max(before, message["position"])
+        progress.add(
+            num_bytes=positions[where] - before,
+            documents=message["documents"],
+            tokens=message["tokens"],
+            bad=message["bad_records"],
+        )
+        budget.add(job, message)
+
+    def stopped() -> bool:
+        progress.tick()
+        return stop.is_set()
+
+    try:
+        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stopped) as pool:
+            pool.run(jobs, on_message)
+    finally:
+        progress.close()
+    return progress
+
+
+def _collect(settings: Settings) -> list[list[Shard]]:
+    """Every shard of every file."""
+    collected = []
+    for file, path in enumerate(settings.paths):
+        found = list(finished_shards(settings, file, verify=False))
+        shards = [shard for shard in found if shard is not None]
+        if len(shards) != len(found) or num_shards(settings, file) not in (None, len(shards)):
+            raise MismatchError(f"{path}: changed while it was read; run again when it is complete")
+        collected.append(shards)
+    return collected
+
+
+def _parameters(
+    config: PreprocessConfig, key: str, choice: Choice, counts: Counts, eod_text: str | None
+) -> dict[str, Any]:
+    met = asdict(counts)
+    del met["tokens"]
+    written_out = met.pop("documents_with_eod_text")
+    return {
+        "json_key": key,
+        "append_eod": config.append_eod,
+        "eod_token": eod_text,
+        "documents_with_eod_token": written_out,
+        "max_doc_bytes": config.max_doc_bytes,
+        "tokenizer_engine": choice.as_dict(),
+        "counts": met,
+    }

@@ -1,0 +1,25 @@
+"""The process that encodes shards of JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.pipeline.preprocess.shards import Settings, encode_shards
+from megakd.work.worker_process import Report, Work, serve
+
+
+def prepare(settings: dict[str, Any]) -> Work:
+    """Load the engine; jobs name a file and a shard."""
+    known = Settings(**settings)
+    engine = known.build_engine()
+
+    def work(job: Mapping[str, Any], report: Report) -> None:
+        encode_shards(known, engine, job["file"], job["shard"], report)
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(serve(prepare))

@@ -1,0 +1,1 @@
+"""Verb: fit a small model that predicts differences of scores."""

@@ -1,0 +1,1 @@
+"""Verb: scores and a selection as a page."""

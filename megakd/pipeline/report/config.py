@@ -1,0 +1,69 @@
+"""The flags of ``megakd report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megakd.config.tree import option
+from megakd.data.tokenizer import TokenizerType
+from megakd.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which scores to look at, what was kept of them, and what to compare them with."""
+
+    output: str = option(..., "folder for report.html, the tables (.csv) and the plots (.png)")
+    teacher_scores: str = option(..., "the teacher's scores of the dataset", common=True)
+    reference_scores: str = option(..., "the reference model's", common=True)
+    selection: str | None = option(None, "what was kept (default: the --ratio with the largest scores)", common=True)
+    other_teacher_scores: str | None = option(
+        None, "compare keep and drop with those by another teacher's scores (default: the same teacher's)"
+    )
+    other_reference_scores: str | None = option(
+        None, "compare keep and drop with those by another reference, for instance a larger one", common=True
+    )
+    ratio: float | None = option(
+        None, "share that either scoring keeps (default: the selection's, else 0.5)", common=True
+    )
+    teacher_scale: float | None = option(
+        None, "lambda in score = NLL_reference - lambda * NLL_teacher (default: the selection's, else 1)", common=True
+    )
+    normalise: Literal["token", "sample", "byte"] | None = option(
+        None, "NLL is per token, sample or byte (default: the selection's, else token)"
+    )
+    data_path: str | None = option(
+        None, "the dataset's prefix: adds document lengths, decoded extremes and diversity", common=True
+    )
+    domains: str | None = option(None, "file of lines NAME FIRST STOP, ranges of documents, as select reads it")
+    exclude_ids: list[str] = option([], "leave these samples out: a selection, or a file of ids, as select reads it")
+    tokenizer_model: str | None = option(None, "the tokenizer's file (default: as the dataset records)")
+    tokenizer_type: TokenizerType | None = option(None, "its type, where the dataset records none")
+    vocab_size: int | None = option(None, "of a NullTokenizer that is not recorded")
+    bins: int = option(100, "of the histograms, along each axis")
+    extremes: int = option(10, "how many samples to show from either end; 0 for none")
+    extreme_chars: int = option(1200, "characters of each that are shown")
+    diversity_samples: int = option(2000, "samples in which n-grams are counted; 0 for none")
+    seed: int | None = option(None, "of ties and of the samples n-grams are counted in (default: the selection's)")
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work, whatever the scores."""
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UsageError(f"--ratio {self.ratio}: expected more than 0 and at most 1")
+        if not 3 <= self.bins <= 1000:
+            raise UsageError(f"--bins {self.bins}: expected from 3 to 1000")
+        for flag, value, least, most in (
+            ("--extremes", self.extremes, 0, 1000),
+            ("--extreme-chars", self.extreme_chars, 1, 100_000),
+            ("--diversity-samples", self.diversity_samples, 0, 100_000),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{flag} {value}: expected from {least} to {most}")
+        if (self.domains or self.normalise == "byte") and not self.data_path:
+            raise UsageError("--domains and --normalise byte read the dataset: add --data-path PREFIX")
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a second scoring."""
+        return bool(self.other_teacher_scores or self.other_reference_scores)

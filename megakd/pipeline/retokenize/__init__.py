@@ -1,0 +1,1 @@
+"""Verb: a dataset into another tokenizer's ids."""

@@ -1,0 +1,24 @@
+"""The process that retokenizes shards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.pipeline.retokenize.shards import Retokenizer, Settings
+from megakd.work.worker_process import Report, Work, serve
+
+
+def prepare(settings: dict[str, Any]) -> Work:
+    """Load both tokenizers; jobs name a shard and its documents."""
+    retokenizer = Retokenizer(Settings(**settings))
+
+    def work(job: Mapping[str, Any], report: Report) -> None:
+        retokenizer.encode_shard(job["shard"], job["first"], job["stop"], report)
+
+    return work
+
+
+if __name__ == "__main__":
+    sys.exit(serve(prepare))

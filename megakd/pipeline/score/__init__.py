@@ -1,0 +1,1 @@
+"""Verb: score every sample of a dataset under a model."""

@@ -1,0 +1,116 @@
+"""What a model's hidden states say about the samples of a microbatch, as columns of scores.
+
+Axes: ``S`` sequence, ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens, sequence first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megakd.data.loader import Microbatch
+from megakd.data.scores.artefact import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.errors import CorruptError
+from megakd.losses.read import HeadReading, read_head
+from megakd.model.proxy.head import ValueHead
+from megakd.parallel import Groups
+from megakd.pipeline.frozen.config import padded_vocab
+from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
+from megakd.targets import DenseTargets
+
+_LOWEST_HALF = -65504.0
+
+
+class LogProbColumns:
+    """Log-probabilities of the labels under the model's own head, in the layout of ``groups``."""
+
+    def __init__(self, config: ScoreConfig, plan: ScorePlan, groups: Groups) -> None:
+        self._config, self._columns, self._model, self._groups = config, plan.parts.columns, plan.record.path, groups
+        padded = padded_vocab(config, plan.record, plan.shape)
+        self._shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
+
+    def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
+        """By file name, a row for each stretch, as `RangeColumns.add` takes them."""
+        labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
+        reading = read_head(
+            targets.hidden_TH,
+            targets.weight_vH,
+            shard=self._shard,
+            ids_T=labels_T,
+            entropy=self._config.per_token_entropy,
+            implementation=self._config.loss_implementation,
+            chunk_bytes=self._config.head_chunk_mbytes << 20,
+        )
+        return log_prob_columns(reading, microbatch, self._model, per_token=TOKEN_LOG_PROBS in self._columns)
+
+
+def log_prob_columns(
+    reading: HeadReading, microbatch: Microbatch, model: str | Path, *, per_token: bool = False
+) -> dict[str, NDArray[Any]]:
+    """The labels' log-probabilities in ``reading`` by file name, as `RangeColumns.add` takes them.
+
+    per_token: those of each position too. Entropies come where the reading has them.
+
+    Raises CorruptError, which names ``model``, where one is not finite.
+    """
+    shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
+    log_prob_BS = _to_numpy(reading.log_prob_T, shape)
+    bad_B = (mask_BS & ~np.isfinite(log_prob_BS)).any(axis=1)
+    if bad_B.any():
+        raise CorruptError(
+            f"{model}: the log-probabilities of samples {microbatch.sample_ids_B[bad_B][:8].tolist()} "
+            "are not finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+        )
+    # by numpy, whose order of addition does not depend on threads
+    sums_B = np.where(mask_BS, log_prob_BS, 0.0).astype(np.float64).sum(axis=1)
+    columns = {LOG_PROBS: sums_B, COUNTS: mask_BS.sum(axis=1)}
+    if per_token:
+        columns[TOKEN_LOG_PROBS] = _to_half(np.maximum(log_prob_BS, _LOWEST_HALF), mask_BS)
+    if reading.entropy_T is not None:
+        columns[TOKEN_ENTROPIES] = _to_half(_to_numpy(reading.entropy_T, shape), mask_BS)
+    return columns
+
+
+class PredictedColumns:
+    """What a proxy predicts: ``log_probs`` is the difference of the log-probabilities of the sample's tokens.
+
+    So the NLL per token is minus the predicted difference per token, and a weight of -1 ranks by the prediction.
+    """
+
+    def __init__(self, plan: ScorePlan, groups: Groups) -> None:
+        assert plan.proxy is not None
+        self._folder, self._device = plan.proxy.folder, groups.device
+        self._head = ValueHead(plan.record.shape.hidden_size, device=groups.device).requires_grad_(False)
+        with torch.no_grad():
+            self._head.weight.copy_(torch.from_numpy(plan.proxy.head[:-1].copy()))
+            self._head.bias.copy_(torch.from_numpy(plan.proxy.head[-1:].copy()))
+
+    def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
+        """By file name, a row for each sample, as `RangeColumns.add` takes them."""
+        batch, width = microbatch.tokens_BS.shape
+        mask_BS = torch.from_numpy(microbatch.loss_mask_BS).to(self._device)
+        per_token_B = self._head(targets.hidden_TH.view(width, batch, -1), mask_BS).cpu().numpy().astype(np.float64)
+        counts_B = microbatch.loss_mask_BS.sum(axis=1)
+        bad_B = (counts_B > 0) & ~np.isfinite(per_token_B)
+        if bad_B.any():
+            raise CorruptError(
+                f"{self._folder}: what is predicted for samples {microbatch.sample_ids_B[bad_B][:8].tolist()} is not "
+                "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
+            )
+        return {LOG_PROBS: np.where(counts_B > 0, per_token_B * counts_B, 0.0), COUNTS: counts_B}
+
+
+def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """``[B, S]`` fp32 of values in megatron's order, sequence first."""
+    assert values_T is not None
+    array: NDArray[np.float32] = values_T.view(shape[1], shape[0]).t().float().contiguous().cpu().numpy()
+    return array
+
+
+def _to_half(values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
+    """fp16, NaN where no label was scored."""
+    return np.where(mask_BS, values_BS, np.nan).astype(np.float16)

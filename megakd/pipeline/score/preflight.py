@@ -1,0 +1,222 @@
+"""What ``megakd score`` is asked to do, checked against what is on disk; every refusal, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.config.tree import option
+from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
+from megakd.data.indexed.dataset import IndexedDataset
+from megakd.data.loader import check_vocabulary
+from megakd.data.samples.boundaries import boundaries_of, check_boundaries
+from megakd.data.samples.concat import Samples
+from megakd.data.samples.packing import open_samples
+from megakd.data.scores.artefact import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
+from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
+from megakd.errors import UsageError
+from megakd.model.checkpoint.record import CheckpointRecord, read_record
+from megakd.model.config import ModelShape
+from megakd.model.proxy.artefact import Proxy, read_proxy
+from megakd.pipeline.frozen.config import RangeRunConfig, precision
+from megakd.pipeline.score.draw_sample import draw_sample
+from megakd.pipeline.score.parts import Parts
+from megakd.work.console import tell
+
+
+@dataclass(frozen=True)
+class ScoreConfig(RangeRunConfig):
+    """What ``megakd score`` is asked to do."""
+
+    load: str | None = option(None, "the model: a checkpoint folder of 'megakd train'", common=True)
+    proxy: str | None = option(
+        None, "instead, a folder of 'megakd proxy': scores are its predictions of teacher minus reference", common=True
+    )
+    output: str = option(
+        ...,
+        "folder for the scores; unfinished work stays in its folder parts. Jobs on several machines need a file system "
+        "on which flock works across them (NFS does, unless mounted with nolock or local_lock)",
+        common=True,
+    )
+    iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
+    mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
+        "all",
+        "all: every position is scored; skip_after_eod: not the token with which another document starts, by the "
+        "index or behind an end-of-document id (MiniPLM's code); reset: each document by itself too, as with an "
+        "attention mask and positions by document",
+        common=True,
+    )
+    per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
+    per_token_entropy: bool = option(False, "store the entropy at each position too (fp16)", common=True)
+    sample_fraction: float = option(
+        1.0,
+        "score only this share of the samples, drawn by --sample-seed: what 'megakd proxy' learns from",
+        common=True,
+    )
+    sample_seed: int = option(1234, "which samples; the same ones for every model that scores them", common=True)
+    range_samples: int = option(
+        0,
+        "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset, over "
+        "--sample-fraction",
+    )
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        if (self.load is None) == (self.proxy is None):
+            raise UsageError("which model? --load CHECKPOINT, or --proxy DIR of 'megakd proxy': one of them")
+        if self.proxy is not None and (self.iteration, self.per_token_log_probs, self.per_token_entropy) != (
+            None,
+            0,
+            0,
+        ):
+            raise UsageError("--proxy gives one number a sample: no --iteration, and nothing per token")
+        if self.range_samples < 0:
+            raise UsageError(f"--range-samples is {self.range_samples}; expected 0 or more")
+        if not 0 < self.sample_fraction <= 1:
+            raise UsageError(f"--sample-fraction {self.sample_fraction}: expected more than 0, and 1 for all samples")
+        super().validate()
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """The configuration checked against what is on disk."""
+
+    record: CheckpointRecord
+    shape: ModelShape
+    samples: Samples
+    eod_token: int | None
+    """What ends a document beside the index, if the mask policy asks and the tokenizer has one."""
+    parts: Parts
+    proxy: Proxy | None = None
+    """What makes numbers of the model's hidden states; None: its own head, log-probabilities."""
+
+
+def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
+    """Refuse what cannot work, and return what the rest of the run needs to know.
+
+    Raises UsageError, MismatchError (also for scores in ``--output`` that are others than these), CorruptError.
+    """
+    config.parallel().data_parallel_size(world_size)
+    if config.proxy is not None:
+        proxy = read_proxy(config.proxy)
+        proxy.check_samples(packing=config.packing, seq_length=config.seq_length, mask_policy=config.mask_policy)
+        return check_score_of(proxy.record, config, proxy)
+    assert config.load is not None  # validate
+    record = read_record(
+        config.load, config.iteration, role="--load", flag="--iteration", shape=config.described_shape()
+    )
+    return check_score_of(record, config)
+
+
+def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
+    """The same for a model that is known, wherever it lies."""
+    dataset = IndexedDataset(config.data_path)
+    record, tokenizer = agreed(dataset, record, config)
+    shape = config.frozen_shape(record)
+    shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
+    find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
+    samples = open_samples(config.packing, dataset, config.seq_length, find_tokenizer)
+    check_vocabulary([samples], record.vocab_size)
+    eod_token = skipped_token(config.mask_policy, dataset, tokenizer)
+    ids: NDArray[np.int64] | None = None
+    optional: dict[str, Any] = {}
+    if proxy is not None:
+        scale = proxy.manifest.parameters["fit"]["teacher_scale"]
+        optional["predicts"] = {"difference": "teacher - reference", "teacher_scale": scale}
+    if config.sample_fraction < 1:
+        ids = draw_sample(samples.num_samples, fraction=config.sample_fraction, seed=config.sample_seed)
+        optional["sampled"] = {"fraction": config.sample_fraction, "seed": config.sample_seed, "num_scored": len(ids)}
+    scored_together = max(512, -(-samples.num_samples // 16384))
+    parts = Parts(
+        Path(config.output),
+        num_samples=samples.num_samples,
+        range_samples=config.range_samples or math.ceil(scored_together / config.sample_fraction),
+        columns=_columns(config),
+        parameters={
+            "packing": samples.packing,
+            "seq_length": config.seq_length,
+            **masked_labels(config.mask_policy, dataset),
+            "precision": precision(shape),
+            **unrecorded_vocabulary(record.vocab_size, tokenizer),
+            **optional,
+        },
+        parents={"dataset": dataset.fingerprint, "model": (proxy.manifest if proxy else record).fingerprint},
+        tokenizer=tokenizer,
+        ids=ids,
+    )
+    parts.check_all()
+    return ScorePlan(record, shape, samples, eod_token, parts, proxy)
+
+
+def skipped_token(mask_policy: str, dataset: IndexedDataset, tokenizer: Mapping[str, Any] | None) -> int | None:
+    """The input whose label is not scored under a mask policy, beside those that the index tells; None: none.
+
+    Raises UsageError where the policy needs an end-of-document id that nothing records.
+    """
+    if mask_policy == "all":
+        return None
+    return check_boundaries(dataset, tokenizer, f"--mask-policy {mask_policy}", instead="use --mask-policy all")
+
+
+def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
+    """What scores record of the labels that they leave out, by parameter."""
+    told_by = {} if mask_policy == "all" else {"boundaries": boundaries_of(dataset)}
+    return {"mask_policy": mask_policy, **told_by}
+
+
+def _columns(config: ScoreConfig) -> tuple[str, ...]:
+    extra = [TOKEN_LOG_PROBS] * config.per_token_log_probs + [TOKEN_ENTROPIES] * config.per_token_entropy
+    return (LOG_PROBS, COUNTS, *extra)
+
+
+class _Reader(Protocol):
+    """What a verb's flags say of the tokens that a model reads."""
+
+    @property
+    def tokenizer_model(self) -> str | None: ...
+
+    @property
+    def vocab_size(self) -> int | None: ...
+
+
+def agreed(
+    dataset: IndexedDataset, record: CheckpointRecord, config: _Reader
+) -> tuple[CheckpointRecord, dict[str, Any] | None]:
+    """The model as one of the true vocabulary, of whose rows those behind it are padding; and the tokenizer of dataset
+    and model. What is not recorded is said on stderr, by the first rank.
+
+    Raises MismatchError where the two, or the file of ``--tokenizer-model``, are known to differ.
+    """
+    sides = [
+        Side(f"dataset {dataset.prefix}", recorded_tokenizer(dataset)),
+        Side(f"the model {record.path}", record.tokenizer, record.vocab_size, padded=record.rows is not None),
+    ]
+    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
+    if given is not None:  # what the dataset was made with, where nothing is recorded
+        sides = [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
+    vocab_size = true_vocabulary(sides, stated=config.vocab_size)
+    if vocab_size is None and record.rows is not None:
+        raise UsageError(
+            f"{record.path} tells {record.rows} rows of an embedding, padding among them, and {dataset.prefix} no "
+            f"tokenizer: `megakd verify --adopt {dataset.prefix} --tokenizer-type T --tokenizer-model FILE` records it"
+        )
+    warning = unknown_tokenizers(sides)
+    if warning is not None and os.environ.get("RANK", "0") == "0":
+        tell(warning)
+    if vocab_size is not None:
+        record = dataclasses.replace(record, vocab_size=vocab_size, rows=None)
+    return record, one_tokenizer(sides)
+
+
+def unrecorded_vocabulary(vocab_size: int, tokenizer: Mapping[str, Any] | None) -> dict[str, int]:
+    """The vocabulary that log-probabilities are of, for manifests whose tokenizer does not tell it."""
+    return {} if tokenizer is not None and tokenizer["vocab_size"] == vocab_size else {"vocab_size": vocab_size}

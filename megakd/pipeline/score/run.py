@@ -1,0 +1,75 @@
+"""Scoring itself: what a model, or a proxy, says about each sample of a range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.loader import Microbatch
+from megakd.errors import ExitStatus
+from megakd.parallel import Groups
+from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
+from megakd.pipeline.frozen.run import work_through
+from megakd.pipeline.score.columns import LogProbColumns, PredictedColumns
+from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
+from megakd.pipeline.score.range_columns import RangeColumns
+from megakd.targets import DenseTargets
+from megakd.teachers.model_teacher import ModelTeacher
+from megakd.work.range_progress import RangeProgress
+
+
+def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
+    """Score what is missing in ``--output``, with all other ranks and jobs that do.
+
+    All ranks call it. Returns COMPLETE once the whole scores are there, STOPPED if a signal came first.
+
+    Raises CorruptError where the model gives no finite log-probabilities, or finished ranges were damaged.
+    """
+    return work_through(plan.parts, partial(build_scorer, config, plan), config, done="scored")
+
+
+class Scorer:
+    """One copy of the model, and what it says about samples.
+
+    teacher: the model, in the layout of ``groups``. computed: what the last bits of its answers depend on.
+    """
+
+    def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
+        self._names, self._seq_length = plan.parts.columns, config.seq_length
+        self._model = RangeModel(
+            config,
+            plan.samples,
+            teacher,
+            vocab_size=plan.record.vocab_size,
+            eod_mask_loss=config.mask_policy != "all",
+            eod_token=plan.eod_token,
+            by_document=config.mask_policy == "reset" and plan.proxy is None,  # a proxy judges samples as a whole
+        )
+        answer = PredictedColumns(plan, groups) if plan.proxy else LogProbColumns(config, plan, groups)
+        self._answer: Callable[[DenseTargets, Microbatch], dict[str, NDArray[Any]]] = answer
+        self.computed = computed_by(config, plan.parts.range_samples)
+
+    def make(
+        self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """The columns over the samples ``[start, stop)``; filled on the last stage. The copy's ranks all call it.
+
+        ids: ascending, those of the range that are scored; None: all.
+        """
+        ids = np.arange(start, stop) if ids is None else ids
+        columns = RangeColumns(self._names, start, stop, ids, self._seq_length)
+        for part, microbatch, targets, share in self._model.outputs(ids):
+            columns.add(part, self._answer(targets, microbatch))
+            if progress is not None:
+                progress.tick(int(len(ids) * share))
+        return columns.finish()
+
+
+def build_scorer(config: ScoreConfig, plan: ScorePlan, groups: Groups) -> Scorer:
+    """The model of ``--load`` in the layout of ``groups``, ready to score. All ranks call it."""
+    teacher = build_frozen(config, plan.record, plan.shape, groups)
+    return Scorer(config, plan, teacher, groups)

@@ -1,0 +1,1 @@
+"""Verb: keep the samples that a teacher likes better than a reference does."""

@@ -1,0 +1,1 @@
+"""Verb: train a tokenizer."""

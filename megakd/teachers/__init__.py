@@ -1,0 +1,1 @@
+"""Teachers: a model, logits stores, both, or none."""

@@ -1,0 +1,1 @@
+"""The loss of a run: what each token weighs in each term."""

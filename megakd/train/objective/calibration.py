@@ -1,0 +1,54 @@
+"""How far a model's confidence in its best id is from how often that id is right: the expected calibration error.
+
+Axes: T tokens, H hidden, v this rank's slice of the vocabulary, b bins of confidence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megakd.errors import UsageError
+from megakd.losses.head import VocabShard
+from megakd.losses.kernels.choose import Implementation
+from megakd.losses.read import read_head
+
+NUM_BINS = 15
+
+
+def calibration_sums(
+    hidden_TH: Tensor,
+    weight_vH: Tensor,
+    labels_T: Tensor,
+    mask_T: Tensor,
+    *,
+    shard: VocabShard,
+    implementation: Implementation,
+    chunk_bytes: int,
+) -> Tensor:
+    """``[2, b]`` float64, the same on every rank of the group: of the tokens in each bin, how often the best id was the
+    label, and the sum of its probability. A bin is open on the left: ``(m / b, (m + 1) / b]``.
+
+    The arguments are those of ``losses.read.read_head``; labels_T: int64; mask_T: bool, the tokens that count.
+    """
+    read = read_head(
+        hidden_TH[mask_T], weight_vH, shard=shard, top_k=1, implementation=implementation, chunk_bytes=chunk_bytes
+    )
+    assert read.top_ids_TK is not None and read.top_log_probs_TK is not None
+    confidence_T = read.top_log_probs_TK[:, 0].exp().double()
+    right_T = (read.top_ids_TK[:, 0] == labels_T[mask_T]).double()
+    edges = torch.arange(1, NUM_BINS, device=confidence_T.device, dtype=torch.float64) / NUM_BINS
+    bins_T = torch.bucketize(confidence_T, edges)
+    sums = confidence_T.new_zeros(2, NUM_BINS)
+    return sums.index_add_(1, bins_T, torch.stack([right_T, confidence_T]))
+
+
+def calibration_error(sums: Tensor, num_tokens: int) -> float:
+    """The mean over tokens of ``|share right - mean confidence|`` of their bin (arXiv 1706.04599, equation 3).
+
+    sums: what `calibration_sums` returned, added up over any number of calls; num_tokens: over how many tokens.
+    Raises UsageError for no tokens.
+    """
+    if num_tokens < 1:
+        raise UsageError("a calibration error of 0 tokens; expected held-out data that the loss mask does not empty")
+    return float((sums[0] - sums[1]).abs().sum()) / num_tokens

@@ -1,0 +1,287 @@
+"""What a token weighs in each term of the loss, decided here alone, and the loss of one microbatch.
+
+Axes: B microbatch, S sequence, T = S x B flattened tokens in megatron's order (sequence first), H hidden, v this rank's
+slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
+from megakd.losses.kernels.choose import Implementation
+from megakd.losses.rows import KDOutput
+from megakd.parallel import Groups
+from megakd.targets import DenseTargets, Given, MixedTargets, SparseTargets, Targets
+from megakd.train.objective.calibration import calibration_sums
+from megakd.train.objective.config import ObjectiveConfig
+from megakd.train.objective.gates import Gated, Gates, apply_gates, tokens_with_targets
+from megakd.train.objective.schedule import KDSchedule
+from megakd.train.objective.taid import Taid
+from megakd.train.objective.token_temperature import TokenTemperature
+
+# isort: split
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What the objective says about one microbatch.
+
+    loss: the weighted sum; differentiable. It is to be divided by the number of tokens in ``kept_T``.
+    mask_T, kept_T, kd_T: bool, the tokens that the loss mask keeps, those of them that are trained on, and those of
+        these that get KD. known_T: bool, the tokens whose values were computed. stored_T: bool, those in the mask whose
+    targets come from a store.
+    head: the values of every term a token. kd: of the KD terms, for each token those of its own; None without KD.
+    temperature_T: of the teacher's logits, where each token has its own. calibration: sums by bin of confidence, see
+        ``calibration.calibration_sums``; None in training. asked_model: whether a model ran as teacher.
+    """
+
+    loss: Tensor
+    mask_T: Tensor
+    kept_T: Tensor
+    kd_T: Tensor
+    known_T: Tensor
+    stored_T: Tensor
+    head: HeadOutput
+    kd: KDOutput | None = None
+    temperature_T: Tensor | None = None
+    calibration: Tensor | None = None
+    asked_model: bool = False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss = (1 - alpha) · LM + alpha · KD + z_loss_coeff · log_z², each a sum over the tokens that are trained on.
+
+    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0; ``lm_weight`` stands for
+    1 - alpha where it is given. The mean is taken outside,
+    once the global batch is complete, over all of its tokens that are trained on: what Rho-1 drops counts no more than
+    what is masked (arXiv 2404.07965, equation 4), while a token that the entropy gate takes from KD alone still counts,
+    with its LM loss at its weight of 1 - alpha. A token about which the teacher says nothing has its LM loss alone, at
+    weight 1.
+
+    taid: the state of that divergence, which changes the target from step to step. schedule: what alpha and the
+    temperature are at each step; ``at`` makes the objective of one. token_temperature: gives each token its own.
+    from_store: whether targets come from a store, for some tokens at least. calibrate: whether calibration is
+    measured too, with logits of its own.
+    """
+
+    alpha: float
+    term: KDTerm | None
+    shard: VocabShard
+    sequence_parallel: bool
+    z_loss_coeff: float = 0.0
+    gates: Gates = Gates()
+    taid: Taid | None = None
+    lm_weight: float | None = None
+    schedule: KDSchedule | None = None
+    token_temperature: TokenTemperature | None = None
+    from_store: bool = False
+    calibrate: bool = False
+    implementation: Implementation = "auto"
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step. Where alpha is 0 it has no KD term and asks no teacher but for Rho-1's choice."""
+        if self.schedule is None or self.term is None:
+            return self
+        alpha = self.schedule.alpha.at(step)
+        if alpha == 0:
+            return replace(self, alpha=0.0, term=None, gates=replace(self.gates, entropy_gate=0.0))
+        return replace(self, alpha=alpha, term=replace(self.term, temperature=self.schedule.temperature.at(step)))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.term is not None or self.gates.closed
+
+    @property
+    def lm_share(self) -> float:
+        """What the LM loss of a token weighs."""
+        return 1.0 - self.alpha if self.lm_weight is None else self.lm_weight
+
+    def __call__(
+        self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Given
+    ) -> TokenLosses:
+        """The weighted sum over this microbatch, differentiable, and every term a token.
+
+        hidden_SBH: the last stage's output; under sequence parallelism ``[S / TP, B, H]``.
+        """
+        if self.sequence_parallel:
+            # its backward reduce-scatters the partial gradients of the ranks
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
+        hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
+        labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
+        gated = self._gate(hidden_TH, weight_vH, labels_T, mask_T, targets)
+        kept_T, parts, temperature_T = gated.kept_T.float(), list[_Part](), None
+        lm_weight_T = kept_T * self.lm_share
+        if self.term is not None:
+            lm_weight_T = torch.where(tokens_with_targets(targets, mask_T), lm_weight_T, kept_T)
+        if self.term is not None and targets is not None:
+            term = self.term if self.taid is None else replace(self.term, taid_t=self.taid.t)
+            if self.token_temperature is not None:
+                tempered = self.token_temperature(targets, term.temperature)
+                targets, temperature_T = tempered.targets, tempered.temperature_T
+                term = replace(term, temperature=1.0)
+            parts = _parts(targets, term, gated.kd_T)
+        kd = [KD(part.term, part.targets, part.tokens_T.float() * self.alpha) for part in parts]
+        head = head_loss(
+            hidden_TH,
+            weight_vH,
+            labels_T,
+            shard=self.shard,
+            lm_weight_T=lm_weight_T,
+            z_weight_T=kept_T * self.z_loss_coeff if self.z_loss_coeff > 0 else None,
+            kd=kd,
+            hidden_grad="partial" if self.sequence_parallel else "all_reduce",
+            implementation=self.implementation,
+            chunk_bytes=self.chunk_bytes,
+        )
+        known_T = gated.kept_T if self.z_loss_coeff > 0 else (lm_weight_T != 0) | gated.kd_T
+        stored_T = _stored_tokens(targets, mask_T)
+        return TokenLosses(
+            loss=head.loss,
+            mask_T=mask_T,
+            kept_T=gated.kept_T,
+            kd_T=gated.kd_T,
+            known_T=known_T,
+            stored_T=stored_T,
+            head=head,
+            kd=_merged(head.kd, parts),
+            temperature_T=temperature_T,
+            calibration=self._calibration(hidden_TH, weight_vH, labels_T, mask_T) if self.calibrate else None,
+            asked_model=isinstance(targets, DenseTargets | MixedTargets),
+        )
+
+    def advance(self, step: int, kd: float | None) -> None:
+        """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
+        if self.taid is not None and kd is not None:
+            self.taid.advance(step, kd)
+
+    def held_out(self, *, with_teacher: bool = True) -> Objective:
+        """The same loss for evaluation: on all tokens, with the teacher itself as taid's target, and with the largest
+        alpha and temperature of schedules, so that values compare over steps and runs. Without a teacher that knows the
+        held-out data, the LM loss alone."""
+        if not with_teacher:
+            return replace(
+                self, alpha=0.0, lm_weight=None, term=None, gates=Gates(), taid=None, schedule=None, calibrate=True
+            )
+        term = replace(self.term, taid_t=1.0) if self.term is not None else None
+        return replace(self, term=term, gates=Gates(), taid=None, schedule=None, calibrate=True)
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved with the weights; plain data."""
+        taid = {} if self.taid is None else {"taid": self.taid.state_dict()}
+        return taid if self.schedule is None else {**taid, "schedule": self.schedule.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.taid is not None and "taid" in state:
+            self.taid.load_state_dict(state["taid"])
+
+    def _calibration(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+        own: dict[str, Any] = {"implementation": self.implementation, "chunk_bytes": self.chunk_bytes}
+        return calibration_sums(hidden_TH, weight_vH, labels_T, mask_T, shard=self.shard, **own)
+
+    def _gate(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Given) -> Gated:
+        if targets is None:
+            return Gated(mask_T, torch.zeros_like(mask_T))
+        gated = apply_gates(
+            self.gates,
+            hidden_TH,
+            weight_vH,
+            labels_T,
+            mask_T,
+            targets,
+            shard=self.shard,
+            chunk_bytes=self.chunk_bytes,
+        )
+        return gated if self.term is not None else Gated(gated.kept_T, torch.zeros_like(mask_T))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens whose targets are of one kind."""
+
+    term: KDTerm
+    targets: Targets
+    tokens_T: Tensor
+
+
+def _parts(targets: Given, term: KDTerm, kd_T: Tensor) -> list[_Part]:
+    if not isinstance(targets, MixedTargets):
+        return [] if targets is None else [_Part(term, targets, kd_T)]
+    stored_T = _stored_tokens(targets, kd_T)
+    whole = replace(term, tail="none")  # a model lists every id
+    return [_Part(term, targets.stored, stored_T), _Part(whole, targets.model, kd_T & ~stored_T)]
+
+
+def _stored_tokens(targets: Given, mask_T: Tensor) -> Tensor:
+    """bool ``[T]``: the tokens of the mask whose targets come from a store."""
+    stored = targets.stored if isinstance(targets, MixedTargets) else targets
+    return tokens_with_targets(stored if isinstance(stored, SparseTargets) else None, mask_T)
+
+
+def _merged(outputs: tuple[KDOutput, ...], parts: list[_Part]) -> KDOutput | None:
+    """For each token the values of the part it is in; the parts share no token."""
+    if not outputs:
+        return None
+    value_T, agree_T, entropy_T = outputs[0].value_T, outputs[0].agree_T, outputs[0].entropy_T
+    for other, part in zip(outputs[1:], parts[1:]):
+        value_T = torch.where(part.tokens_T, other.value_T, value_T)
+        agree_T = torch.where(part.tokens_T, other.agree_T, agree_T)
+        if entropy_T is not None and other.entropy_T is not None:
+            entropy_T = torch.where(part.tokens_T, other.entropy_T, entropy_T)
+        else:
+            entropy_T = None
+    return KDOutput(value_T, agree_T, entropy_T)
+
+
+def make_objective(
+    config: ObjectiveConfig,
+    groups: Groups,
+    *,
+    vocab_size: int,
+    padded_vocab_size: int,
+    with_teacher: bool,
+    from_store: bool,
+    train_iters: int,
+    schedule: KDSchedule | None,
+) -> Objective:
+    """The objective for this rank's slice of the vocabulary."""
+    shard = groups.vocab_shard(vocab_size, padded_vocab_size=padded_vocab_size)
+    with_kd = with_teacher and config.kd_alpha > 0
+    chunk_bytes = config.head_chunk_mbytes << 20
+    taid = Taid(
+        t_start=config.taid_t_start,
+        t_end=config.taid_t_end,
+        alpha=config.taid_alpha,
+        beta=config.taid_beta,
+        train_iters=train_iters,
+    )
+    return Objective(
+        alpha=config.kd_alpha if with_kd else 0.0,
+        term=config.kd_term() if with_kd else None,
+        shard=shard,
+        sequence_parallel=groups.parallel.sequence_parallel,
+        z_loss_coeff=config.z_loss_coeff,
+        gates=Gates(config.rho_keep, config.kd_entropy_gate) if with_teacher else Gates(),
+        taid=taid if with_kd and config.kd_divergence == "taid" else None,
+        lm_weight=config.lm_weight if with_kd else None,
+        schedule=schedule if with_kd else None,
+        token_temperature=_token_temperature(config, shard, chunk_bytes) if with_kd else None,
+        from_store=from_store,
+        implementation=config.loss_implementation,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def _token_temperature(config: ObjectiveConfig, shard: VocabShard, chunk_bytes: int) -> TokenTemperature | None:
+    if config.kd_temperature_mode == "static":
+        return None
+    return TokenTemperature(
+        config.kd_temperature_mode, uncertain=config.kd_temperature_uncertain, shard=shard, chunk_bytes=chunk_bytes
+    )

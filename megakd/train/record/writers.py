@@ -1,0 +1,193 @@
+"""Where the figures of a run go beside its own record: TensorBoard, Weights & Biases, MLflow; one interface, fed alike.
+
+Names and values are the same everywhere. Only the rank that logs builds writers, and only those that are asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from megakd.artefacts.file_names import printable
+from megakd.artefacts.manifest import atomic_write
+from megakd.config.tree import to_dict
+from megakd.errors import UsageError
+from megakd.train.config import LoggingConfig, TrainConfig
+from megakd.train.record.trackers import CLOSE_SECONDS, Kind, Tracked, serve
+
+RUN_ID = "tracked_run.json"
+Say = Callable[[str], None]
+
+
+class Writer(Protocol):
+    """Takes figures by name."""
+
+    def add(self, figures: Mapping[str, float], *, step: int, samples: int | None = None) -> None:
+        """Record figures of one step. samples: consumed by then, for plots against them; None leaves those out."""
+
+    def close(self, *, complete: bool) -> None:
+        """No figures come any more. complete: whether the run did all of its steps."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What writers are built from. start_step: what the run goes on from; 0 for a new one."""
+
+    config: TrainConfig
+    start_step: int
+    say: Say
+
+    @property
+    def folder(self) -> Path | None:
+        save = self.config.checkpoint.save
+        return None if save is None else Path(save)
+
+
+def check_writers(config: LoggingConfig) -> None:
+    """Raise UsageError where a package that is asked for is not installed."""
+    for kind, (flag, asked) in _asked(config).items():
+        spec = find_spec(kind) if asked else None
+        # a folder of that name, such as wandb's own files, is found too, and has no origin
+        if asked and (spec is None or spec.origin is None):
+            raise UsageError(f"{flag}: the package {kind} is not installed; pip install 'megakd[{kind}]' or {kind}")
+
+
+def build_writers(opening: Opening) -> list[Writer]:
+    """Those that the configuration asks for."""
+    return [writer for build in WRITERS.values() if (writer := build(opening)) is not None]
+
+
+class TensorBoardWriter:
+    """Scalars by step, and "NAME vs samples" by samples."""
+
+    def __init__(self, folder: str, *, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only one rank needs it
+
+        self._board: Any = SummaryWriter(folder, purge_step=start_step + 1)
+
+    def add(self, figures: Mapping[str, float], *, step: int, samples: int | None = None) -> None:
+        """Record figures of one step."""
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+            if samples is not None:
+                self._board.add_scalar(f"{name} vs samples", value, samples)
+
+    def close(self, *, complete: bool) -> None:
+        """Write what is left."""
+        self._board.close()
+
+
+class ProcessWriter:
+    """Hands figures to a tracker in a process of its own. Nothing here waits for it but the end, for a bounded time."""
+
+    def __init__(self, tracked: Tracked, say: Say) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
+        reader, self._connection = context.Pipe(duplex=False)
+        self._process = context.Process(target=serve, args=(reader, tracked), daemon=True)
+        self._process.start()
+        reader.close()
+        self._kind, self._say = tracked.kind, say
+        self._figures: queue.SimpleQueue[tuple[int, dict[str, float]] | bool] = queue.SimpleQueue()
+        threading.Thread(target=self._send, daemon=True).start()
+        # before multiprocessing's own, which would wait for the process without telling it that nothing comes any more
+        atexit.register(self._end, False)
+
+    def add(self, figures: Mapping[str, float], *, step: int, samples: int | None = None) -> None:
+        """Record figures of one step; returns at once."""
+        own = dict(figures) if samples is None else {**figures, "samples": samples}
+        self._figures.put((step, own))
+
+    def close(self, *, complete: bool) -> None:
+        """Let what was handed over arrive, for so long as `CLOSE_SECONDS`."""
+        atexit.unregister(self._end)
+        self._end(complete)
+
+    def _end(self, complete: bool) -> None:
+        self._figures.put(complete)
+        self._process.join(CLOSE_SECONDS)
+        if self._process.is_alive():
+            self._say(f"Warning: {self._kind} did not take everything within {CLOSE_SECONDS:.0f} s; the run ends")
+            self._process.kill()
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the process has ended and has said why
+            while True:
+                message = self._figures.get()
+                self._connection.send(message)
+                if isinstance(message, bool):
+                    return
+
+
+def _asked(config: LoggingConfig) -> dict[Kind, tuple[str, bool]]:
+    """For each tracker, the flag that asks for it, and whether it does."""
+    by_server = config.mlflow_tracking_uri is not None or config.mlflow_experiment is not None
+    flag = "--mlflow-tracking-uri" if config.mlflow_tracking_uri is not None else "--mlflow-experiment"
+    return {"wandb": ("--wandb-project", bool(config.wandb_project)), "mlflow": (flag, by_server)}
+
+
+def _open_board(opening: Opening) -> Writer | None:
+    board = opening.config.logging.tensorboard_dir
+    if board is None and opening.folder is not None:
+        board = str(opening.folder / "tensorboard")
+    if board is None:
+        return None
+    if printable(board) != board:
+        opening.say("no TensorBoard: its writer takes only names in UTF-8; --tensorboard-dir gives it another folder")
+        return None
+    return TensorBoardWriter(board, start_step=opening.start_step)
+
+
+def _open_tracker(kind: Kind, opening: Opening) -> Writer | None:
+    config, folder = opening.config, opening.folder
+    if not _asked(config.logging)[kind][1]:
+        return None
+    continues = opening.start_step > 0 or config.evaluate.skip_train
+    run_id, found = _run_id(folder, continues)
+    tracked = Tracked(
+        kind=kind,
+        logging=config.logging,
+        run_id=run_id,
+        name=None if folder is None else folder.resolve().name,
+        resumed=found,
+        folder=None if folder is None else str(folder),
+        settings=dict(_flat(to_dict(config))),
+    )
+    return ProcessWriter(tracked, opening.say)
+
+
+WRITERS: dict[str, Callable[[Opening], Writer | None]] = {
+    "tensorboard": _open_board,
+    "wandb": partial(_open_tracker, "wandb"),
+    "mlflow": partial(_open_tracker, "mlflow"),
+}
+
+
+def _run_id(folder: Path | None, continues: bool) -> tuple[str, bool]:
+    """The id of this run on servers, and whether it was there: a run that goes on has that of its beginning."""
+    path = None if folder is None else folder / RUN_ID
+    if path is not None and continues and path.is_file():
+        return str(orjson.loads(path.read_bytes())["id"]), True
+    new = secrets.token_hex(8)
+    if path is not None:
+        atomic_write(path, orjson.dumps({"id": new}) + b"\n")
+    return new, False
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves by dotted names."""
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        leaves += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return leaves

@@ -1,0 +1,1 @@
+"""Long work: it may be stopped, killed and shared out, and it says how far it is."""

@@ -1,0 +1,73 @@
+"""Runs over ranges that are killed at points of the work, and what is there in the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+TOOLS = Path(__file__).parents[3] / "tools"
+
+
+@dataclass(frozen=True)
+class RangeVerb:
+    """A verb that commits ranges. tool: its name in tools/. flags: all but ``--output``. run: the whole of it, where
+    nothing must happen to it; its status. whole: the files it leaves. parts: the folder of ranges, in the output.
+    manifest: what makes the whole whole. num_ranges: how many there are."""
+
+    tool: str
+    flags: list[str]
+    run: Callable[[Path], int]
+    whole: dict[str, bytes]
+    parts: str
+    manifest: str
+    num_ranges: int
+
+    def start(self, output: Path, *flags: str, ranks: int = 0) -> subprocess.Popen[str]:
+        """The command in processes of its own."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        tool = [*(launcher if ranks else [sys.executable]), str(TOOLS / self.tool)]
+        # As many ranks as cores on this machine, for all that it knows: one thread, on one that tests keep busy.
+        env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
+        command = [*tool, *self.flags, "--output", str(output), *flags]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def num_parts(self, folder: Path) -> int:
+        """Ranges that are committed."""
+        return len(list((folder / self.parts).glob("[0-9]*.json")))
+
+    def wait_for_parts(self, process: subprocess.Popen[str], folder: Path, count: int) -> None:
+        deadline = time.monotonic() + 240  # other work may keep the machine busy
+        while self.num_parts(folder) < count and process.poll() is None:
+            assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.002)
+
+    def kill_and_rerun(self, folder: Path, kills: int) -> None:
+        """So many times kill -9, each somewhat further on; then once to the end: the same bytes."""
+        rng = random.Random(kills)
+        step = max(1, (self.num_ranges - 2) // kills)
+        effective = 0
+        for kill in range(kills):
+            process = self.start(folder)
+            self.wait_for_parts(process, folder, min(kill * step + 1, self.num_ranges))
+            time.sleep(rng.uniform(0, 0.06))
+            effective += process.poll() is None
+            process.kill()
+            process.communicate(timeout=100)
+            # Whatever has its final name is whole.
+            if (folder / self.manifest).exists():
+                there = {name: data for name, data in files(folder).items() if name in self.whole}
+                assert there == self.whole
+        assert self.run(folder) == 0
+        assert effective >= kills // 2, "most kills came too late: the test shows little"
+        assert files(folder) == self.whole
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """By their paths in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
