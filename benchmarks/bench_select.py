@@ -32,10 +32,9 @@ from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megakd.data.indexed.idx_format import manifest_path, write_idx
 from megakd.data.samples.concat import ConcatSamples
 from megakd.data.scores.artefact import COUNTS, LOG_PROBS, finish_scores
-from megakd.data.scores.sources import open_sources
 from megakd.data.selection import MANIFEST, Selection, SelectionWriter
 from megakd.pipeline.select.config import SelectConfig
-from megakd.pipeline.select.main import select
+from megakd.pipeline.select.main import open_scored, select
 from megakd.pipeline.select.materialize import materialize
 
 SEQ_LENGTH, SHARDS, PIECE = 1024, 25, 1 << 20
@@ -182,7 +181,7 @@ def select_megakd(work: Path, num_samples: int) -> Any:
     (work / "out" / MANIFEST).unlink(missing_ok=True)  # a finished selection is not made again
     flags = ["--teacher-scores", work / "teacher", "--reference-scores", work / "reference"]
     config = parse(SelectConfig, [*map(str, flags), "--output", str(work / "out")], prog="", description="")
-    return select(config, open_sources(config)).domains["out"].kept
+    return select(config, open_scored(config)).domains["out"].kept
 
 
 class DroppedIds:

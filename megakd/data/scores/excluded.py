@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,23 @@ from megakd.data.scores.artefact import Scores
 from megakd.data.selection import MANIFEST as SELECTION
 from megakd.data.selection import Selection
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.select.config import SelectConfig
 
 _AT_ONCE = 1 << 20
 
 
-def read_excluded(config: SelectConfig, datasets: set[str], scores: Scores) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """The sorted ids to leave out of one of the datasets, and the fingerprints of the selections that name them.
+def read_excluded(
+    exclude_ids: Sequence[str], datasets: set[str], scores: Scores
+) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """The sorted ids to leave out of the dataset of ``scores``, and the fingerprints of the selections that name them.
+
+    exclude_ids: folders of selections, and files of sample ids. datasets: fingerprints of all datasets that are
+    selected from; a selection from another one of them names no id of this one.
 
     Raises UsageError for files without ids and for ids that are no sample's, MismatchError for selections from others.
     """
     parts: list[NDArray[np.int64]] = []
     parents: dict[str, str] = {}
-    for entry in config.exclude_ids:
+    for entry in exclude_ids:
         path = Path(entry)
         if (path / SELECTION).is_file():
             selection = Selection(path)
@@ -46,7 +50,7 @@ def read_excluded(config: SelectConfig, datasets: set[str], scores: Scores) -> t
                     )
             parents[f"excluded {len(parents)}"] = selection.fingerprint
             parts.append(selection.ids)
-        elif len(config.output) > 1:
+        elif len(datasets) > 1:
             raise UsageError(f"--exclude-ids {path}: ids of which dataset? With several, exclude by selections")
         else:
             parts.append(_read_ids(path, scores.num_samples))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from megakd.data.scores.artefact import COUNTS, Scores
 from megakd.data.scores.excluded import read_excluded
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.select.config import SelectConfig
 
 _SAMPLES_AT_ONCE = 1 << 12
 _SHOWN = 5
@@ -60,25 +60,37 @@ class Source:
         return self.any_scores.counts
 
 
-def open_sources(config: SelectConfig) -> list[Source]:
+def open_sources(
+    models: Mapping[str, Sequence[str]],
+    *,
+    outputs: Sequence[str],
+    data_path: Sequence[str] = (),
+    normalise: Literal["token", "sample", "byte"] = "token",
+    exclude_ids: Sequence[str] = (),
+    tokenizer_model: str | None = None,
+) -> list[Source]:
     """The scores of every dataset, in the order of the outputs.
+
+    models: name -> folders of scores, one for each dataset; the first model's are in the order of the outputs.
+    outputs: a name for each dataset. data_path: prefixes of the datasets in that order, or none. exclude_ids: folders
+    of selections, or files of sample ids. tokenizer_model: the tokenizer's file, where it is not where the datasets
+    record it.
 
     Raises MismatchError, with both values, for scores that do not belong together or to the datasets given; UsageError
     for missing or doubled ones.
     """
-    opened = {name: [Scores(folder) for folder in folders] for name, (_, folders) in config.models().items()}
+    opened = {name: [Scores(folder) for folder in folders] for name, folders in models.items()}
     for name, several in opened.items():
-        if len(several) != len(config.output):
+        if len(several) != len(outputs):
             raise UsageError(
-                f"scores of {name}: {len(several)} folders, --output has {len(config.output)}: one for each dataset"
+                f"scores of {name}: {len(several)} folders, --output has {len(outputs)}: one for each dataset"
             )
         _check_one_model(name, several)
-        _check_role(config, name, several)
-    _check_tokenizers(config, opened)
+    _check_tokenizers(opened, data_path, tokenizer_model)
     first, *others = opened
     datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
     sources = []
-    for index, output in enumerate(config.output):
+    for index, output in enumerate(outputs):
         anchor = opened[first][index]
         dataset = anchor.manifest.parents["dataset"]
         scores = {first: anchor}
@@ -92,14 +104,14 @@ def open_sources(config: SelectConfig) -> list[Source]:
                 )
             scores[name] = found[dataset]
             _check_pair(anchor, scores[name])
-        samples = _open_samples(config, index, anchor) if config.data_path else None
-        excluded, excluded_by = read_excluded(config, datasets, anchor)
+        samples = _open_samples(data_path[index], anchor, tokenizer_model) if data_path else None
+        excluded, excluded_by = read_excluded(exclude_ids, datasets, anchor)
         sources.append(
             Source(
                 output=Path(output),
                 scores=scores,
                 samples=samples,
-                divisor=_divisor(config, anchor, samples),
+                divisor=_divisor(normalise, anchor, samples, tokenizer_model),
                 excluded=excluded,
                 excluded_by=excluded_by,
             )
@@ -121,22 +133,6 @@ def _check_one_model(name: str, several: Sequence[Scores]) -> None:
         twin = by_dataset.setdefault(parents["dataset"], scores)
         if twin is not scores:
             raise UsageError(f"scores of {name}: {twin.folder} and {scores.folder} are of one dataset")
-
-
-def _check_role(config: SelectConfig, name: str, several: Sequence[Scores]) -> None:
-    """Refuse a proxy's predictions where a model's scores are asked for, and the other way round."""
-    for scores in several:
-        predicts = "predicts" in scores.manifest.parameters
-        if config.proxy_scores and not predicts:
-            raise UsageError(
-                f"--proxy-scores {scores.folder}: the scores of a model, not a proxy's predictions ('megakd score "
-                "--proxy'); give two models' by --teacher-scores and --reference-scores"
-            )
-        if predicts and not config.proxy_scores and not config.scores:
-            raise UsageError(
-                f"--{name}-scores {scores.folder}: a proxy's predictions of the difference already; give them alone, "
-                "by --proxy-scores"
-            )
 
 
 def _check_pair(one: Scores, other: Scores) -> None:
@@ -172,25 +168,27 @@ def _vocabulary(scores: Scores) -> int | None:
     return None if stated is None else int(stated)
 
 
-def _check_tokenizers(config: SelectConfig, opened: Mapping[str, Sequence[Scores]]) -> None:
+def _check_tokenizers(
+    opened: Mapping[str, Sequence[Scores]], data_path: Sequence[str], tokenizer_model: str | None
+) -> None:
     """Of all scores, of the datasets given, and of ``--tokenizer-model``, as far as they are known."""
     sides = [
         Side(f"the scores {scores.folder}", scores.manifest.tokenizer)
         for several in opened.values()
         for scores in several
     ]
-    for prefix in config.data_path:
+    for prefix in data_path:
         sides.append(Side(f"dataset {prefix}", recorded_tokenizer(IndexedDataset(prefix))))
     if one_tokenizer(sides) is None:
         return  # nothing that a file could be held against
-    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
+    given = tokenizer_of_flags(None, tokenizer_model, sides)
     one_tokenizer(sides if given is None else [*sides, given])
 
 
-def _open_samples(config: SelectConfig, index: int, scores: Scores) -> Samples:
+def _open_samples(prefix: str, scores: Scores, tokenizer_model: str | None) -> Samples:
     manifest = scores.manifest
-    dataset = IndexedDataset(config.data_path[index], expect_fingerprint=manifest.parents["dataset"])
-    tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
+    dataset = IndexedDataset(prefix, expect_fingerprint=manifest.parents["dataset"])
+    tokenizer = partial(open_tokenizer, dataset, tokenizer_model=tokenizer_model)
     samples = open_samples(manifest.parameters["packing"], dataset, int(manifest.parameters["seq_length"]), tokenizer)
     if samples.num_samples != scores.num_samples:
         raise MismatchError(
@@ -212,13 +210,15 @@ def outdated(source: Source) -> str | None:
     return None
 
 
-def _divisor(config: SelectConfig, scores: Scores, samples: Samples | None) -> NDArray[np.int32] | int:
-    if config.normalise == "token":
+def _divisor(
+    normalise: str, scores: Scores, samples: Samples | None, tokenizer_model: str | None
+) -> NDArray[np.int32] | int:
+    if normalise == "token":
         return scores.counts
-    if config.normalise == "sample":
+    if normalise == "sample":
         return 1
     assert samples is not None  # byte needs --data-path
-    tokenizer = open_tokenizer(samples.dataset, tokenizer_model=config.tokenizer_model)
+    tokenizer = open_tokenizer(samples.dataset, tokenizer_model=tokenizer_model)
     parameters = scores.manifest.parameters
     skipped = tokenizer.eod if parameters.get("mask_policy", "all") != "all" else None
     by_index = "boundaries" in parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,6 @@ from megakd.model.checkpoint.record import CheckpointRecord, latest_iteration, r
 from megakd.model.config import ModelShape
 from megakd.model.proxy.artefact import FORMAT, MANIFEST, VERSION
 from megakd.pipeline.score.preflight import agreed, skipped_token
-from megakd.pipeline.select.config import SelectConfig
 
 _SETTINGS = (
     "teacher_scale", "held_out_fraction", "ratio", "epochs", "patience", "global_batch_size", "lr", "warmup_fraction",
@@ -138,14 +138,13 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     UsageError for too few scored samples, CorruptError for scores that are not finite.
     """
     record = read_record(config.load, config.iteration, role="--load", flag="--iteration")
+    folders = {"teacher": config.teacher_scores, "reference": config.reference_scores}
+    _refuse_predictions(folders)
     (source,) = open_sources(
-        SelectConfig(
-            output=[config.output],  # only opened by it
-            teacher_scores=[config.teacher_scores],
-            reference_scores=[config.reference_scores],
-            data_path=[config.data_path],
-            tokenizer_model=config.tokenizer_model,
-        )
+        {name: [folder] for name, folder in folders.items()},
+        outputs=[config.output],
+        data_path=[config.data_path],
+        tokenizer_model=config.tokenizer_model,
     )
     samples, teacher, reference = source.samples, source.scores["teacher"], source.scores["reference"]
     assert samples is not None  # --data-path is given
@@ -191,10 +190,17 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     return _find_earlier(plan, Path(config.output))
 
 
+def _refuse_predictions(folders: Mapping[str, str]) -> None:
+    for name, folder in folders.items():
+        if "predicts" in Scores(folder).manifest.parameters:
+            raise UsageError(
+                f"--{name}-scores {folder}: a proxy's predictions of the difference already; a proxy learns from the "
+                "scores of two models"
+            )
+
+
 def _check_scores(config: ProxyConfig, teacher: Scores, reference: Scores) -> None:
     for scores in (teacher, reference):
-        if "predicts" in scores.manifest.parameters:
-            raise UsageError(f"{scores.folder}: a proxy's predictions; a proxy learns from the scores of two models")
         for key in ("packing", "seq_length"):
             own, asked = scores.manifest.parameters[key], getattr(config, key)
             if asked is not None and asked != own:

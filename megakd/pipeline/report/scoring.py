@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from megakd.data.scores.sources import Source, open_sources
 from megakd.data.selection import Selection
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.report.config import ReportConfig
-from megakd.pipeline.select.config import SelectConfig
 from megakd.pipeline.select.domains import read_pieces
 from megakd.pipeline.select.threshold import Keys, Piece, Rule, share_of
 
@@ -122,19 +121,17 @@ def open_scoring(config: ReportConfig) -> Scoring:
             others[model] = f"other {model}"
             folders[others[model]] = folder
     selection = None if config.selection is None else Selection(config.selection)
-    asked = SelectConfig(
-        output=[_domain(selection)],
-        scores=[f"{name}={folder}" for name, folder in folders.items()],
-        weights=[f"{name}=1" for name in folders],  # only opened by it; the weights are the rules' below
+    normalise = config.normalise or _recorded(selection, "normalise", "token")
+    if normalise == "byte" and not config.data_path:
+        raise UsageError(f"{config.selection}: selected per byte, for which the dataset is read: add --data-path")
+    (source,) = open_sources(
+        {name: [folder] for name, folder in folders.items()},
+        outputs=[_domain(selection)],
         data_path=[] if config.data_path is None else [config.data_path],
-        domains=config.domains,
+        normalise=normalise,
         exclude_ids=config.exclude_ids,
         tokenizer_model=config.tokenizer_model,
     )
-    asked = replace(asked, normalise=config.normalise or _recorded(selection, "normalise", "token"))
-    if asked.normalise == "byte" and not config.data_path:
-        raise UsageError(f"{config.selection}: selected per byte, for which the dataset is read: add --data-path")
-    (source,) = open_sources(asked)
     names = {} if selection is None else _check_selection(selection, source)
     scale = config.teacher_scale if config.teacher_scale is not None else _recorded_scale(selection, names)
     seed = config.seed if config.seed is not None else int(_recorded(selection, "seed", 1234))
@@ -144,11 +141,11 @@ def open_scoring(config: ReportConfig) -> Scoring:
     return Scoring(
         source=source,
         selection=selection,
-        pieces=read_pieces(asked, [source]),
+        pieces=read_pieces(config.domains, [source]),
         # One thread: what is heavy here is not what these read, and no figure may depend on their number.
         keys={column: Keys([source], Rule(weights, seed), threads=1) for column, weights in rules.items()},
         teacher_scale=scale,
-        normalise=asked.normalise,
+        normalise=normalise,
         ratio=config.ratio if config.ratio is not None else float(_recorded(selection, "ratio", 0.5)),
         seed=seed,
     )

@@ -23,20 +23,23 @@ class Share:
     budget: int
 
 
-def read_pieces(config: SelectConfig, sources: Sequence[Source]) -> list[Piece]:
+def read_pieces(domains: str | None, sources: Sequence[Source]) -> list[Piece]:
     """All samples of all sources, in pieces of one domain; those of a source in order.
+
+    domains: a file of ranges of documents, for one source; None: each source is a domain, by its output's name.
 
     Raises UsageError for domains that overlap or that the dataset has no documents for.
     """
-    if config.domains is None:
+    if domains is None:
         names = [source.output.name for source in sources]
         if len(set(names)) != len(names):
-            raise UsageError(f"--output {' '.join(config.output)}: the folders name the domains: give them other names")
+            outputs = " ".join(str(source.output) for source in sources)
+            raise UsageError(f"--output {outputs}: the folders name the domains: give them other names")
         return [Piece(index, 0, source.num_samples, names[index]) for index, source in enumerate(sources)]
     samples = sources[0].samples
     assert samples is not None  # --domains needs --data-path
     pieces, at = [], 0
-    for name, first, stop in _read_ranges(Path(config.domains), samples):
+    for name, first, stop in _read_ranges(Path(domains), samples):
         begin, end = (first_sample_from(samples, _token_position(samples, document)) for document in (first, stop))
         if begin > at:
             pieces.append(Piece(0, at, begin, REST))

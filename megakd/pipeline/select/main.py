@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.manifest import Manifest
 from megakd.config.tree import parse
 from megakd.data.indexed.finished import find_finished, say_complete
+from megakd.data.scores.artefact import Scores
 from megakd.data.scores.sources import Source, open_sources, outdated
 from megakd.data.selection import FORMAT, MANIFEST, VERSION, Selection, SelectionWriter
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
@@ -74,7 +75,7 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb."""
     config = parse(SelectConfig, argv, prog="megakd select", description=_DESCRIPTION)
-    sources = open_sources(config)
+    sources = open_scored(config)
     outcome = select(config, sources)
     tell(_table(outcome), on="stdout")
     if config.rank_difference:
@@ -96,6 +97,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitStatus.COMPLETE
 
 
+def open_scored(config: SelectConfig) -> list[Source]:
+    """Open the scores that the flags name, one source for each output.
+
+    Raises UsageError for a proxy's predictions where a model's scores are asked for, and the other way round; and what
+    ``open_sources`` raises.
+    """
+    models = {name: folders for name, (_, folders) in config.models().items()}
+    _check_roles(config, models)
+    return open_sources(
+        models,
+        outputs=config.output,
+        data_path=config.data_path,
+        normalise=config.normalise,
+        exclude_ids=config.exclude_ids,
+        tokenizer_model=config.tokenizer_model,
+    )
+
+
 def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     """Write one selection for each source.
 
@@ -107,7 +126,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
         _refuse_sampled(source)
         rule_now = _rule(config, sources, source, {})
         _find_selection(source, {key: value for key, value in rule_now.items() if key != "domains"})
-    pieces = read_pieces(config, sources)
+    pieces = read_pieces(config.domains, sources)
     by_tokens = config.ratio_of == "tokens"
     threads = config.threads or len(os.sched_getaffinity(0))
     # In the order of the names: the last bit of a sum of three depends on it, and must not on the order of the flags.
@@ -142,6 +161,22 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     manifests = _write(config, sources, keys, pieces, thresholds, domains)
     correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
     return Outcome(manifests, domains, correlations, whole)
+
+
+def _check_roles(config: SelectConfig, models: Mapping[str, Sequence[str]]) -> None:
+    for name, folders in models.items():
+        for folder in folders:
+            predicts = "predicts" in Scores(folder).manifest.parameters
+            if config.proxy_scores and not predicts:
+                raise UsageError(
+                    f"--proxy-scores {folder}: the scores of a model, not a proxy's predictions ('megakd score "
+                    "--proxy'); give two models' by --teacher-scores and --reference-scores"
+                )
+            if predicts and not config.proxy_scores and not config.scores:
+                raise UsageError(
+                    f"--{name}-scores {folder}: a proxy's predictions of the difference already; give them alone, "
+                    "by --proxy-scores"
+                )
 
 
 def _refuse_sampled(source: Source) -> None:

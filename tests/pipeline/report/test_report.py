@@ -14,6 +14,7 @@ from pipeline.select.select_twin import write
 
 from megakd.__main__ import run
 from megakd.data.indexed.dataset import IndexedWriter
+from megakd.data.scores.artefact import Scores
 from megakd.data.tokenizer import ByteTokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.report import main as report
@@ -232,19 +233,13 @@ def test_foreign_inputs_are_refused(tmp_path: Path) -> None:
         main(corpus.flags(*out, "--other-reference-scores", tmp_path / "x"))
     corpus.select()
     others = ["--teacher-scores", tmp_path / "t", "--reference-scores", tmp_path / "o", *out]
-    fingerprints = [report_scoring.open_sources(c).pop().scores["r"].fingerprint for c in _open(tmp_path, "ro")]
+    fingerprints = [Scores(tmp_path / name).fingerprint for name in "ro"]
     with pytest.raises(MismatchError, match=f"{fingerprints[1]}.*{fingerprints[0]}"):
         main([str(word) for word in (*others, "--selection", tmp_path / "kept")])
     write(tmp_path / "s", corpus.log_probs["r"], corpus.counts, model="s", **{**corpus.told, "mask_policy": "other"})
     with pytest.raises(MismatchError, match="mask_policy all.*mask_policy|mask_policy"):
         main(corpus.flags(*out, "--other-reference-scores", tmp_path / "s"))
     assert not (tmp_path / "out").exists()
-
-
-def _open(folder: Path, names: str) -> list[Any]:
-    return [
-        report_scoring.SelectConfig(output=["all"], scores=[f"r={folder / name}"], weights=["r=1"]) for name in names
-    ]
 
 
 def test_nan_is_refused_with_its_ids(tmp_path: Path) -> None:

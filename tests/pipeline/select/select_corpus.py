@@ -9,10 +9,9 @@ import numpy as np
 from pipeline.select.select_twin import gumbel, ordered, scores_of, take, write
 
 from megakd.config.tree import parse
-from megakd.data.scores.sources import open_sources
 from megakd.data.selection import MANIFEST, Selection
 from megakd.pipeline.select.config import SelectConfig
-from megakd.pipeline.select.main import select
+from megakd.pipeline.select.main import open_scored, select
 
 
 def configure(*argv: Any) -> SelectConfig:
@@ -22,7 +21,7 @@ def configure(*argv: Any) -> SelectConfig:
 def run(*argv: Any) -> list[list[int]]:
     """The ids of every output, selected afresh."""
     config = configure(*argv)
-    sources = open_sources(config)
+    sources = open_scored(config)
     for output in config.output:
         Path(output, MANIFEST).unlink(missing_ok=True)
     outcome = select(config, sources)
