@@ -11,10 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megakd.artefacts.durable_files import make_parent
+from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset, concatenate
-from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import bin_path, idx_path
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
 from megakd.work.console import tell

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megakd.artefacts.finished import find_finished, say_complete
 from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.indexed.finished import find_finished, say_complete
 from megakd.data.samples.sentences import FORMAT, VERSION, manifest_path, write_sentences
 from megakd.data.tokenizer import Tokenizer, TokenizerType
 from megakd.data.tokenizers.recorded import open_tokenizer

@@ -18,12 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from megakd.artefacts.durable_files import hash_file
+from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import option, parse
 from megakd.data.indexed.concatenate import Part, concatenate, write_lengths
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import (
     CODES,
     HEADER,

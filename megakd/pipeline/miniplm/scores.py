@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megakd.artefacts.finished import find_finished, say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.indexed.finished import find_finished, say_complete
 from megakd.data.samples.boundaries import INDEX_AND_IDS
 from megakd.data.samples.documents import DocumentSamples
 from megakd.data.scores.artefact import COUNTS, FORMAT, LOG_PROBS, MANIFEST, VERSION, finish_scores

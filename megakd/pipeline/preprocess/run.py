@@ -19,10 +19,11 @@ import xxhash
 
 from megakd import __version__
 from megakd.artefacts.file_names import as_json
+from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.data.indexed.dataset import best_dtype, concatenate
-from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import manifest_path
 from megakd.data.text.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.data.tokenizer import build_tokenizer

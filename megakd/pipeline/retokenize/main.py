@@ -19,11 +19,12 @@ import xxhash
 
 from megakd import __version__
 from megakd.artefacts.durable_files import HashingWriter
+from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset, best_dtype, concatenate
-from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.finished import find_dataset
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.data.tokenizers.fast import Choice, EngineMode, choose_engine, give_back_memory
 from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError

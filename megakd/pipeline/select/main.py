@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megakd.artefacts.finished import find_finished, say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.config.tree import parse
-from megakd.data.indexed.finished import find_finished, say_complete
 from megakd.data.scores.artefact import Scores
 from megakd.data.scores.sources import Source, open_sources, outdated
 from megakd.data.selection import FORMAT, MANIFEST, VERSION, Selection, SelectionWriter

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd._csrc import gather_bytes
+from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.data.indexed.dataset import IndexedWriter
-from megakd.data.indexed.finished import find_dataset, say_complete
+from megakd.data.indexed.finished import find_dataset
 from megakd.data.samples.concat import Samples
 from megakd.data.selection import Selection
 
