@@ -18,6 +18,7 @@ import orjson
 import xxhash
 
 from megakd import __version__
+from megakd.artefacts.background_hashes import BackgroundHashes
 from megakd.artefacts.file_names import as_json
 from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest, read_manifest
@@ -34,7 +35,7 @@ from megakd.pipeline.preprocess.config import PreprocessConfig
 from megakd.pipeline.preprocess.shards import Counts, Settings, Shard, finished_shards, num_shards
 from megakd.work.console import tell
 from megakd.work.progress import Progress
-from megakd.work.stop import BackgroundHashes, StopFlag
+from megakd.work.stop import StopFlag
 from megakd.work.unfinished import open_folder, remove_folder
 from megakd.work.worker_pool import WorkerPool
 
