@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,7 +27,6 @@ from megakd.work.ranges import Claim, RangeWork
 from megakd.work.stop import StopFlag
 
 _POLL_SECONDS = 0.2
-_SAME_REQUEST_SECONDS = 2.0
 # What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
 _WAIT, _COMPLETE, _STOP, _FOLLOW = -1, -2, -3, -4
 
@@ -70,7 +68,7 @@ def work_through(
             interval=config.log_interval,
             done=done,
         )
-    with RankStopFlag() as stop:
+    with StopFlag() as stop:
         while True:
             plans = _decide(work) if copy.leads else _Decision(_FOLLOW)
             code = copy.agree(plans.code, stop=stop.is_set())
@@ -141,23 +139,6 @@ class _Copy:
         word = torch.tensor(int(value), device=self._groups.device)
         dist.broadcast(word, src=0)
         return bool(word)
-
-
-class RankStopFlag(StopFlag):
-    """As its base; but a launcher passes on what it gets, and a scheduler may signal launcher and ranks alike: what
-    comes within two seconds of the first signal is the same request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._asked_at: float | None = None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-            super()._handle(number, frame)
-        elif now - self._asked_at > _SAME_REQUEST_SECONDS:
-            super()._handle(number, frame)
 
 
 def _tidy(work: RangeWork[Any], copy: _Copy) -> None:

@@ -36,10 +36,10 @@ from megakd.model.proxy.head import ValueHead
 from megakd.model.proxy.tuner import ValueTuner
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.frozen.batches import cut_range, read_piece
-from megakd.pipeline.frozen.run import RankStopFlag
 from megakd.pipeline.proxy.figures import Values, describe, draw, fit_line, table
 from megakd.pipeline.proxy.preflight import ProxyConfig, ProxyPlan, steps_an_epoch
 from megakd.work.console import tell
+from megakd.work.stop import StopFlag
 
 PLOT = "predicted.png"
 
@@ -60,7 +60,7 @@ def fit(config: ProxyConfig, plan: ProxyPlan) -> ExitStatus:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(folder / "proxy.lock"))
             atomic_write(folder / "config.yaml", dump(config).encode())
-        stop = stack.enter_context(RankStopFlag())
+        stop = stack.enter_context(StopFlag())
         run = _Fit(config, plan, groups)
         while not run.ended:
             asked = run.update(stop=stop.is_set())

@@ -54,13 +54,13 @@ def run_and_stop(argv: list[str], updates: int) -> int:
 
     config = make_config(argv)
     plan = check_proxy(config)
-    asked = proxy_fit.RankStopFlag.is_set
+    asked = proxy_fit.StopFlag.is_set
     calls = iter(range(updates))
-    proxy_fit.RankStopFlag.is_set = lambda self: next(calls, None) is None  # type: ignore[method-assign]
+    proxy_fit.StopFlag.is_set = lambda self: next(calls, None) is None  # type: ignore[method-assign]
     try:
         return int(proxy_fit.fit(config, plan))
     finally:
-        proxy_fit.RankStopFlag.is_set = asked  # type: ignore[method-assign]
+        proxy_fit.StopFlag.is_set = asked  # type: ignore[method-assign]
 
 
 def make_config(argv: list[str]) -> ProxyConfig:
