@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,12 +14,12 @@ from typing import BinaryIO
 
 import xxhash
 
+from megakd.artefacts.file_lock import NoLocksError, lock_stream, open_to_lock
 from megakd.errors import NoSpaceError, UsageError
 
 BLOCK_BYTES = 64 * 2**20
 _READ_BYTES = 4 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 Progress = Callable[[int], object]
 """Called with a number of bytes just processed."""
@@ -220,17 +219,18 @@ class _Hashes:
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Open for writing, from empty, with the exclusive lock that the kernel drops when the process dies."""
-    stream = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
+    """Open an empty file for writing, locked; on a file system without locks nothing keeps a second writer out."""
+    stream = open_to_lock(path)
     try:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:  # a file system without locks: nothing to hold on to
-                raise UsageError(f"{path}: another process is writing this output; wait for it or end it") from error
-        if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-            raise UsageError(f"{path}: another process has just finished this output; run again to replace it")
+        with contextlib.suppress(NoLocksError):
+            lock_stream(stream, path)
         stream.truncate(0)
+    except BlockingIOError as error:
+        stream.close()
+        raise UsageError(f"{path}: another process is writing this output; wait for it or end it") from error
+    except FileNotFoundError as error:
+        stream.close()
+        raise UsageError(f"{path}: another process has just finished this output; run again to replace it") from error
     except BaseException:
         stream.close()
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megakd.artefacts.durable_files import explain_no_space, make_parent
+from megakd.artefacts.file_lock import NoLocksError, lock_stream, open_to_lock
 from megakd.errors import UsageError
 
 
@@ -33,26 +33,28 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         make_parent(self._path)
-        stream = open(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
+        stream = open_to_lock(self._path)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_stream(stream, self._path)
         except BlockingIOError:
-            told = stream.read().decode(errors="replace").strip() or "it has just started"
+            holder = stream.read().decode(errors="replace").strip() or "it has just started"
             stream.close()
             raise HeldError(
-                f"{self._path}: another run is writing this output: {told}; wait for it or end it"
+                f"{self._path}: another run is writing this output: {holder}; wait for it or end it"
             ) from None
-        except OSError as error:
+        except FileNotFoundError:
+            stream.close()
+            raise HeldError(
+                f"{self._path}: another run on this output has just ended; run again to see what it made"
+            ) from None
+        except NoLocksError as error:
             stream.close()
             raise UsageError(
-                f"{self._path}: this file system has no locks (flock: {error.strerror}), which keep two runs apart; "
+                f"{self._path}: this file system has no locks ({error.strerror}), which keep two runs apart; "
                 "write to another one, or mount it with locks"
             ) from error
-        if not self._path.exists() or not os.path.samestat(os.fstat(stream.fileno()), self._path.stat()):
-            stream.close()
-            raise HeldError(f"{self._path}: another run on this output has just ended; run again to see what it made")
         self._stream = stream
-        holder = {
+        this_run = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -60,7 +62,7 @@ class RunLock:
         try:
             with explain_no_space(self._path):
                 stream.truncate(0)
-                stream.write(json.dumps(holder).encode() + b"\n")
+                stream.write(json.dumps(this_run).encode() + b"\n")
         except OSError:
             self.__exit__()
             raise

@@ -15,7 +15,6 @@ Samples do not overlap: the first token of each is no label.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from megakd import _csrc
 from megakd.artefacts.durable_files import HashingWriter
+from megakd.artefacts.file_lock import NoLocksError, lock_stream, open_to_lock
 from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.documents import RangeSamples
@@ -89,9 +89,10 @@ def open_sentences(
         return samples
     path = manifest_path(dataset, seq_length)
     lock = path.with_suffix(".lock")
-    with open(lock, "ab") as stream:
-        with contextlib.suppress(OSError):  # a file system without locks: all write the same, and the last one stays
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    with open_to_lock(lock) as stream:
+        # Without locks all write the same, and the last one stays; who removed the file has written the packing.
+        with contextlib.suppress(NoLocksError, FileNotFoundError):
+            lock_stream(stream, lock, wait=True)
         if samples := _try_open(dataset, seq_length):
             return samples
         try:

@@ -9,7 +9,6 @@ they differ, or a literal such as ``</s>``, go to the reference engine; any othe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import os
 import time
@@ -24,6 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megakd.artefacts.file_lock import lock_stream, open_to_lock
 from megakd.data.tokenizer import Ragged, Tokenizer, TokenizerType, model_file
 from megakd.data.tokenizers import scan as engine_scan
 from megakd.data.tokenizers.hostile_texts import hostile_texts, random_texts, vocabulary_texts
@@ -146,7 +146,7 @@ class Engine:
         with contextlib.ExitStack() as stack:
             if self._turns is not None:
                 # One at a time over all processes: each may take a hundred megabytes for a moment.
-                fcntl.flock(stack.enter_context(open(self._turns, "ab")), fcntl.LOCK_EX)
+                lock_stream(stack.enter_context(open_to_lock(self._turns)), self._turns, wait=True)
             if _resident_bytes() > self._limit // 2:
                 self._reload()
             ids: NDArray[np.integer[Any]] = self._fast.encode(text)
