@@ -224,10 +224,10 @@ def test_resume_with_other_data_or_seed(setting: dict[str, Any]) -> None:
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     lock = _lock(tmp_path)
-    with pytest.raises(UsageError, match="in use by another run"):
+    with pytest.raises(UsageError, match=f'in use by another run; .*"pid": {os.getpid()}'):
         _lock(tmp_path)
-    os.close(lock)
-    os.close(_lock(tmp_path))
+    lock.__exit__()
+    _lock(tmp_path).__exit__()
 
 
 @pytest.mark.parametrize("name", REFUSED)

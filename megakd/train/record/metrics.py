@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import orjson
 
 from megakd.artefacts.manifest import atomic_write
+from megakd.artefacts.run_lock import HeldError, RunLock
 from megakd.errors import UsageError
 from megakd.model.config import ModelShape
 from megakd.train.config import TrainConfig
@@ -150,7 +150,7 @@ class Metrics:
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)
-            os.close(self._lock)
+            self._lock.__exit__()
 
     def _report(self, step: int, record: dict[str, Any]) -> None:
         training = self._config.training
@@ -207,17 +207,14 @@ def _line(evaluation: Evaluation) -> str:
     return " | ".join(shown.values())
 
 
-def _lock(folder: Path) -> int:
-    """Two runs in one folder would overwrite each other's checkpoints; the lock goes with the process that holds it."""
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _lock(folder: Path) -> RunLock:
+    """Keep a second run out of the folder, which would overwrite this one's checkpoints. Raises UsageError for it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
+        return RunLock(folder / ".lock").__enter__()
+    except HeldError as error:
         raise UsageError(
-            f"--save {folder} is in use by another run; stop it or give this one a folder of its own"
+            f"--save {folder} is in use by another run; stop it or give this one a folder of its own ({error})"
         ) from None
-    return lock
 
 
 def _keep_until(path: Path, step: float) -> None:
