@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from megakd.data.tokenizers.routes import Routes, normalised_guises
 from megakd.data.tokenizers.scan import EnginePair, scan_code_points
 from megakd.data.tokenizers.scan_cache import remember
 from megakd.errors import UsageError
+from megakd.work.progress import Progress
 
 EngineMode = Literal["auto", "reference", "gigatoken"]
 
@@ -217,7 +217,7 @@ def _scan(tokenizer: Tokenizer, engines: EnginePair, say: Callable[[str], object
     """
 
     def scan(scanned: str, engines: EnginePair) -> list[list[int]]:
-        progress = _Progress(say)
+        progress = _ScanProgress(say)
         ranges: list[list[int]] = remember(
             "engines-scanned",
             _versions() | {"probe": scanned, "blocks": [[each.start, each.stop] for each in engine_scan.SCANNED]},
@@ -270,22 +270,20 @@ def _versions() -> dict[str, Any]:
     return versions
 
 
-class _Progress:
+class _ScanProgress:
     """Says how far a scan has come: when it begins, every few seconds, and when it ends."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
-        self._started = self._said = 0.0
+        self._progress: Progress | None = None
 
     def __call__(self, fraction: float) -> None:
-        now = time.monotonic()
-        if not self._started:
-            self._started = self._said = now
+        if self._progress is None:
+            self._progress = Progress(1.0, done=0.0, interval=_PROGRESS_SECONDS)
             self._say("comparing both tokenizer engines over all of Unicode, once for this tokenizer")
         elif fraction == 1.0:
-            self._say(f"compared both tokenizer engines in {now - self._started:.0f} s")
-        elif now - self._said > _PROGRESS_SECONDS:
-            self._said = now
+            self._say(f"compared both tokenizer engines in {self._progress.seconds:.0f} s")
+        elif self._progress.is_due():
             self._say(f"comparing both tokenizer engines: {fraction:.0%}")
 
 

@@ -23,7 +23,7 @@ from megakd.model.checkpoint.record import checkpoint_path, latest_iteration, re
 from megakd.pipeline.capture.preflight import default_shard_samples, token_ranks
 from megakd.pipeline.capture.store_parts import Captured, StoreWork
 from megakd.work.console import tell
-from megakd.work.range_progress import RangeProgress
+from megakd.work.progress import RangeProgress
 
 _SAMPLES_AT_ONCE = 256  # whose tokens are read together
 

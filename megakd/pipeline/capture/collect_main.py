@@ -12,7 +12,7 @@ from megakd.config.tree import option, parse
 from megakd.errors import ExitStatus, UsageError
 from megakd.pipeline.capture.collect import Collection, open_collection
 from megakd.work.console import tell
-from megakd.work.range_progress import RangeProgress
+from megakd.work.progress import RangeProgress
 from megakd.work.stop import StopFlag
 
 HELP = "a logits store out of what 'train --logits-save-dir' kept"

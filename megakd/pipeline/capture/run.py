@@ -28,7 +28,7 @@ from megakd.pipeline.score.range_columns import RangeColumns
 from megakd.targets import DenseTargets
 from megakd.teachers.head_rows import RowReader, draw_numbers, finite_samples, split_samples, token_positions
 from megakd.teachers.model_teacher import ModelTeacher
-from megakd.work.range_progress import RangeProgress
+from megakd.work.progress import RangeProgress
 
 _SAMPLES_AT_ONCE = 64  # whose rows are held until they can be added in the order of their ids
 

@@ -22,7 +22,7 @@ from megakd.layout import Coordinates, rank_of
 from megakd.parallel import Groups, init_parallel
 from megakd.pipeline.frozen.config import RangeRunConfig
 from megakd.work.console import tell
-from megakd.work.range_progress import RangeProgress
+from megakd.work.progress import RangeProgress
 from megakd.work.ranges import Claim, RangeWork
 from megakd.work.stop import StopFlag
 

@@ -34,7 +34,7 @@ from megakd.pipeline.preprocess.budget import QUARANTINE, Budget, check_budget, 
 from megakd.pipeline.preprocess.config import PreprocessConfig
 from megakd.pipeline.preprocess.shards import Counts, Settings, Shard, finished_shards, num_shards
 from megakd.work.console import tell
-from megakd.work.progress import Progress
+from megakd.work.progress import DocumentProgress
 from megakd.work.stop import StopFlag
 from megakd.work.unfinished import open_folder, remove_folder
 from megakd.work.worker_pool import WorkerPool
@@ -221,7 +221,7 @@ def _settings(
 
 def _encode(
     config: PreprocessConfig, settings: Settings, inputs: list[Input], num_workers: int, stop: StopFlag
-) -> Progress:
+) -> DocumentProgress:
     """Encode the shards that an earlier run has not."""
     jobs = []
     done_bytes = 0
@@ -241,7 +241,7 @@ def _encode(
     if jobs:
         budget.check()
         tell(f"reading {len(inputs)} files, {total / 1e6:.1f} MB, with {num_workers} workers")
-    progress = Progress(total, done_bytes=done_bytes, log_interval=config.log_interval)
+    progress = DocumentProgress(total, done_bytes=done_bytes, log_interval=config.log_interval)
     positions: dict[tuple[int, int], int] = {}
 
     def on_message(job: Mapping[str, Any], message: dict[str, Any]) -> None:

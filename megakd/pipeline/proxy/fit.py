@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from megakd.pipeline.frozen.batches import cut_range, read_piece
 from megakd.pipeline.proxy.figures import Values, describe, draw, fit_line, table
 from megakd.pipeline.proxy.preflight import ProxyConfig, ProxyPlan, steps_an_epoch
 from megakd.work.console import tell
+from megakd.work.progress import Progress, clock
 from megakd.work.stop import StopFlag
 
 PLOT = "predicted.png"
@@ -107,8 +107,8 @@ class _Fit:
             f"{config.epochs} epochs; {groups.world_size} ranks on {groups.device.type}"
             + (f"; continues after update {self.step}" if self.step else "")
         )
-        self._started = self._shown = time.monotonic()
-        self._tokens = self._fresh = 0
+        self._progress = Progress(self.steps * config.epochs, done=self.step, interval=config.log_interval)
+        self._tokens = 0
 
     @property
     def best(self) -> dict[str, float]:
@@ -151,7 +151,6 @@ class _Fit:
             )
         sums = torch.tensor([error, float(stop)], dtype=torch.float64, device=self._groups.device)
         dist.all_reduce(sums)
-        self._fresh += 1
         self._tokens += int((self._plan.samples.lengths(trained.ids[picked]) - 1).sum())
         self._show(float(sums[0]))
         return bool(sums[1] > 0)
@@ -279,17 +278,14 @@ class _Fit:
         return self._config.lr * (total + 1 - self.step) / (total + 1 - warmup)
 
     def _show(self, error: float) -> None:
-        now = time.monotonic()
-        if now - self._shown < self._config.log_interval:
-            return
-        self._shown = now
-        seconds = now - self._started
-        left = round((self.steps * self._config.epochs - self.step) * seconds / self._fresh)
-        epoch, place = divmod(self.step - 1, self.steps)
-        self.say(
-            f"epoch {epoch + 1} of {self._config.epochs}, update {place + 1} of {self.steps}: error {error:.4f}, "
-            f"{self._tokens / seconds:.0f} tokens/s, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
+        progress = self._progress
+        progress.done = self.step
+        if progress.is_due():
+            epoch, place = divmod(self.step - 1, self.steps)
+            self.say(
+                f"epoch {epoch + 1} of {self._config.epochs}, update {place + 1} of {self.steps}: error {error:.4f}, "
+                f"{self._tokens / progress.seconds:.0f} tokens/s, {clock(progress.seconds_left)} left"
+            )
 
 
 def _report(groups: Groups, folder: Path, manifest: Manifest, state: str) -> None:

@@ -30,7 +30,7 @@ from megakd.data.tokenizers.fast import Choice, EngineMode, choose_engine, give_
 from megakd.errors import DataBudgetError, ExitStatus, StoppedBySignal, UsageError
 from megakd.pipeline.retokenize.shards import Counts, Settings, Shard, document_ranges, read_shard
 from megakd.work.console import tell
-from megakd.work.progress import Progress
+from megakd.work.progress import DocumentProgress
 from megakd.work.stop import StopFlag
 from megakd.work.unfinished import LISTED, WORTH_STOPPING_BYTES, open_folder, remove_folder
 from megakd.work.worker_pool import WorkerPool
@@ -226,7 +226,7 @@ def _encode(
     ranges: Sequence[tuple[int, int]],
     num_workers: int,
     stop: StopFlag,
-) -> Progress:
+) -> DocumentProgress:
     """Do the shards that an earlier run has not."""
     itemsize, done_tokens, jobs, bad = dataset.dtype.itemsize, 0, [], 0
     for number, (first, last) in enumerate(ranges):
@@ -237,7 +237,7 @@ def _encode(
         else:
             done_tokens += finished.counts.source_tokens
             bad += finished.counts.bad_documents
-    progress = Progress(
+    progress = DocumentProgress(
         dataset.num_tokens * itemsize, done_bytes=done_tokens * itemsize, log_interval=config.log_interval
     )
 

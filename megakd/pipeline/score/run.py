@@ -19,7 +19,7 @@ from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
 from megakd.pipeline.score.range_columns import RangeColumns
 from megakd.targets import DenseTargets
 from megakd.teachers.model_teacher import ModelTeacher
-from megakd.work.range_progress import RangeProgress
+from megakd.work.progress import RangeProgress
 
 
 def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:

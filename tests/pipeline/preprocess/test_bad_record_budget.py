@@ -18,7 +18,6 @@ from megakd.pipeline.preprocess.budget import Budget
 from megakd.pipeline.preprocess.config import PreprocessConfig
 from megakd.pipeline.preprocess.main import main
 from megakd.pipeline.preprocess.shards import Counts
-from megakd.work import progress as progress_module
 from megakd.work import unfinished
 
 WRONG = b'{"content": "def f(): pass", "path": "a.py"}\n'
@@ -164,18 +163,3 @@ def test_a_thousand_bad_records_and_one_good() -> None:
     budget.add({"file": 0, "shard": 1}, report(0, 5000, 100))
     budget = make_budget(1.0, sizes)  # whatever comes
     budget.add({"file": 0, "shard": 0}, report(0, 5000, 100))
-
-
-def test_a_line_every_few_seconds_also_where_nothing_is_done(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    progress = progress_module.Progress(1_000_000, done_bytes=0, log_interval=10_000)
-    for _ in range(60):  # a minute of bad records alone
-        now[0] += 1
-        progress.add(num_bytes=10_000, documents=0, tokens=0, bad=7)
-        progress.tick()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 12
-    assert re.fullmatch(r"Processed 0 documents, 35 bad \(0 docs/s, 0\.0 MB/s, 0 tokens/s, 5 %, 95 s left\)", lines[0])

@@ -19,7 +19,6 @@ from worlds import Worlds
 
 from megakd.data.scores.artefact import Scores
 from megakd.errors import ExitStatus
-from megakd.work.range_progress import RangeProgress, progress_line
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +156,3 @@ def test_signal_to_one_rank_of_two(layout: list[str], made: dict[str, Any], tmp_
     else:
         whole = np.frombuffer(made["whole"]["log_probs.f32"], "<f4")
         assert np.abs(Scores(folder).log_probs / whole - 1).max() < 1e-5
-
-
-def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert progress_line(25, 100, 20, 16, 4.0) == "scored 25 of 100 samples (25.0 %, 80 tokens/s, 0:00:15 left)"
-    assert progress_line(5, 100, 0, 16, 4.0) == "scored 5 of 100 samples (5.0 %)"
-    done = iter([5, 20])
-    progress = RangeProgress(100, seq_length=16, samples_done=lambda: next(done), interval=0.0)
-    progress.tick(5)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "continuing: 5 of 100 samples are scored" and lines[1].startswith("scored 25 of 100 samples")
