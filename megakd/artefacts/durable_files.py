@@ -21,7 +21,7 @@ BLOCK_BYTES = 64 * 2**20
 _READ_BYTES = 4 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-Progress = Callable[[int], object]
+OnBytes = Callable[[int], object]
 """Called with a number of bytes just processed."""
 
 
@@ -36,7 +36,7 @@ class FileRecord:
     """XXH3-128 of each 64 MiB block, the last one shorter; empty for an empty file."""
 
 
-def hash_file(path: str | os.PathLike[str], *, progress: Progress | None = None) -> FileRecord:
+def hash_file(path: str | os.PathLike[str], *, progress: OnBytes | None = None) -> FileRecord:
     """The record of a file, under its own base name."""
     hashes = _Hashes()
     buffer = memoryview(bytearray(_READ_BYTES))

@@ -22,7 +22,7 @@ from megakd.artefacts.durable_files import (
     BLOCK_BYTES,
     FileRecord,
     HashingWriter,
-    Progress,
+    OnBytes,
     atomic_write,
     commit_file,
     hash_block,
@@ -152,7 +152,7 @@ def read_manifest(
     return manifest
 
 
-def verify_files(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+def verify_files(path: str | os.PathLike[str], *, progress: OnBytes | None = None) -> list[str]:
     """Hash every file of the manifest at ``path``; return one line for each fault, naming file and block."""
     path = Path(path)
     faults = []

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.artefacts.durable_files import FileRecord, HashingWriter, Progress, fsync_directory, hash_file
+from megakd.artefacts.durable_files import FileRecord, HashingWriter, OnBytes, fsync_directory, hash_file
 from megakd.artefacts.manifest import Manifest, read_manifest, verify_files, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, identity_ranks
@@ -276,7 +276,7 @@ class Journal:
         return shard
 
 
-def faults_of_segments(manifest: Manifest, *, progress: Progress | None = None) -> dict[str, list[str]]:
+def faults_of_segments(manifest: Manifest, *, progress: OnBytes | None = None) -> dict[str, list[str]]:
     """Name of each segment of some steps that is not what was written -> what is wrong with it; hashes every file."""
     found: dict[str, list[str]] = {}
     folder = manifest.path.parent

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.artefacts.durable_files import Progress
+from megakd.artefacts.durable_files import OnBytes
 from megakd.artefacts.manifest import read_manifest, verify_files
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
@@ -210,7 +210,7 @@ class LogitsStore:
                     )
 
 
-def verify_store(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
+def verify_store(folder: str | os.PathLike[str], *, progress: OnBytes | None = None) -> list[str]:
     """Hash every file of a store; one line for each fault."""
     path = Path(folder) / MANIFEST
     faults = verify_files(path, progress=progress)
@@ -230,7 +230,7 @@ def drop_damaged(folder: str | os.PathLike[str]) -> list[str]:
     return [*removed, MANIFEST]
 
 
-def _faults_of_shards(folder: str | os.PathLike[str], progress: Progress | None) -> Iterator[tuple[Path, list[str]]]:
+def _faults_of_shards(folder: str | os.PathLike[str], progress: OnBytes | None) -> Iterator[tuple[Path, list[str]]]:
     """The manifest of each shard, and what is wrong with it and its files."""
     manifest = read_manifest(Path(folder) / MANIFEST, format=FORMAT, version=READABLE)
     for number, entry in enumerate(manifest.parameters["shards"]):

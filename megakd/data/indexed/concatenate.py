@@ -1,4 +1,4 @@
-"""Joining datasets, or parts of one, into one dataset in bounded memory."""
+"""Joining datasets, or token files, into one dataset in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.artefacts.durable_files import FileRecord, HashingWriter, Progress
+from megakd.artefacts.durable_files import FileRecord, HashingWriter, OnBytes
 from megakd.artefacts.manifest import Manifest
 from megakd.data.indexed.idx_format import bin_path, idx_path, read_header, write_idx_chunks
 from megakd.data.indexed.writer import checked_max, commit_pair, write_dataset_manifest
@@ -23,15 +23,15 @@ _INDEX_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of documents, one sequence each: raw tokens, and their lengths as a one-axis int32 ``.npy``."""
+class TokenFile:
+    """Documents without a dataset's index: their raw tokens, and their lengths as a one-axis int32 ``.npy``."""
 
     bin_path: Path
     lengths_path: Path
 
 
 def write_lengths(path: Path, lengths: NDArray[np.int32]) -> FileRecord:
-    """Write the ``lengths_path`` of a part. lengths: ``[num_documents]``, tokens in each. Raises NoSpaceError."""
+    """Write the ``lengths_path`` of a token file. lengths: ``[num_documents]``, tokens in each. Raises NoSpaceError."""
     array = np.ascontiguousarray(lengths, dtype="<i4")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
@@ -42,20 +42,21 @@ def write_lengths(path: Path, lengths: NDArray[np.int32]) -> FileRecord:
 
 
 def concatenate(
-    sources: Sequence[Part | tuple[Path, Path] | Path | str],
+    sources: Sequence[TokenFile | tuple[Path, Path] | Path | str],
     out_prefix: str | os.PathLike[str],
     *,
     dtype: np.dtype[Any] | type | None = None,
     parameters: Mapping[str, Any] | None = None,
     parents: Mapping[str, str] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> Manifest:
-    """Join parts, or whole datasets by prefix, into one dataset in the order given.
+    """Join token files, or whole datasets by prefix, into one dataset in the order given.
 
     Reads and writes a few megabytes at a time, so memory depends neither on the size nor on the number of documents.
 
-    dtype: of the parts' tokens; needed unless a prefix tells it. progress: called with token bytes copied.
+    dtype: dtype of the tokens in token files; needed where no prefix tells it. progress: called with token bytes
+    copied.
 
     Raises MismatchError for sources of different dtypes and for ids beyond the tokenizer, CorruptError for lengths that
     do not sum to the tokens; a dataset that was at ``out_prefix`` is then still there.
@@ -133,7 +134,7 @@ class _Source:
                 yield np.arange(start + 1, min(start + _INDEX_CHUNK, self.num_documents) + 1, dtype=np.int64)
 
 
-def _open_source(source: Part | tuple[Path, Path] | Path | str, dtype: np.dtype[Any] | None) -> _Source:
+def _open_source(source: TokenFile | tuple[Path, Path] | Path | str, dtype: np.dtype[Any] | None) -> _Source:
     if isinstance(source, (str, Path)):
         header = read_header(idx_path(source))
         opened = _Source(
@@ -146,12 +147,12 @@ def _open_source(source: Part | tuple[Path, Path] | Path | str, dtype: np.dtype[
             header.document_indices_at,
         )
     else:
-        part = source if isinstance(source, Part) else Part(*source)
+        tokens = source if isinstance(source, TokenFile) else TokenFile(*source)
         if dtype is None:
-            raise UsageError(f"{part.bin_path}: a part does not tell its dtype; pass dtype=")
-        with open(part.lengths_path, "rb") as stream:
-            count = _npy_count(stream, part.lengths_path)
-            opened = _Source(part.bin_path, part.lengths_path, dtype, count, count, stream.tell(), None)
+            raise UsageError(f"{tokens.bin_path}: a part does not tell its dtype; pass dtype=")
+        with open(tokens.lengths_path, "rb") as stream:
+            count = _npy_count(stream, tokens.lengths_path)
+            opened = _Source(tokens.bin_path, tokens.lengths_path, dtype, count, count, stream.tell(), None)
     total, least = 0, 0
     for piece in opened.lengths():
         total, least = total + int(piece.sum(dtype=np.int64)), min(least, int(piece.min()))
@@ -189,7 +190,7 @@ def _read_pieces(path: Path, dtype: np.dtype[Any], at: int, count: int) -> Itera
             yield piece
 
 
-def _copy_tokens(source: _Source, out: HashingWriter, progress: Progress | None) -> int:
+def _copy_tokens(source: _Source, out: HashingWriter, progress: OnBytes | None) -> int:
     """Append a source's tokens; returns the largest id."""
     max_token_id, left = -1, source.bin.stat().st_size
     buffer = bytearray(min(_COPY_BYTES, max(left, 1)))

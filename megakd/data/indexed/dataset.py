@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megakd.artefacts.manifest import Manifest, read_manifest
-from megakd.data.indexed.concatenate import Part, concatenate
+from megakd.data.indexed.concatenate import TokenFile, concatenate
 from megakd.data.indexed.data_path import find_prefix
 from megakd.data.indexed.idx_format import (
     best_dtype,
@@ -30,7 +30,7 @@ from megakd.data.indexed.idx_format import (
 from megakd.data.indexed.writer import FORMAT, FORMAT_VERSION, IndexedWriter
 from megakd.errors import CorruptError, MismatchError
 
-__all__ = ["IndexedDataset", "IndexedWriter", "Part", "best_dtype", "concatenate", "write_idx"]
+__all__ = ["IndexedDataset", "IndexedWriter", "TokenFile", "best_dtype", "concatenate", "write_idx"]
 
 # Checking every entry of the index reads all of it. A dataset with a manifest was checked when it was written, so a
 # long index is not read at open (training by samples never needs it) but when one of its arrays is first used.

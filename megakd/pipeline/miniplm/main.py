@@ -22,7 +22,7 @@ from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import option, parse
-from megakd.data.indexed.concatenate import Part, concatenate, write_lengths
+from megakd.data.indexed.concatenate import TokenFile, concatenate, write_lengths
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import (
@@ -178,7 +178,7 @@ def _find_shards(source: Path) -> list[Path]:
     return prefixes
 
 
-def _open_shard(prefix: Path, folder: Path) -> tuple[Part, np.dtype[Any]]:
+def _open_shard(prefix: Path, folder: Path) -> tuple[TokenFile, np.dtype[Any]]:
     """Check a shard's index, and write its lengths to ``folder``, as `concatenate` takes them."""
     path = idx_path(prefix)
     size_bytes = path.stat().st_size
@@ -204,6 +204,6 @@ def _open_shard(prefix: Path, folder: Path) -> tuple[Part, np.dtype[Any]]:
     whole = np.array([0, num_sequences], dtype=np.int64)
     check_ends(path, dtype, lengths, pointers, whole, bin_path(prefix).stat().st_size)
     check_arrays(path, dtype, lengths, pointers, whole)
-    part = Part(bin_path(prefix), folder / f"{prefix.name}.lengths.npy")
+    part = TokenFile(bin_path(prefix), folder / f"{prefix.name}.lengths.npy")
     write_lengths(part.lengths_path, lengths)
     return part, dtype

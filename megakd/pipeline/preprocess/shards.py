@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.manifest import write_manifest
 from megakd.data.indexed.concatenate import write_lengths
-from megakd.data.indexed.dataset import Part, best_dtype
+from megakd.data.indexed.dataset import TokenFile, best_dtype
 from megakd.data.text.decompress import Kind
 from megakd.data.text.records import BadRecord, Lines, RecordError, count_duplicate_keys, parse_texts
 from megakd.data.tokenizer import TokenizerType, UnencodableError, build_tokenizer
@@ -86,7 +86,7 @@ class Shard:
     counts: Counts
     last: bool
     """Whether the file ends with it."""
-    parts: list[Part]
+    parts: list[TokenFile]
     """One for each key, in their order."""
     bad_path: Path | None
     """JSON lines of BadRecord, lines counted within the shard; None where there is none."""
@@ -102,7 +102,7 @@ def read_shard(settings: Settings, file: int, shard: int, *, verify: bool) -> Sh
     return Shard(
         counts=Counts(**manifest.parameters["counts"]),
         last=bool(manifest.parameters["last"]),
-        parts=[Part(prefix.with_suffix(f".{key}.bin"), prefix.with_suffix(f".{key}.lengths.npy")) for key in keys],
+        parts=[TokenFile(prefix.with_suffix(f".{key}.bin"), prefix.with_suffix(f".{key}.lengths.npy")) for key in keys],
         bad_path=bad_records(manifest),
     )
 

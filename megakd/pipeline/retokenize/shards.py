@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.manifest import write_manifest
 from megakd.data.indexed.concatenate import write_lengths
-from megakd.data.indexed.dataset import IndexedDataset, Part, best_dtype
+from megakd.data.indexed.dataset import IndexedDataset, TokenFile, best_dtype
 from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, build_tokenizer
 from megakd.data.tokenizers.fast import Choice, Engine
 from megakd.data.tokenizers.recorded import open_tokenizer
@@ -87,7 +87,7 @@ class Shard:
     """A finished shard."""
 
     counts: Counts
-    part: Part
+    part: TokenFile
     bad_path: Path | None
     """JSON lines: ``document``, ``reason``, ``detail``; None where there is none."""
 
@@ -109,7 +109,7 @@ def read_shard(folder: str, shard: int, *, verify: bool) -> Shard | None:
         return None
     return Shard(
         counts=Counts(**manifest.parameters["counts"]),
-        part=Part(prefix.with_suffix(".bin"), prefix.with_suffix(".lengths.npy")),
+        part=TokenFile(prefix.with_suffix(".bin"), prefix.with_suffix(".lengths.npy")),
         bad_path=bad_records(manifest),
     )
 
