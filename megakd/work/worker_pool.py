@@ -26,6 +26,8 @@ from megakd.errors import StoppedBySignal
 from megakd.work.console import tell
 
 Job = Mapping[str, Any]
+OnMessage = Callable[[Job, dict[str, Any]], object]
+"""Takes a job and one answer about it."""
 
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
@@ -56,7 +58,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
 
-    def run(self, jobs: Iterable[Job], on_message: Callable[[Job, dict[str, Any]], object]) -> None:
+    def run(self, jobs: Iterable[Job], on_message: OnMessage) -> None:
         """Do all jobs, in any order. on_message: takes every answer but the last of each job.
 
         A job whose worker dies is done once more by a new one.
@@ -140,7 +142,7 @@ class _Worker:
         self.job, self.attempt, self.heard = job, attempt, time.monotonic()
         self._send(job)
 
-    def read(self, on_message: Callable[[Job, dict[str, Any]], object]) -> bool:
+    def read(self, on_message: OnMessage) -> bool:
         """Take what the worker said; False at the end of its output, which is its death."""
         data = os.read(self.output.fileno(), 1 << 16)
         self.heard = time.monotonic()

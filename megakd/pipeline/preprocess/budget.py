@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
 
-from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.file_names import printable
+from megakd.data.corpus_shard import LISTED, WORTH_STOPPING_BYTES, write_quarantine
 from megakd.data.text.decompress import most_bytes
 from megakd.data.text.inputs import Input
 from megakd.errors import DataBudgetError, UsageError
 from megakd.pipeline.preprocess.config import PreprocessConfig
-from megakd.pipeline.preprocess.shards import Counts, Shard
-from megakd.work.unfinished import LISTED, WORTH_STOPPING_BYTES
+from megakd.pipeline.preprocess.shards import TextCounts, TextShard
 
-QUARANTINE = ".quarantine.jsonl"
-"""What the name of the list of bad records ends in."""
 _ALL_BAD = 1000  # records without one good among them, at which a run stops whatever is still to come
 
 
@@ -39,7 +36,7 @@ class Budget:
         # {"text":""} and a line end: each key with its colon, two quotes and a comma or the brace behind it
         self._shortest = 2 + sum(len(orjson.dumps(key)) + 4 for key in config.json_keys)
 
-    def add_finished(self, file: int, shard: int, counts: Counts, *, ended: bool) -> None:
+    def add_finished(self, file: int, shard: int, counts: TextCounts, *, ended: bool) -> None:
         """Count a shard of an earlier run. ended: whether the file ends with it."""
         self._documents += counts.documents
         self._bad += counts.bad_records
@@ -66,7 +63,7 @@ class Budget:
             self._stop(f"the first {self._bad} records are all bad")
         if left > WORTH_STOPPING_BYTES and self._bad > fraction * (records + self._most_to_come()):
             self._stop(
-                f"{self._bad} of {records} records are bad so far, more than {allowance(self._config)} allows whatever "
+                f"{self._bad} of {records} records are bad so far, more than {self._config.allowance} allows whatever "
                 f"the {left / 1e6:.0f} MB hold that are left to read",
                 "With a larger budget the same command continues from what is done",
             )
@@ -91,40 +88,34 @@ class Budget:
     def _stop(self, what: str, way_out: str = "") -> NoReturn:
         if self._listed:
             records = [record for _, _, record in sorted(self._listed, key=lambda each: each[:2])]
-            path = Path(self._config.output_prefix + QUARANTINE)
-            _write(path, (orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records))
+            lines = (orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
+            path = write_quarantine(self._config.output_prefix, lines)
             what += f"; {len(records)} of them are in {path}; the first is {_describe(records[0])}"
         raise DataBudgetError(". ".join(filter(None, [what, way_out])))
 
 
-def allowance(config: PreprocessConfig) -> str:
-    """The flag that says how many records may be bad."""
-    return "--strict" if config.strict else f"--max-bad-fraction {config.max_bad_fraction}"
-
-
-def write_quarantine(config: PreprocessConfig, paths: Sequence[str], shards: Sequence[Sequence[Shard]]) -> Path:
+def list_bad_records(config: PreprocessConfig, paths: Sequence[str], shards: Sequence[Sequence[TextShard]]) -> Path:
     """List the first bad records of all shards, in the order of the inputs; without any, no such file is left."""
-    path = Path(config.output_prefix + QUARANTINE)
-    if all(shard.bad_path is None for per_file in shards for shard in per_file):
-        path.unlink(missing_ok=True)
-        return path
     lines = itertools.chain.from_iterable(_bad_lines(file, per_file) for file, per_file in zip(paths, shards))
-    _write(path, itertools.islice(lines, LISTED))
-    return path
+    return write_quarantine(config.output_prefix, lines)
 
 
-def check_counts(config: PreprocessConfig, counts: Counts) -> None:
+def check_counts(config: PreprocessConfig, counts: TextCounts) -> None:
     """Raise DataBudgetError where a dataset that is finished has more bad records than are allowed now."""
     records = counts.documents + counts.bad_records
     if counts.bad_records > config.bad_budget * records:
         raise DataBudgetError(
             f"{config.output_prefix}: {counts.bad_records} of {records} records were bad when it was made, more than "
-            f"{allowance(config)} allows"
+            f"{config.allowance} allows"
         )
 
 
 def check_budget(
-    config: PreprocessConfig, counts: Counts, paths: Sequence[str], shards: Sequence[Sequence[Shard]], quarantine: Path
+    config: PreprocessConfig,
+    counts: TextCounts,
+    paths: Sequence[str],
+    shards: Sequence[Sequence[TextShard]],
+    quarantine: Path,
 ) -> None:
     """Hold all that was met against the budget.
 
@@ -151,7 +142,7 @@ def check_budget(
     ]
     of_files = f"; every record of {', '.join(whole[:3])} is bad ({len(whole)} files in all)" if whole else ""
     raise DataBudgetError(
-        f"{counts.bad_records} of {records} records are bad, more than {allowance(config)} allows; {listed} are in "
+        f"{counts.bad_records} of {records} records are bad, more than {config.allowance} allows; {listed} are in "
         f"{quarantine}; the first is {first}{of_files}. With a larger budget the same command finishes from what is "
         "done"
     )
@@ -162,20 +153,11 @@ def _describe(record: Mapping[str, Any]) -> str:
     return f"{record['file']}{line} byte {record['byte_offset']}: {record['reason']}: {record['detail']}"
 
 
-def _write(path: Path, lines: Iterable[bytes]) -> None:
-    with HashingWriter(path) as out:
-        for line in lines:
-            out.write(line)
-        out.commit()
-
-
-def _bad_lines(file: str, shards: Sequence[Shard]) -> Iterator[bytes]:
+def _bad_lines(file: str, shards: Sequence[TextShard]) -> Iterator[bytes]:
     lines_before = 0
     for shard in shards:
-        if shard.bad_path is not None:
-            with open(shard.bad_path, "rb") as stream:
-                for line in stream:
-                    record = orjson.loads(line)
-                    record["line"] += lines_before
-                    yield orjson.dumps({"file": printable(file), **record}, option=orjson.OPT_APPEND_NEWLINE)
+        for line in shard.bad_lines():
+            record = orjson.loads(line)
+            record["line"] += lines_before
+            yield orjson.dumps({"file": printable(file), **record}, option=orjson.OPT_APPEND_NEWLINE)
         lines_before += shard.counts.lines

@@ -55,3 +55,8 @@ class PreprocessConfig:
     def bad_budget(self) -> float:
         """The fraction of records that may be bad."""
         return 0.0 if self.strict else self.max_bad_fraction
+
+    @property
+    def allowance(self) -> str:
+        """The flag that says how many records may be bad."""
+        return "--strict" if self.strict else f"--max-bad-fraction {self.max_bad_fraction}"

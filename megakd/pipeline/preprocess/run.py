@@ -14,15 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import orjson
-import xxhash
-
-from megakd import __version__
 from megakd.artefacts.background_hashes import BackgroundHashes
-from megakd.artefacts.file_names import as_json
 from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.artefacts.run_lock import RunLock
+from megakd.data.corpus_shard import MAX_SHARDS, QUARANTINE
 from megakd.data.indexed.dataset import best_dtype, concatenate
 from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import manifest_path
@@ -30,18 +26,17 @@ from megakd.data.text.inputs import Input, check_unchanged, distinct_names, find
 from megakd.data.tokenizer import build_tokenizer
 from megakd.data.tokenizers.fast import Choice, choose_engine, give_back_memory
 from megakd.errors import MismatchError, UsageError
-from megakd.pipeline.preprocess.budget import QUARANTINE, Budget, check_budget, check_counts, write_quarantine
+from megakd.pipeline.preprocess.budget import Budget, check_budget, check_counts, list_bad_records
 from megakd.pipeline.preprocess.config import PreprocessConfig
-from megakd.pipeline.preprocess.shards import Counts, Settings, Shard, finished_shards, num_shards
+from megakd.pipeline.preprocess.shards import TextCounts, TextSettings, TextShard, finished_shards
 from megakd.work.console import tell
 from megakd.work.progress import DocumentProgress
+from megakd.work.shard_run import run_shards
 from megakd.work.stop import StopFlag
-from megakd.work.unfinished import open_folder, remove_folder
-from megakd.work.worker_pool import WorkerPool
+from megakd.work.unfinished import open_folder, remove_folder, work_fingerprint
 
 _WORKER = "megakd.pipeline.preprocess.worker"
 _ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
-_MAX_SHARDS = 4096
 # For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
 _RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 304 << 20, 112 << 20
 
@@ -87,10 +82,10 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         progress = _encode(config, settings, inputs, num_workers, stop)
 
         shards = _collect(settings)
-        counts = Counts()
+        counts = TextCounts()
         for shard in (shard for per_file in shards for shard in per_file):
             counts.add(shard.counts)
-        quarantine = write_quarantine(config, settings.paths, shards)
+        quarantine = list_bad_records(config, settings.paths, shards)
         check_budget(config, counts, settings.paths, shards, quarantine)
         parents = dict(zip(distinct_names(inputs), hashes.wait()))
         check_unchanged(inputs)
@@ -98,7 +93,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
         for column, key in enumerate(config.json_keys):
             manifests.append(
                 concatenate(
-                    [shard.parts[column] for per_file in shards for shard in per_file],
+                    [shard.token_files[column] for per_file in shards for shard in per_file],
                     dataset_prefix(config, key),
                     dtype=dtype,
                     parameters=_parameters(config, key, choice, counts, eod_text),
@@ -166,21 +161,21 @@ def _find_finished(
         return None
     for key in config.json_keys:
         say_complete(dataset_prefix(config, key))
-    check_counts(config, Counts(**{"tokens": 0, **done[0].parameters["counts"]}))
+    check_counts(config, TextCounts(**{"tokens": 0, **done[0].parameters["counts"]}))
     return done
 
 
 def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, tokenizer: Mapping[str, Any]) -> str:
-    """Of all that decides the bytes of a shard; inputs by size and time, as reading them all would take too long."""
-    content = {
-        "megakd": __version__,
-        "versions": {name: _version(name) for name in _ENGINES},
-        "inputs": [[os.path.abspath(item.path), item.kind, item.size_bytes, item.modified_ns] for item in inputs],
-        "tokenizer": {key: value for key, value in tokenizer.items() if key != "path"},
-        "choice": choice.as_dict(),
-        "flags": [config.json_keys, config.append_eod, config.max_doc_bytes, config.shard_bytes],
-    }
-    return xxhash.xxh3_128_hexdigest(orjson.dumps(as_json(content), option=orjson.OPT_SORT_KEYS))
+    """Fingerprint of all that decides the bytes of a shard; inputs by size and time, as reading all would take long."""
+    return work_fingerprint(
+        {
+            "versions": {name: _version(name) for name in _ENGINES},
+            "inputs": [[os.path.abspath(item.path), item.kind, item.size_bytes, item.modified_ns] for item in inputs],
+            "tokenizer": {key: value for key, value in tokenizer.items() if key != "path"},
+            "choice": choice.as_dict(),
+            "flags": [config.json_keys, config.append_eod, config.max_doc_bytes, config.shard_bytes],
+        }
+    )
 
 
 def _version(package: str) -> str:
@@ -198,9 +193,9 @@ def _settings(
     eod_text: str | None,
     folder: Path,
     num_workers: int,
-) -> Settings:
+) -> TextSettings:
     total = sum(item.size_bytes for item in inputs)
-    return Settings(
+    return TextSettings(
         paths=[item.path for item in inputs],
         kinds=[item.kind for item in inputs],
         json_keys=config.json_keys,
@@ -208,19 +203,20 @@ def _settings(
         tokenizer_type=config.tokenizer_type,
         tokenizer_model=config.tokenizer_model,
         vocab_size=config.vocab_size,
+        eod_token=config.eod_token,
         num_ids=tokenizer["vocab_size"],
         eod=tokenizer["eod"],
         eod_text=eod_text,
         choice=choice.as_dict(),
         max_doc_bytes=config.max_doc_bytes,
-        shard_bytes=config.shard_bytes or max(16 << 20, total // _MAX_SHARDS),
+        shard_bytes=config.shard_bytes or max(16 << 20, total // MAX_SHARDS),
         folder=str(folder),
         max_resident_bytes=max(_RESIDENT_BYTES // num_workers, _LEAST_RESIDENT_BYTES),
     )
 
 
 def _encode(
-    config: PreprocessConfig, settings: Settings, inputs: list[Input], num_workers: int, stop: StopFlag
+    config: PreprocessConfig, settings: TextSettings, inputs: list[Input], num_workers: int, stop: StopFlag
 ) -> DocumentProgress:
     """Encode the shards that an earlier run has not."""
     jobs = []
@@ -256,32 +252,24 @@ def _encode(
         )
         budget.add(job, message)
 
-    def stopped() -> bool:
-        progress.tick()
-        return stop.is_set()
-
-    try:
-        with WorkerPool(_WORKER, asdict(settings), num_workers, stopped=stopped) as pool:
-            pool.run(jobs, on_message)
-    finally:
-        progress.close()
+    run_shards(_WORKER, asdict(settings), jobs, on_message, num_workers=num_workers, progress=progress, stop=stop)
     return progress
 
 
-def _collect(settings: Settings) -> list[list[Shard]]:
+def _collect(settings: TextSettings) -> list[list[TextShard]]:
     """Every shard of every file."""
     collected = []
     for file, path in enumerate(settings.paths):
         found = list(finished_shards(settings, file, verify=False))
         shards = [shard for shard in found if shard is not None]
-        if len(shards) != len(found) or num_shards(settings, file) not in (None, len(shards)):
+        if len(shards) != len(found) or settings.num_shards(file) not in (None, len(shards)):
             raise MismatchError(f"{path}: changed while it was read; run again when it is complete")
         collected.append(shards)
     return collected
 
 
 def _parameters(
-    config: PreprocessConfig, key: str, choice: Choice, counts: Counts, eod_text: str | None
+    config: PreprocessConfig, key: str, choice: Choice, counts: TextCounts, eod_text: str | None
 ) -> dict[str, Any]:
     met = asdict(counts)
     del met["tokens"]

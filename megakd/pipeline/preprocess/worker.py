@@ -6,14 +6,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.pipeline.preprocess.shards import Settings, encode_shards
+from megakd.pipeline.preprocess.shards import TextSettings, encode_shards
 from megakd.work.worker_process import Report, Work, serve
 
 
 def prepare(settings: dict[str, Any]) -> Work:
     """Load the engine; jobs name a file and a shard."""
-    known = Settings(**settings)
-    engine = known.build_engine()
+    known = TextSettings(**settings)
+    engine = known.build_engine(known.build_tokenizer)
 
     def work(job: Mapping[str, Any], report: Report) -> None:
         encode_shards(known, engine, job["file"], job["shard"], report)

@@ -16,38 +16,31 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megakd.artefacts.durable_files import HashingWriter
-from megakd.artefacts.manifest import write_manifest
-from megakd.data.indexed.concatenate import write_lengths
-from megakd.data.indexed.dataset import IndexedDataset, TokenFile, best_dtype
-from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError, build_tokenizer
-from megakd.data.tokenizers.fast import Choice, Engine
+from megakd.data.corpus_shard import LISTED, CorpusShard, ShardCounts, ShardFormat, ShardSettings, ShardWriter
+from megakd.data.indexed.dataset import IndexedDataset, best_dtype
+from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError
 from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import CorruptError, UsageError
-from megakd.work.unfinished import LISTED, Tally, bad_records, read_committed
 
-_FORMAT, _FORMAT_VERSION = "retokenize-shard", 1
 _BATCH_TOKENS = 1 << 18
 # What decoders write for ids that are no text: half a character, and sentencepiece's unknown token.
 _NO_TEXT = ("\ufffd", "\u2047")
+_COLUMNS = ("",)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a shard, and where it goes; plain data, so that it travels to a worker."""
+@dataclass(frozen=True, kw_only=True)
+class RetokenizeSettings(ShardSettings):
+    """Settings of shards of a dataset: `ShardSettings` of the new tokenizer, the dataset, and its own tokenizer.
+
+    prefix, fingerprint: the dataset. source_type, source_model, source_vocab_size: its tokenizer, as flags give it;
+    None for what its manifest records.
+    """
 
     prefix: str
     fingerprint: str
     source_type: TokenizerType | None
     source_model: str | None
     source_vocab_size: int | None
-    target_type: TokenizerType
-    target_model: str | None
-    target_eod_token: str | None
-    append_eod: bool
-    choice: dict[str, Any]
-    folder: str
-    max_resident_bytes: int
 
     def open_source(self) -> tuple[IndexedDataset, Tokenizer]:
         """The dataset and its tokenizer."""
@@ -63,33 +56,25 @@ class Settings:
 
 
 @dataclass
-class Counts(Tally):
-    """What was met.
+class RetokenizeCounts(ShardCounts):
+    """Counts of a shard of documents.
 
     normalised: documents whose text the new tokens do not give back byte for byte. undecodable: those whose old tokens
     are not all text, such as half a character at a sample's edge. Such documents are kept as they decode; bad_documents
     are those of either kind. source_bytes, target_bytes: UTF-8 bytes that the old and the new tokens decode to.
     """
 
-    documents: int = 0
-    empty_documents: int = 0
     bad_documents: int = 0
     normalised: int = 0
     undecodable: int = 0
     source_tokens: int = 0
-    tokens: int = 0
     source_bytes: int = 0
     target_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A finished shard."""
-
-    counts: Counts
-    part: TokenFile
-    bad_path: Path | None
-    """JSON lines: ``document``, ``reason``, ``detail``; None where there is none."""
+RetokenizedShard = CorpusShard[RetokenizeCounts]
+"""Its bad records are JSON of ``document``, ``reason`` and ``detail``."""
+_FORMAT = ShardFormat("retokenize-shard", 1, RetokenizeCounts)
 
 
 def document_ranges(dataset: IndexedDataset, shard_tokens: int) -> list[tuple[int, int]]:
@@ -101,34 +86,19 @@ def document_ranges(dataset: IndexedDataset, shard_tokens: int) -> list[tuple[in
     return [(first, stop) for first, stop in zip(firsts, [*firsts[1:], dataset.num_documents]) if stop > first]
 
 
-def read_shard(folder: str, shard: int, *, verify: bool) -> Shard | None:
-    """A shard that was committed; None for one that was not, or whose files are not what was committed (``verify``)."""
-    prefix = _prefix(folder, shard)
-    manifest = read_committed(prefix, format=_FORMAT, version=_FORMAT_VERSION, verify=verify)
-    if manifest is None:
-        return None
-    return Shard(
-        counts=Counts(**manifest.parameters["counts"]),
-        part=TokenFile(prefix.with_suffix(".bin"), prefix.with_suffix(".lengths.npy")),
-        bad_path=bad_records(manifest),
-    )
+def read_shard(folder: str, shard: int, *, verify: bool) -> RetokenizedShard | None:
+    """Read a shard that was committed; None where none was, or, with ``verify``, where its files have changed."""
+    return _FORMAT.read(_prefix(folder, shard), _COLUMNS, verify=verify)
 
 
 class Retokenizer:
     """Everything that a shard needs, loaded once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RetokenizeSettings) -> None:
         self._settings = settings
         self._dataset, self._source = settings.open_source()
-        self._target = build_tokenizer(settings.target_type, settings.target_model, eod_token=settings.target_eod_token)
-        self._engine = Engine(
-            settings.target_type,
-            settings.target_model,
-            Choice.from_dict(settings.choice),
-            lambda: self._target,
-            max_resident_bytes=settings.max_resident_bytes,
-            turns=Path(settings.folder) / "turns.lock",
-        )
+        self._target = settings.build_tokenizer()
+        self._engine = settings.build_engine(lambda: self._target)
         self._dtype = best_dtype(self._target.vocab_size)
 
     def encode_shard(self, shard: int, first: int, stop: int, report: Callable[[Mapping[str, int]], object]) -> None:
@@ -137,30 +107,16 @@ class Retokenizer:
         Raises CorruptError for ids beyond the tokenizer, UsageError for a text that the new one has no ids for,
         NoSpaceError.
         """
-        prefix = _prefix(self._settings.folder, shard)
-        counts, lengths = Counts(), [np.empty(0, dtype="<i4")]
+        counts = RetokenizeCounts()
         bad: list[bytes] = []
-        with HashingWriter(prefix.with_suffix(".bin")) as out:
+        with ShardWriter(_prefix(self._settings.folder, shard), _COLUMNS, self._dtype) as out:
             for batch in self._batches(first, stop):
-                added = Counts()
+                added = RetokenizeCounts()
                 documents = self._encode(batch, added, bad)
-                out.write(np.concatenate(documents).astype(self._dtype, copy=False).data)
-                lengths.append(np.array([len(ids) for ids in documents], dtype="<i4"))
+                out.add(0, np.concatenate(documents), np.array([len(ids) for ids in documents], dtype=np.int32))
                 counts.add(added)
                 report(asdict(added))
-            files = [out.commit(), write_lengths(prefix.with_suffix(".lengths.npy"), np.concatenate(lengths))]
-        if bad:
-            with HashingWriter(prefix.with_suffix(".bad.jsonl")) as out:
-                out.write(b"".join(bad))
-                files.append(out.commit())
-        write_manifest(
-            prefix.with_suffix(".json"),
-            format=_FORMAT,
-            version=_FORMAT_VERSION,
-            parameters={"counts": asdict(counts)},
-            parents={},
-            files=files,
-        )
+            out.commit(_FORMAT, counts, bad)
 
     def _batches(self, first: int, stop: int) -> Iterator[list[_Document]]:
         batch: list[_Document] = []
@@ -187,7 +143,7 @@ class Retokenizer:
             number, len(ids), pieces, [self._source.decode(piece.tolist()) if len(piece) else "" for piece in pieces]
         )
 
-    def _encode(self, batch: Sequence[_Document], counts: Counts, bad: list[bytes]) -> list[NDArray[Any]]:
+    def _encode(self, batch: Sequence[_Document], counts: RetokenizeCounts, bad: list[bytes]) -> list[NDArray[Any]]:
         texts = [text for document in batch for text in document.texts]
         arrays = iter(self._encode_texts(batch, texts))
         encoded = []
@@ -207,7 +163,7 @@ class Retokenizer:
         except UnencodableError as error:
             raise UsageError(
                 f"{self._settings.prefix}: documents {batch[0].number} to {batch[-1].number}: "
-                f"{self._settings.target_type} has no ids for their text: {error}"
+                f"{self._settings.tokenizer_type} has no ids for their text: {error}"
             ) from error
 
     def _join(self, pieces: list[NDArray[Any]], texts: list[str]) -> NDArray[Any]:
@@ -219,7 +175,7 @@ class Retokenizer:
             parts.append(eod)
         return np.concatenate(parts).astype(np.int64, copy=False)
 
-    def _count(self, document: _Document, backs: list[str], counts: Counts, bad: list[bytes]) -> None:
+    def _count(self, document: _Document, backs: list[str], counts: RetokenizeCounts, bad: list[bytes]) -> None:
         lost = sum(not self._is_text(text, ids) for text, ids in zip(document.texts, document.pieces))
         changed = [place for place, (text, back) in enumerate(zip(document.texts, backs)) if text != back]
         counts.documents += 1

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.pipeline.retokenize.shards import Retokenizer, Settings
+from megakd.pipeline.retokenize.shards import Retokenizer, RetokenizeSettings
 from megakd.work.worker_process import Report, Work, serve
 
 
 def prepare(settings: dict[str, Any]) -> Work:
     """Load both tokenizers; jobs name a shard and its documents."""
-    retokenizer = Retokenizer(Settings(**settings))
+    retokenizer = Retokenizer(RetokenizeSettings(**settings))
 
     def work(job: Mapping[str, Any], report: Report) -> None:
         retokenizer.encode_shard(job["shard"], job["first"], job["stop"], report)

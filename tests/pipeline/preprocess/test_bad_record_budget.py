@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megakd.artefacts.manifest import read_manifest
+from megakd.data import corpus_shard
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.text.inputs import Input
 from megakd.errors import DataBudgetError, UsageError
@@ -17,8 +18,7 @@ from megakd.pipeline.preprocess import budget as budget_module
 from megakd.pipeline.preprocess.budget import Budget
 from megakd.pipeline.preprocess.config import PreprocessConfig
 from megakd.pipeline.preprocess.main import main
-from megakd.pipeline.preprocess.shards import Counts
-from megakd.work import unfinished
+from megakd.pipeline.preprocess.shards import TextCounts
 
 WRONG = b'{"content": "def f(): pass", "path": "a.py"}\n'
 GOOD = b'{"text": "good"}\n'
@@ -121,7 +121,7 @@ def test_the_list_is_capped_and_the_rest_counted(tmp_path: Path, monkeypatch: py
     with pytest.raises(DataBudgetError, match=r"12000 of 24000 .*; the first 10000 are in"):
         preprocess(path, "--shard-bytes", "300000")
     assert [record["line"] for record in listed(tmp_path)] == list(range(2, 20_001, 2))
-    assert unfinished.LISTED == 10_000
+    assert corpus_shard.LISTED == 10_000
 
 
 def make_budget(fraction: float, *inputs: tuple[str, int], shard_bytes: int = 1 << 24) -> Budget:
@@ -159,7 +159,7 @@ def test_a_thousand_bad_records_and_one_good() -> None:
     with pytest.raises(DataBudgetError, match="first 1000 records are all bad"):
         budget.add({"file": 0, "shard": 1}, report(0, 1, 100))
     budget = make_budget(0.5, sizes)
-    budget.add_finished(0, 0, Counts(documents=1), ended=False)
+    budget.add_finished(0, 0, TextCounts(documents=1), ended=False)
     budget.add({"file": 0, "shard": 1}, report(0, 5000, 100))
     budget = make_budget(1.0, sizes)  # whatever comes
     budget.add({"file": 0, "shard": 0}, report(0, 5000, 100))

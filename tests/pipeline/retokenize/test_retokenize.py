@@ -19,6 +19,7 @@ from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megakd.data.tokenizer import build_tokenizer
 from megakd.errors import ExitStatus
 from megakd.pipeline.retokenize import main as retokenize
+from megakd.pipeline.retokenize import run as retokenize_run
 from megakd.pipeline.retokenize.shards import document_ranges
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -155,7 +156,7 @@ def test_a_normalising_tokenizer_is_refused_beyond_the_budget_and_told(tmp_path,
 
 
 def test_it_stops_once_too_many_are_bad_of_all_there_are(tmp_path, models, capsys, monkeypatch):
-    monkeypatch.setattr(retokenize, "WORTH_STOPPING_BYTES", 0)
+    monkeypatch.setattr(retokenize_run, "WORTH_STOPPING_BYTES", 0)
     source = build_tokenizer(*models["bpe"])
     texts = ["\u2460 \uff21 full width"] * 60 + ["plain"] * 40
     write(tmp_path / "old", [[*source.encode(text), source.eod] for text in texts], source)
