@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from megakd.config.tree import parse
@@ -28,9 +27,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"{stop}; finished shards are kept: the same command continues")
         return ExitStatus.STOPPED
     return ExitStatus.COMPLETE
-
-
-if __name__ == "__main__":
-    from megakd.__main__ import run
-
-    sys.exit(run(main))

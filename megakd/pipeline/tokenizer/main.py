@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,9 +229,3 @@ def _write(output: Path, files: dict[str, bytes], parameters: dict[str, Any]) ->
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     fsync_directory(output.parent)
-
-
-if __name__ == "__main__":
-    from megakd.__main__ import run
-
-    sys.exit(run(main))

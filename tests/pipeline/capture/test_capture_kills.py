@@ -36,7 +36,7 @@ def verb(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> RangeVerb:
 
     assert run(folder / "whole") == 0
     whole: dict[str, Any] = files(folder / "whole")
-    return RangeVerb("capture_logits.py", flags, run, whole, "shards", "store.json", NUM_SHARDS)
+    return RangeVerb("capture", flags, run, whole, "shards", "store.json", NUM_SHARDS)
 
 
 @pytest.mark.slow

@@ -11,16 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-TOOLS = Path(__file__).parents[3] / "tools"
-
 
 @dataclass(frozen=True)
 class RangeVerb:
-    """A verb that commits ranges. tool: its name in tools/. flags: all but ``--output``. run: the whole of it, where
+    """A verb that commits ranges. verb: its name. flags: all but ``--output``. run: the whole of it, where
     nothing must happen to it; its status. whole: the files it leaves. parts: the folder of ranges, in the output.
     manifest: what makes the whole whole. num_ranges: how many there are."""
 
-    tool: str
+    verb: str
     flags: list[str]
     run: Callable[[Path], int]
     whole: dict[str, bytes]
@@ -31,10 +29,10 @@ class RangeVerb:
     def start(self, output: Path, *flags: str, ranks: int = 0) -> subprocess.Popen[str]:
         """The command in processes of its own."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        tool = [*(launcher if ranks else [sys.executable]), str(TOOLS / self.tool)]
         # As many ranks as cores on this machine, for all that it knows: one thread, on one that tests keep busy.
         env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
-        command = [*tool, *self.flags, "--output", str(output), *flags]
+        words = ["-m", "megakd", self.verb, *self.flags, "--output", str(output), *flags]
+        command = [*(launcher if ranks else [sys.executable]), *words]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def num_parts(self, folder: Path) -> int:

@@ -31,7 +31,6 @@ from megakd.pipeline.score.draw_sample import draw_sample
 from megakd.pipeline.score.preflight import ScoreConfig, check_score
 from megakd.pipeline.select.main import main as select
 
-TOOL = str(Path(__file__).parents[3] / "tools" / "fit_proxy.py")
 SEQ = 16
 SAMPLES = 600
 FRACTION = 0.5
@@ -235,7 +234,9 @@ def test_a_process_that_is_ended_continues(
     """The command itself: what it leaves when it is killed, or asked to stop, is gone on with to the same figures."""
     flags = flags_of(made, tmp_path / "p", "--save-interval", "1")
     env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
-    process = subprocess.Popen([sys.executable, TOOL, *flags], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megakd", "proxy", *flags], env=env, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 90
     while latest_iteration(tmp_path / "p") is None and process.poll() is None:
         assert time.monotonic() < deadline, "the run does not get on"

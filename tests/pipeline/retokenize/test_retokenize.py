@@ -213,7 +213,7 @@ def test_refusals(tmp_path, models, capsys):
 
 
 def start(tmp_path, name):
-    command = [sys.executable, str(ROOT / "tools/retokenize_data.py"), "--input-prefix", str(tmp_path / "old")]
+    command = [sys.executable, "-m", "megakd", "retokenize", "--input-prefix", str(tmp_path / "old")]
     command += ["--output-prefix", str(tmp_path / name / "o"), "--tokenizer-type", "ByteTokenizer", "--workers", "1"]
     (tmp_path / name).mkdir(exist_ok=True)
     return subprocess.Popen([*command, "--shard-tokens", "2000"], stderr=subprocess.PIPE, text=True, cwd=ROOT)

@@ -35,7 +35,7 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     made["whole"] = files(folder / "whole")
     num_ranges = -(-len(made["whole"]["counts.i32"]) // 4 // 50)
     whole = partial(run, made)
-    made["verb"] = RangeVerb("score_data.py", flags, whole, made["whole"], "parts", "scores.json", num_ranges)
+    made["verb"] = RangeVerb("score", flags, whole, made["whole"], "parts", "scores.json", num_ranges)
     return made
 
 
