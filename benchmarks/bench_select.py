@@ -34,8 +34,9 @@ from megakd.data.samples.concat import ConcatSamples
 from megakd.data.scores.artefact import COUNTS, LOG_PROBS, finish_scores
 from megakd.data.selection import MANIFEST, Selection, SelectionWriter
 from megakd.pipeline.select.config import SelectConfig
-from megakd.pipeline.select.main import open_scored, select
 from megakd.pipeline.select.materialize import materialize
+from megakd.pipeline.select.preflight import open_scored
+from megakd.pipeline.select.run import select
 
 SEQ_LENGTH, SHARDS, PIECE = 1024, 25, 1 << 20
 RATIO = 0.5
@@ -204,7 +205,7 @@ class DroppedIds:
 
 
 def select_megakd_ids(work: Path, num_samples: int) -> Any:
-    import megakd.pipeline.select.main as verb
+    import megakd.pipeline.select.run as verb
 
     verb.SelectionWriter = DroppedIds  # type: ignore[misc, assignment]
     return select_megakd(work, num_samples)

@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from megakd.data.samples.concat import Samples
 from megakd.data.scores.sources import Source
 from megakd.errors import UsageError
-from megakd.pipeline.select.config import REST, SelectConfig, read_numbers
+from megakd.pipeline.select.config import REST, read_numbers
 from megakd.pipeline.select.threshold import Keys, Piece, share_of
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How a ratio of all samples, or of all their tokens, is shared out to the domains.
+
+    kind: one threshold for all domains, the same ratio of each, or quotas. quota, floor, cap: entries DOMAIN=SHARE, as
+    the flags of these names take them.
+    """
+
+    kind: Literal["global", "equal", "quota"]
+    ratio: float
+    ratio_of: Literal["samples", "tokens"]
+    quota: Sequence[str] = ()
+    floor: Sequence[str] = ()
+    cap: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ def first_sample_from(samples: Samples, token_position: int) -> int:
 
 
 def allocate(
-    config: SelectConfig,
+    allocation: Allocation,
     keys: Keys,
     pieces: Sequence[Piece],
     amounts: Mapping[str, int],
@@ -77,19 +94,19 @@ def allocate(
 
     Raises UsageError for unknown domains and for bounds that no selection keeps.
     """
-    budget = share_of(config.ratio, sum(amounts.values()))
-    if config.allocation == "equal":
-        return [Share((name,), share_of(config.ratio, amount)) for name, amount in amounts.items()]
-    if config.allocation == "quota":
-        quota = _known(config.quota, "--quota", amounts)
+    budget = share_of(allocation.ratio, sum(amounts.values()))
+    if allocation.kind == "equal":
+        return [Share((name,), share_of(allocation.ratio, amount)) for name, amount in amounts.items()]
+    if allocation.kind == "quota":
+        quota = _known(allocation.quota, "--quota", amounts)
         if set(quota) != set(amounts) or abs(sum(quota.values()) - 1) > 1e-9:
             raise UsageError(
-                f"--quota {' '.join(config.quota)}: expected a share for each of {', '.join(amounts)}, 1 in sum"
+                f"--quota {' '.join(allocation.quota)}: expected a share for each of {', '.join(amounts)}, 1 in sum"
             )
         return [Share((name,), share_of(quota[name], budget)) for name in amounts]
-    if not (config.floor or config.cap):
+    if not (allocation.floor or allocation.cap):
         return [Share(tuple(amounts), budget)]
-    floors, caps = _known(config.floor, "--floor", amounts), _known(config.cap, "--cap", amounts)
+    floors, caps = _known(allocation.floor, "--floor", amounts), _known(allocation.cap, "--cap", amounts)
     low = {name: share_of(floors.get(name, 0.0), amount) for name, amount in amounts.items()}
     high = {name: share_of(caps.get(name, 1.0), amount) for name, amount in amounts.items()}
     for name in amounts:
@@ -97,10 +114,10 @@ def allocate(
             raise UsageError(f"--floor {floors[name]} of {name} is above its --cap {caps[name]}")
     if not sum(low.values()) <= budget <= sum(high.values()):
         raise UsageError(
-            f"--ratio {config.ratio} keeps {budget} {config.ratio_of}; with --floor and --cap it is between "
+            f"--ratio {allocation.ratio} keeps {budget} {allocation.ratio_of}; with --floor and --cap it is between "
             f"{sum(low.values())} and {sum(high.values())}"
         )
-    return _bounded(keys, pieces, budget, low, high, find, by_tokens=config.ratio_of == "tokens")
+    return _bounded(keys, pieces, budget, low, high, find, by_tokens=allocation.ratio_of == "tokens")
 
 
 def _bounded(

@@ -11,7 +11,8 @@ from pipeline.select.select_twin import gumbel, ordered, scores_of, take, write
 from megakd.config.tree import parse
 from megakd.data.selection import MANIFEST, Selection
 from megakd.pipeline.select.config import SelectConfig
-from megakd.pipeline.select.main import open_scored, select
+from megakd.pipeline.select.preflight import open_scored
+from megakd.pipeline.select.run import select
 
 
 def configure(*argv: Any) -> SelectConfig:

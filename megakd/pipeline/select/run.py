@@ -1,0 +1,259 @@
+"""One selection for each dataset: the threshold of each domain's scores, and the ids of the samples that reach it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megakd.artefacts.manifest import Manifest
+from megakd.data.indexed.finished import find_finished, say_complete
+from megakd.data.scores.sources import Source
+from megakd.data.selection import FORMAT, MANIFEST, VERSION, SelectionWriter
+from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.pipeline.select.config import SelectConfig
+from megakd.pipeline.select.domains import Allocation, Share, allocate, read_pieces
+from megakd.pipeline.select.threshold import NOTHING, Keys, Piece, Ranks, Rule, Survey, score_at, share_of
+
+_RECORDED = (
+    "normalise",
+    "rank_difference",
+    "ratio",
+    "ratio_of",
+    "allocation",
+    "quota",
+    "floor",
+    "cap",
+    "drop_negative",
+    "drop_top_fraction",
+    "gumbel_temperature",
+    "seed",
+)
+
+
+@dataclass
+class Domain:
+    """What was kept of one domain."""
+
+    candidates: int = 0
+    candidate_tokens: int = 0
+    kept: int = 0
+    kept_tokens: int = 0
+    threshold: float | None = None
+    """The least score kept, noise included; None where all or none are."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of select came to."""
+
+    manifests: list[Manifest]
+    domains: dict[str, Domain]
+    correlations: dict[str, float]
+    """Of the score with each model's NLL (or its rank)."""
+    survey: Survey
+
+
+def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
+    """Write one selection for each source.
+
+    A selection that is there already and is the same is kept. Raises MismatchError for another one; CorruptError for
+    scores that are not finite, with the first sample ids; UsageError for settings that keep
+    nothing, that contradict one another, or whose weights make finite scores infinite.
+    """
+    weights = {name: weight for name, (weight, _) in config.models().items()}
+    recorded = {**{name: getattr(config, name) for name in _RECORDED}, "weights": weights}
+    rules = [_recorded_rule(recorded, sources, source) for source in sources]
+    for source, recorded_rule in zip(sources, rules):
+        _find_selection(source, recorded_rule)
+    pieces = read_pieces(config.domains, sources)
+    by_tokens = config.ratio_of == "tokens"
+    threads = config.threads or len(os.sched_getaffinity(0))
+    # In the order of the names: the last bit of a sum of three depends on it, and must not on the order of the flags.
+    rule = Rule(dict(sorted(weights.items())), config.seed)
+    keys = Keys(sources, rule, threads=threads)
+    surveys, counts = _survey(keys, pieces, by_tokens=by_tokens, weights_flag=config.weights_given)
+    ranks: Ranks | None = None
+    if config.rank_difference:
+        ranks = keys.rank_tables(pieces)
+        keys = Keys(sources, rule, threads=threads, ranks=ranks)
+        surveys, counts = _survey(keys, pieces, by_tokens=by_tokens, weights_flag=config.weights_given)
+    whole = Survey.sum(surveys)
+    uniform = [Survey.sum(s for s, p in zip(surveys, pieces) if p.source == index) for index in range(len(sources))]
+    keys = Keys(sources, rule, threads=threads, ranks=ranks, uniform=uniform)
+    final = replace(rule, drop_negative=config.drop_negative, gumbel_temperature=config.gumbel_temperature)
+    if config.drop_top_fraction:
+        budget = share_of(config.drop_top_fraction, whole.candidates)
+        final = replace(final, below=keys.threshold(pieces, budget, by_tokens=False))
+    if final != rule:
+        keys = Keys(sources, final, threads=threads, ranks=ranks, uniform=uniform)
+
+    def find(some: Sequence[Piece], budget: int) -> int:
+        known = final == rule and len(some) == len(pieces)
+        return keys.threshold(some, budget, by_tokens=by_tokens, counts=counts if known else None)
+
+    domains: dict[str, Domain] = {}
+    for piece, survey in zip(pieces, surveys):
+        domain = domains.setdefault(piece.domain, Domain())
+        domain.candidates += survey.candidates
+        domain.candidate_tokens += survey.tokens
+    amounts = {name: d.candidate_tokens if by_tokens else d.candidates for name, d in domains.items()}
+    allocation = Allocation(
+        kind=config.allocation,
+        ratio=config.ratio,
+        ratio_of=config.ratio_of,
+        quota=config.quota,
+        floor=config.floor,
+        cap=config.cap,
+    )
+    shares = allocate(allocation, keys, pieces, amounts, find)
+    thresholds = _thresholds(allocation, shares, pieces, find, num_candidates=whole.candidates)
+    manifests = _write(sources, rules, keys, pieces, thresholds, domains)
+    correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
+    return Outcome(manifests, domains, correlations, whole)
+
+
+def _survey(
+    keys: Keys, pieces: Sequence[Piece], *, by_tokens: bool, weights_flag: str
+) -> tuple[list[Survey], NDArray[np.uint64]]:
+    """A survey of each piece, and the counts of the first digit of all."""
+    counts = np.zeros(1 << 16, np.uint64)
+    surveys = []
+    for piece in pieces:
+        survey = keys.survey(piece, by_tokens=by_tokens, counts=counts)
+        if survey.num_bad:
+            _refuse_bad(keys, piece, survey, weights_flag)
+        surveys.append(survey)
+    return surveys, counts
+
+
+def _refuse_bad(keys: Keys, piece: Piece, survey: Survey, weights_flag: str) -> None:
+    source = keys.sources[piece.source]
+    bad: list[int] = []
+    for begin in range(survey.first_bad, piece.end, 1 << 16):
+        scores = keys.scores(piece.source, begin, min(begin + (1 << 16), piece.end))
+        ids = begin + np.flatnonzero(~np.isfinite(scores))
+        bad.extend(ids[(source.counts[ids] > 0) & ~np.isin(ids, source.excluded)].tolist())
+        if len(bad) >= min(5, survey.num_bad):
+            break
+    folders = " and ".join(str(scores.folder) for scores in source.scores.values())
+    shown = ", ".join(map(str, bad[:5]))
+    more = ", ..." if survey.num_bad > 5 else ""
+    if all(np.isfinite(scores.log_probs[bad]).all() for scores in source.scores.values()):
+        raise UsageError(
+            f"{weights_flag}: it takes the score of {survey.num_bad} samples beyond what float32 holds, ids "
+            f"{shown}{more}; their log-probabilities are finite: give smaller weights"
+        )
+    raise CorruptError(
+        f"{folders}: {survey.num_bad} samples have a score that is not finite: ids {shown}{more}; score "
+        "them anew, or leave them out with --exclude-ids FILE"
+    )
+
+
+def _thresholds(
+    allocation: Allocation, shares: Sequence[Share], pieces: Sequence[Piece], find: Any, *, num_candidates: int
+) -> dict[str, int]:
+    if not num_candidates:
+        raise UsageError(
+            "there is no sample to select from: all are excluded by --exclude-ids or have nothing to score"
+        )
+    if not sum(share.budget for share in shares):
+        raise UsageError(
+            f"--ratio {allocation.ratio} of the {allocation.ratio_of} there are keeps nothing; raise it, or score more "
+            "samples"
+        )
+    thresholds = {}
+    for share in shares:
+        own = [piece for piece in pieces if piece.domain in share.domains]
+        threshold = find(own, share.budget) if share.budget else NOTHING
+        thresholds.update(dict.fromkeys(share.domains, threshold))
+    return thresholds
+
+
+def _write(
+    sources: Sequence[Source],
+    rules: Sequence[dict[str, Any]],
+    keys: Keys,
+    pieces: Sequence[Piece],
+    thresholds: Mapping[str, int],
+    domains: dict[str, Domain],
+) -> list[Manifest]:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(SelectionWriter(source.output)) for source in sources]
+        for piece in pieces:
+            domain, threshold = domains[piece.domain], thresholds[piece.domain]
+            samples, tokens = keys.keep(piece, threshold, writers[piece.source].append)
+            domain.kept += samples
+            domain.kept_tokens += tokens
+            domain.threshold = score_at(threshold)
+        if not sum(writer.num_kept for writer in writers):
+            raise UsageError("no sample is left to keep: see --drop-negative, --drop-top-fraction, --exclude-ids")
+        kept = {name: asdict(domain) for name, domain in domains.items()}
+        rules = [{**rule, "domains": kept} for rule in rules]
+        there = [_find_selection(source, rule) for source, rule in zip(sources, rules)]
+        for writer, done in zip(writers, there):
+            if done is not None and not writer.wrote(done):
+                raise MismatchError(
+                    f"{done.path} keeps other samples by the same rule: the ranges of --domains were others. Give "
+                    "another --output, or remove it to select anew"
+                )
+        return [
+            _keep(source, done)
+            if done is not None
+            else writer.finish(**_samples(source), rule=rule, parents=_parents(source), tokenizer=_tokenizer(source))
+            for writer, source, rule, done in zip(writers, sources, rules, there)
+        ]
+
+
+def _find_selection(source: Source, rule: Mapping[str, Any]) -> Manifest | None:
+    """The selection that is there, if it was made by this rule from these scores. Raises MismatchError for another."""
+    samples = _samples(source)
+    return find_finished(
+        source.output / MANIFEST,
+        format=FORMAT,
+        version=VERSION,
+        parameters={**{key: value for key, value in samples.items() if key != "dataset"}, "rule": rule},
+        parents={**_parents(source), "dataset": samples["dataset"]},
+        tokenizer=_tokenizer(source),
+        flag="--output",
+    )
+
+
+def _keep(source: Source, done: Manifest) -> Manifest:
+    say_complete(source.output)
+    return done
+
+
+def _samples(source: Source) -> dict[str, Any]:
+    """What a selection is of."""
+    scored = source.any_scores.manifest.parameters
+    return {
+        "packing": scored["packing"],
+        "seq_length": int(scored["seq_length"]),
+        "num_samples": source.num_samples,
+        "dataset": source.dataset,
+    }
+
+
+def _parents(source: Source) -> dict[str, str]:
+    return {f"scores {name}": scores.fingerprint for name, scores in source.scores.items()} | source.excluded_by
+
+
+def _tokenizer(source: Source) -> Mapping[str, Any] | None:
+    return source.any_scores.manifest.tokenizer
+
+
+def _recorded_rule(settings: Mapping[str, Any], sources: Sequence[Source], source: Source) -> dict[str, Any]:
+    """All that the ids of one selection depend on, as its manifest records it beside what was kept of each domain."""
+    excluded = np.ascontiguousarray(source.excluded)
+    return {
+        **settings,
+        "excluded_ids": None if not len(excluded) else xxhash.xxh3_128_hexdigest(excluded.data),
+        "datasets": sorted(each.dataset for each in sources),
+    }
