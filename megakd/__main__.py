@@ -6,10 +6,11 @@ import sys
 
 
 def _leave_current_folder() -> None:
-    """Take back what ``python -m megakd`` and ``torchrun -m megakd`` put first: a yaml.py that lies there would run.
+    """Remove the current folder, which ``python -m megakd`` and ``torchrun -m megakd`` put first, from the import path.
 
-    Where megakd itself was found there, in a checkout that is not installed, the folder goes last instead: processes
-    that are started later find megakd too, and nothing that is installed is looked for there.
+    Else a yaml.py in the current folder would run. Where megakd itself was found there, in a checkout that is not
+    installed, the folder goes last instead: processes that are started later find megakd too, and installed packages
+    come before the folder's files.
     """
     folder = sys.path.pop(0)
     if folder and os.path.realpath(folder) == os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir)):
@@ -60,7 +61,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         with warnings.catch_warnings():
             warnings.showwarning = _tell_warning
             status = int(main(argv))
-    except SystemExit:  # of --help
+    except SystemExit:  # --help
         if unwritten := flush_output():
             raise SystemExit(explain_unwritten(unwritten)) from None
         raise
@@ -71,16 +72,16 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         flush_output()
         return ExitStatus.FAILED
     except (ValueError, OSError) as error:
-        own = getattr(error, "status", None)
-        if own is None and not isinstance(error, OSError):
+        status_of_error = getattr(error, "status", None)
+        if status_of_error is None and not isinstance(error, OSError):
             raise  # not foreseen: the traceback is the message
         unwritten = flush_output()
-        if own is None and isinstance(error, OSError) and error.filename is None and error.errno in FULL:
-            unwritten = error  # of an output without a buffer; files that are written tell their names
-        if own is None and unwritten is not None:
+        if status_of_error is None and isinstance(error, OSError) and error.filename is None and error.errno in FULL:
+            unwritten = error  # standard output without a buffer: errors of files carry their names
+        if status_of_error is None and unwritten is not None:
             return explain_unwritten(unwritten)
         tell(f"error: {error}")
-        return int(ExitStatus.FAILED if own is None else own)
+        return int(ExitStatus.FAILED if status_of_error is None else status_of_error)
     unwritten = flush_output()
     return status if unwritten is None else explain_unwritten(unwritten)
 
@@ -88,7 +89,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 def _tell_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """One line, without the place in the source where it was written down."""
+    """Print a warning on one line, without its place in the source."""
     tell(f"warning: {' '.join(str(message).split())}")
 
 
@@ -117,7 +118,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
 
 
 def _shield_children() -> None:
-    """Keep the current folder off the import path of every Python process that this one starts, libraries' too."""
+    """Keep the current folder off the import path of every Python process that this one, or a library, starts."""
     os.environ["PYTHONSAFEPATH"] = "1"
 
 

@@ -1,4 +1,4 @@
-"""Exit statuses and the exceptions that carry them: what a caller of any megakd command can rely on."""
+"""Exit statuses and the exceptions that carry them, which callers of any megakd command can rely on."""
 
 import enum
 
@@ -35,19 +35,19 @@ class MismatchError(ValueError):
 
 
 class CorruptError(ValueError):
-    """A file whose size, structure or content is not what was written."""
+    """A file that was damaged or cut: its size, structure or content differs from what was written."""
 
     status = ExitStatus.CORRUPT
 
 
 class NoSpaceError(OSError):
-    """The disk, a quota or a file-size limit is full; what was there before is untouched."""
+    """The disk, a quota or a file-size limit is full; the files that were there before are untouched."""
 
     status = ExitStatus.NO_SPACE
 
 
 class NonFiniteError(ValueError):
-    """A NaN or an infinity in a loss or a gradient; nothing was applied."""
+    """A NaN or an infinity in a loss or a gradient; the step was not applied."""
 
     status = ExitStatus.FAILED
 

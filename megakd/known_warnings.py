@@ -1,10 +1,10 @@
-"""Warnings of the libraries below that every run would print and no user can act on."""
+"""Warnings of libraries that every run would print and that no user can act on."""
 
 from __future__ import annotations
 
 import warnings
 
-# What megatron-core's calls make torch and itself say.
+# Warnings that torch and megatron-core print when megatron-core runs.
 _MESSAGES = (
     r"`torch\.distributed\.\w+` is deprecated",
     r"`load_state_dict` is deprecated and will be removed",
@@ -15,6 +15,6 @@ _MESSAGES = (
 
 
 def ignore_known_warnings() -> None:
-    """Silence them for the rest of the process; all others are still shown."""
+    """Silence these warnings for the rest of the process; all others are still shown."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)

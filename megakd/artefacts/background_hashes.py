@@ -11,7 +11,7 @@ from megakd.errors import StoppedBySignal
 
 
 class BackgroundHashes:
-    """XXH3-128 of files, computed in a thread while other processes do the work."""
+    """XXH3-128 of files, computed in a thread. stopped: asked after each piece; once True, the thread ends."""
 
     def __init__(self, paths: list[Path], *, stopped: Callable[[], bool]) -> None:
         self._hashes: list[str] = []
@@ -21,7 +21,8 @@ class BackgroundHashes:
         self._thread.start()
 
     def wait(self) -> list[str]:
-        """The hashes, in the order of the paths. Raises StoppedBySignal, or what reading a file raised."""
+        """Wait for the hashes, in the order of the paths. Raises StoppedBySignal, and OSError for a file that cannot be
+        read."""
         while self._thread.is_alive():
             self._thread.join(0.2)
         if self._error is not None:

@@ -22,7 +22,7 @@ _READ_BYTES = 4 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 OnBytes = Callable[[int], object]
-"""Called with a number of bytes just processed."""
+"""Callback that takes the number of bytes just processed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FileRecord:
 
 
 def hash_file(path: str | os.PathLike[str], *, progress: OnBytes | None = None) -> FileRecord:
-    """The record of a file, under its own base name."""
+    """Hash a file; returns its record under its base name. progress: called after each piece."""
     hashes = _Hashes()
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as stream:
@@ -49,7 +49,7 @@ def hash_file(path: str | os.PathLike[str], *, progress: OnBytes | None = None) 
 
 
 def hash_block(path: str | os.PathLike[str], block: int) -> str:
-    """XXH3-128 of one block of a file, in hexadecimal; the last block is shorter."""
+    """XXH3-128 of one 64 MiB block of a file, in hexadecimal; the last block is shorter."""
     hashes, left = xxhash.xxh3_128(), BLOCK_BYTES
     buffer = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as stream:
@@ -63,9 +63,9 @@ def hash_block(path: str | os.PathLike[str], block: int) -> str:
 class HashingWriter:
     """A binary file that is hashed while it is written, under a temporary name until `commit`.
 
-    Use it as a context manager: leaving it without a commit, or by an exception, removes the file. The temporary name
-    is ``<final>.tmp``; it is locked, so that a second process with the same output is refused, and a file that a
-    killed run left is simply overwritten.
+    A context manager: leaving it without a commit, or by an exception, removes the file. The temporary name is
+    ``<final>.tmp``. The file is locked, so that a second process with the same output is refused; a file that a killed
+    run left is overwritten.
 
     Raises UsageError where another process is writing the same file, NoSpaceError where the disk is full.
     """
@@ -99,7 +99,7 @@ class HashingWriter:
             raise ValueError(f"{self.temporary}: commit after the end")
         with explain_no_space(self.temporary):
             os.fsync(self._stream.fileno())
-            # Renamed before it is closed: closing gives up the lock, and another writer could take over the name.
+            # Renamed while it is open: closing gives up the lock, and another writer could take over the name.
             os.replace(self.temporary, self.final)
             self._close()
         fsync_directory(self.final.parent)
@@ -126,10 +126,10 @@ class HashingWriter:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file so that a reader, or a crash, sees the old content or the new one and nothing else.
+    """Write a small file so that a reader, or a crash, sees the old content or the new content and nothing else.
 
-    What a killed writer left aside is overwritten by the next one, so that nothing stays; two writers of one file must
-    be kept apart by their caller's lock.
+    The temporary file of a killed writer is overwritten by the next one. The caller's lock must keep two writers of one
+    file apart.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -154,7 +154,7 @@ def commit_file(temporary: str | os.PathLike[str], final: str | os.PathLike[str]
 
 
 def make_parent(path: str | os.PathLike[str]) -> None:
-    """Make the folder that an output lies in, where it is missing. Raises UsageError where a file is in its place."""
+    """Make the folder of an output where it is missing. Raises UsageError where a file is in its place."""
     folder = Path(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def make_parent(path: str | os.PathLike[str]) -> None:
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Make the names in a folder durable: renames and removals are not before this."""
+    """Make the names in a folder durable: a crash may undo renames and removals before this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Results that are there already: the same one is kept, another one is not replaced."""
+"""Results that exist already: the same result is kept, a different one is not replaced."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ def find_finished(
     tokenizer: Mapping[str, Any] | None,
     flag: str,
 ) -> Manifest | None:
-    """The manifest at ``path`` if it is of what would be made now; None where nothing is there, or its files are not
-    whole: that is made again.
+    """Read the manifest at ``path`` if its result is the one that would be made now.
 
-    parameters: those that decide it, and no outcomes. parents: all of them. flag: which names the output.
+    None where no manifest is there, or where its files are not whole, so that the result is to be made again.
+    parameters: those that decide the result, without figures that come out of it. parents: all parents. flag: the flag
+    that names the output, for messages.
 
-    Raises MismatchError for a result of another format, or made of other inputs or with other parameters: with both
-    values; CorruptError for a damaged manifest.
+    Raises MismatchError for a result of another format, of other parents or with other parameters, naming both values;
+    CorruptError for a damaged manifest.
     """
     if not path.exists():
         return None
     manifest = read_manifest(path, format=format, version=version, check_files=False)
-    there, here = _identity(manifest.parents, manifest.tokenizer), _identity(parents, tokenizer)
-    wrong = _differences(there, here) + _differences(_flat(manifest.parameters), _flat(parameters), all=False)
+    recorded, wanted = _identity(manifest.parents, manifest.tokenizer), _identity(parents, tokenizer)
+    wrong = _differences(recorded, wanted) + _differences(_flat(manifest.parameters), _flat(parameters), all=False)
     if wrong:
         raise MismatchError(
             f"{path} is finished, and another than this: {'; '.join(wrong)}. Give another {flag}, or remove it to make "
@@ -47,7 +48,7 @@ def find_finished(
 
 
 def say_complete(path: str | Path) -> None:
-    """Tell that there is nothing to do."""
+    """Print that the result at ``path`` is there already."""
     print(f"{path}: complete already, made of the same inputs with the same parameters", file=sys.stderr)
 
 
@@ -56,17 +57,17 @@ def _identity(parents: Mapping[str, str], tokenizer: Mapping[str, Any] | None) -
     return {**parents, "tokenizer": known.get("hash"), "end-of-document id": known.get("eod")}
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], *, all: bool = True) -> list[str]:
-    """Both values of what differs. all: also of what is not given here."""
+def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, all: bool = True) -> list[str]:
+    """Both values of each key that differs. all: False for the keys of ``wanted`` alone."""
     return [
-        f"{key}: {there.get(key, 'none')} there, {here.get(key, 'none')} here"
-        for key in dict.fromkeys([*(there if all else ()), *here])
-        if there.get(key) != here.get(key)
+        f"{key}: {recorded.get(key, 'none')} there, {wanted.get(key, 'none')} here"
+        for key in dict.fromkeys([*(recorded if all else ()), *wanted])
+        if recorded.get(key) != wanted.get(key)
     ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values under dotted keys, so that of a group only what differs is told."""
+    """Values under dotted keys, so that only the differing values of a group are named."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

@@ -1,4 +1,4 @@
-"""The manifest: what makes files on disk an artefact, with its fingerprint, its hashes and the way to write it last.
+"""The manifest: the record that makes files on disk an artefact, with their hashes and its fingerprint.
 
 A manifest is canonical JSON (sorted keys, two-space indent, one newline at the end) beside the raw files it names.
 It is written after every file it names is durable, so a file that has its manifest is whole. See docs/formats.md.
@@ -50,7 +50,7 @@ _KEYS = {"checksum", "files", "format", "megakd_version", "parameters", "parents
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact is, where it comes from and which files it consists of."""
+    """Record of an artefact: format, parameters, parents and files."""
 
     path: Path
     format: str
@@ -58,12 +58,12 @@ class Manifest:
     megakd_version: str
     parameters: Mapping[str, Any]
     parents: Mapping[str, str]
-    """Name of each artefact this one was made from -> its fingerprint."""
+    """Name of each artefact that this one was made from -> its fingerprint."""
     tokenizer: Mapping[str, Any] | None
     """``type``, ``hash``, ``vocab_size``, ``eod``; ``path`` is a hint and no part of the fingerprint."""
     files: tuple[FileRecord, ...]
     fingerprint: str = field(init=False)
-    """XXH3-128 of the content: no file names, tool version or hints, so a copy elsewhere has the same one."""
+    """XXH3-128 of the content without file names, tool version and hints, so that a copy elsewhere has the same."""
 
     def __post_init__(self) -> None:
         tokenizer = None if self.tokenizer is None else {k: v for k, v in self.tokenizer.items() if k != "path"}
@@ -80,12 +80,16 @@ class Manifest:
     def differences(
         self, parameters: Mapping[str, Any], parents: Mapping[str, str], tokenizer: Mapping[str, Any] | None
     ) -> list[str]:
-        """What is other in this artefact than in one that would be made with these, both values for each; parameters
-        and parents that are not given may be anything. Tokenizers are compared by their hash."""
-        there = {**self.parents, "tokenizer": _tokenizer_hash(self.tokenizer), **self.parameters}
-        here = {**parents, "tokenizer": _tokenizer_hash(tokenizer), **parameters}
+        """Differences between this artefact and one that would be made with the arguments, with both values of each.
+
+        Parameters and parents that are not among the arguments may have any value. Tokenizers are compared by hash.
+        """
+        recorded = {**self.parents, "tokenizer": _tokenizer_hash(self.tokenizer), **self.parameters}
+        wanted = {**parents, "tokenizer": _tokenizer_hash(tokenizer), **parameters}
         return [
-            f"{key}: {there.get(key)} there, {value} here" for key, value in here.items() if there.get(key) != value
+            f"{key}: {recorded.get(key)} there, {value} here"
+            for key, value in wanted.items()
+            if recorded.get(key) != value
         ]
 
 
@@ -127,7 +131,8 @@ def read_manifest(
 ) -> Manifest:
     """Read a manifest and check that every file it names is there with the recorded size (not the hashes).
 
-    format, version (one, or several): what the caller can read; None takes any. check_files: False: the manifest alone.
+    format, version (one, or several): those that the caller can read; None for any. check_files: False to read the
+    manifest alone.
 
     Raises UsageError where there is no manifest, CorruptError for a damaged manifest or a missing, cut or foreign file,
     MismatchError for another format or an unknown version.
@@ -153,7 +158,7 @@ def read_manifest(
 
 
 def verify_files(path: str | os.PathLike[str], *, progress: OnBytes | None = None) -> list[str]:
-    """Hash every file of the manifest at ``path``; return one line for each fault, naming file and block."""
+    """Hash every file of the manifest at ``path``; return a line for each fault, naming file and block."""
     path = Path(path)
     faults = []
     for record in _parse(path).files:
@@ -173,7 +178,7 @@ def verify_files(path: str | os.PathLike[str], *, progress: OnBytes | None = Non
 def faults_in_blocks(
     manifest: Manifest, names: Collection[str] | None = None, *, share: int = 0, num_shares: int = 1
 ) -> list[str]:
-    """Hash the blocks of the files that ``manifest`` names, or of those in ``names`` alone; a line for each fault.
+    """Hash the blocks of all files of ``manifest``, or only of those in ``names``; return a line for each fault.
 
     Processes that each take one ``share`` of ``num_shares`` hash every byte once between them.
     """
@@ -193,9 +198,9 @@ def faults_in_blocks(
 
 
 def unlisted_files(manifest: Manifest) -> list[str]:
-    """Names in the manifest's folder that the manifest does not know, for artefacts that have a folder of their own.
+    """Files in the manifest's folder that it does not name, for artefacts that have a folder of their own.
 
-    What a network file system keeps of a file that was removed while it was open is not counted.
+    Files ``.nfs*``, which NFS keeps of files that were removed while open, are not counted.
     """
     root, known = manifest.path.parent, {record.name for record in manifest.files} | {manifest.path.name}
     files = (path for path in root.rglob("*") if not path.is_dir() and not path.name.startswith(".nfs"))
@@ -274,14 +279,14 @@ def _with_path(tokenizer: Mapping[str, Any], change: Callable[[str], str]) -> di
 
 
 def _stored(manifest: Path, path: str) -> str:
-    """Where a tokenizer lies, so that it is found from any folder: what is in the manifest's own folder from there, so
-    that both can be moved, anything else from the root."""
+    """Path of a tokenizer as it is recorded: relative where it lies inside the manifest's folder, so that both can be
+    moved together, else absolute."""
     beside = os.path.relpath(path, os.path.abspath(manifest.parent))
     return printable(path if beside == ".." or beside.startswith("../") else beside)
 
 
 def _found(manifest: Path, path: str) -> str:
-    """The inverse. Older versions recorded a path from the folder that they were called in."""
+    """Inverse of `_stored`. Older versions recorded paths relative to the folder that they were called in."""
     if os.path.isabs(path):
         return path
     candidates = [os.path.abspath(manifest.parent / path), os.path.abspath(path)]

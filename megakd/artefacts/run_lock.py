@@ -1,4 +1,4 @@
-"""One run at a time on one output."""
+"""Lock of a run: one run at a time writes an output."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class HeldError(UsageError):
 
 
 class RunLock:
-    """Holds ``path`` while a run writes its outputs, whose folder is made where it is missing. A context manager.
+    """Holds the lock file ``path`` while a run writes its outputs; its folder is made where it is missing. A context
+    manager.
 
-    The kernel drops the lock when its process dies, however it dies, and the next run takes over the file it left.
+    The kernel drops the lock when the process dies, however it dies; the next run takes over the file that is left.
 
     Raises HeldError where another run holds it, with that run's host, process and start; UsageError where the file
     system has no locks, without which two runs would spoil each other's files; NoSpaceError.

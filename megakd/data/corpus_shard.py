@@ -26,11 +26,11 @@ from megakd.data.tokenizers.fast import Choice, Engine
 from megakd.errors import CorruptError, UsageError
 
 LISTED = 10_000
-"""Bad records, or documents, that are listed, of a shard and of a whole run: the first ones. More are counted."""
+"""Largest number of bad records, or documents, in the list of a shard and of a whole run; the rest is counted."""
 QUARANTINE = ".quarantine.jsonl"
 """Ending of the name of a run's list of bad records."""
 WORTH_STOPPING_BYTES = 16 << 20
-"""A run that cannot keep its budget stops where more is left; less is read in a moment, and then the list is whole."""
+"""Bytes left to read above which a run that cannot keep its budget stops; with less, it reads on and lists all."""
 MAX_SHARDS = 4096
 """Shards that a run makes at most, unless it is told their size."""
 
@@ -95,7 +95,7 @@ class CorpusShard(Generic[Counts]):
     last: bool
     """True if the input file ends with it; False for shards that know nothing of files."""
     token_files: list[TokenFile]
-    """One for each column, in their order."""
+    """One for each column, in the order of the columns."""
     bad_path: Path | None
     """JSON lines, one for each of the first bad records; None where there is none."""
 

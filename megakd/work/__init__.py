@@ -1,1 +1,1 @@
-"""Long work: it may be stopped, killed and shared out, and it says how far it is."""
+"""Machinery of long work: stopping it, sharing it out, resuming it after a kill, and printing its progress."""

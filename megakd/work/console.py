@@ -1,4 +1,4 @@
-"""Lines that long work prints by the way: that nobody reads them, or a log's disk is full, is no reason to stop."""
+"""Lines that long work prints by the way: it goes on where nobody reads them, or where the log's disk is full."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Literal
 
 
 def keep_stream_numbers() -> None:
-    """Open what was closed before the start (``2>&-``) as nothing, so that no file of the work's takes its number.
+    """Open the standard streams that were closed before the start (``2>&-``) on /dev/null.
 
-    Libraries write warnings to number 2, whatever that is: the record of a run, else.
+    Else the first file that the work opens would take the free number, and libraries, which write warnings to number 2,
+    would write them into it.
     """
     for number in range(3):
         try:
@@ -20,9 +21,9 @@ def keep_stream_numbers() -> None:
 
 
 def tell(text: str, *, on: Literal["stdout", "stderr"] = "stderr") -> None:
-    """Print ``text`` at once, or drop it, and all that follows on that stream, where it cannot be written.
+    """Print ``text`` at once; where the stream cannot be written, drop it and all that follows on that stream.
 
-    For what goes on whether it is read or not. A command that is run for what it prints should use ``print``.
+    For work that goes on whether its lines are read or not. A command that is run for its output should use ``print``.
     """
     stream = getattr(sys, on)
     if stream is None:  # closed before the start
@@ -30,7 +31,7 @@ def tell(text: str, *, on: Literal["stdout", "stderr"] = "stderr") -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError as error:
-        # What waits in the stream's buffer would be tried, and fail, again: at the next line, and at the end.
+        # Else the text in the stream's buffer would be written, and fail, again: at the next line and at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if on == "stdout" and not isinstance(error, BrokenPipeError):
             tell(f"standard output cannot be written: {error.strerror}; the work goes on without it")

@@ -1,8 +1,8 @@
-"""Work on ranges of samples: each claimed by a lock and committed on its own, and the whole finished by the last.
+"""Work on ranges of samples: each is claimed by a lock and committed on its own; the last process joins them.
 
 Range *r* is the samples ``[r * range_samples, (r + 1) * range_samples)``. In the folder of ranges ``R.json`` is the
-manifest of a finished one, and ``R.lock`` is held by whoever works on it: the kernel drops that lock with its process,
-so ranks and jobs come and go as they like.
+manifest of a finished range, and ``R.lock``, a `RunLock`, is held by the process that works on it: the kernel drops
+that lock with the process, so ranks and jobs come and go as they like.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from megakd.artefacts.manifest import Manifest
 from megakd.artefacts.run_lock import HeldError, RunLock
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A range that is this process's until `release`."""
+    """A range that this process alone works on, until `release`."""
 
     index: int
     lock: RunLock
@@ -35,10 +35,10 @@ class Claim:
         self.lock.__exit__()
 
 
-class RangeWork(ABC, Generic[Made]):
-    """What is made of the samples of a dataset in ``folder``, finished or in the making.
+class RangeWork(ABC, Generic[Result]):
+    """An artefact with a result for each sample of a dataset, in ``folder``, finished or in the making.
 
-    ranges: the folder where ranges are committed. ids: ascending, the samples that are worked on; None: all.
+    ranges: the folder where ranges are committed. ids: the samples that are worked on, ascending; None: all.
     """
 
     def __init__(
@@ -55,20 +55,26 @@ class RangeWork(ABC, Generic[Made]):
 
     @abstractmethod
     def finished(self) -> bool:
-        """Whether the whole is there. Raises MismatchError where it is another than what is asked for."""
+        """Return whether the whole is there. Raises MismatchError for one of other inputs or settings."""
 
     @abstractmethod
-    def commit(self, claim: Claim, made: Made, *, computed: Mapping[str, Any]) -> None:
-        """Make a range durable, and release it. computed: what else the last bits of ``made`` depend on."""
+    def commit(self, claim: Claim, result: Result, *, computed: Mapping[str, Any]) -> None:
+        """Make the result of a range durable, and release the claim.
+
+        computed: settings that only the last bits of the result depend on, recorded beside it.
+        """
 
     @abstractmethod
     def finish(self, lock: RunLock) -> Manifest:
-        """Make the whole of the ranges, if that has not been done, and remove what it no longer needs."""
+        """Join the ranges to the whole, unless that is done, and remove what it no longer needs.
+
+        lock: the right to do so, from `claim_finish`; released here.
+        """
 
     @property
     @abstractmethod
     def has_leftovers(self) -> bool:
-        """Whether anything is there that the finished whole no longer needs."""
+        """True if the folder holds files that the finished whole no longer needs."""
 
     @abstractmethod
     def _read(self, path: Path) -> Manifest | None:
@@ -76,21 +82,21 @@ class RangeWork(ABC, Generic[Made]):
 
     @property
     def complete(self) -> bool:
-        """Whether every range was seen finished."""
+        """True if this process has seen every range finished."""
         return len(self._done) == self.num_ranges
 
     @property
     def num_wanted(self) -> int:
-        """Samples that are worked on, in the end."""
+        """Number of samples that the whole will have results for."""
         return self.num_samples if self._ids is None else len(self._ids)
 
     def samples_done(self) -> int:
-        """Samples in the ranges that are finished on disk, whoever made them."""
+        """Number of samples in the ranges that are finished on disk, whoever made them."""
         finished = [int(name[:8]) for name in self._names() or () if name[:8].isdigit() and name.endswith(".json")]
         return sum(len(self.ids_of(index)) for index in finished if index < self.num_ranges)
 
     def bounds(self, index: int) -> tuple[int, int]:
-        """First sample of range ``index``, and the one after its last."""
+        """First sample of range ``index``, and the sample after its last."""
         return index * self.range_samples, min((index + 1) * self.range_samples, self.num_samples)
 
     def ids_of(self, index: int) -> NDArray[np.int64]:
@@ -101,7 +107,7 @@ class RangeWork(ABC, Generic[Made]):
         return self._ids[slice(*np.searchsorted(self._ids, (start, stop)))]
 
     def claim(self) -> Claim | None:
-        """The first range that is neither finished nor being worked on; None where there is none at this moment."""
+        """Claim the first range that is neither finished nor being worked on; None without one at this moment."""
         self._ranges.mkdir(parents=True, exist_ok=True)
         while self._first in self._done:
             self._first += 1
@@ -115,14 +121,14 @@ class RangeWork(ABC, Generic[Made]):
                 continue
             except FileNotFoundError:  # the folder is gone: another process has just finished the whole
                 return None
-            # It may have been finished, even removed with the others, since we looked.
+            # Since the look above, the range may have been finished, or even joined with the others and removed.
             if not self._is_done(index) and not self.finished():
                 return Claim(index, lock)
             lock.__exit__()
         return None
 
     def claim_finish(self) -> RunLock | None:
-        """The right to finish the whole, for `finish`; None while another process has it."""
+        """Take the lock that `finish` needs; None while another process has it."""
         lock = RunLock(self.folder / "finish.lock")
         try:
             return lock.__enter__()
@@ -130,7 +136,7 @@ class RangeWork(ABC, Generic[Made]):
             return None
 
     def _names(self) -> list[str] | None:
-        """What is in the folder of ranges; None where there is none, which is so as soon as another has joined them."""
+        """Names in the folder of ranges; None without the folder, as soon as another process has joined the ranges."""
         try:
             return os.listdir(self._ranges)
         except FileNotFoundError:

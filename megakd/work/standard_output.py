@@ -1,4 +1,4 @@
-"""Standard output that may be full, closed or asked to print any bytes: told in a line, never in a traceback."""
+"""Standard output that is full, closed or cannot encode a name: one line says so, never a traceback."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from megakd.work.console import tell
 
 
 def print_any_name() -> None:
-    """Let both standard streams print the names of files whatever their bytes, escaped, as stderr does by itself."""
+    """Let stdout and stderr print file names of any bytes: those that are no text appear escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def flush_output() -> OSError | None:
-    """Write what was printed, now and not as the interpreter ends; what cannot be is dropped, and the reason told."""
-    if sys.stdout is None:  # closed: nothing was printed
+    """Write the buffered output now rather than at the interpreter's end.
+
+    Returns the error where it cannot be written; the output is then dropped.
+    """
+    if sys.stdout is None:  # closed before the start: nothing was printed
         return None
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it would be tried, and fail, once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter would try again
         return error
     return None
 

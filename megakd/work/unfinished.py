@@ -33,11 +33,11 @@ def open_folder(root: Path, fingerprint: str) -> Path:
     if folder.is_dir():
         tell(f"continuing the unfinished run in {folder}")
     elif root.is_dir() and any(root.iterdir()):
-        tell(f"starting afresh: what is in {root} is of other inputs or flags; it may be deleted")
+        tell(f"starting afresh: what is in {root} was made of other inputs or with other flags; it may be deleted")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--work-dir {root}: a file is in its place; expected a folder, new or there") from error
+        raise UsageError(f"--work-dir {root}: a file is in its place; expected a folder, new or existing") from error
     fsync_directory(root)
     fsync_directory(root.parent)
     return folder

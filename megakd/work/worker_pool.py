@@ -1,9 +1,9 @@
-"""A pool of worker processes that nothing waits for in vain: a dead or silent one is seen in seconds.
+"""A pool of worker processes: a dead worker is replaced within seconds, a silent one ends the run.
 
 A worker is a module run as a program. It reads lines of JSON, the settings and then one job after another, and
-answers each with any number of lines, ``{"done": true}`` or ``{"error": name, "message": text}`` the last. Workers
-are started anew, never forked: no thread or lock of this process is in them. They end when their input does, so also
-when this process dies.
+answers each with any number of lines, of which the last is ``{"done": true}`` or ``{"error": name, "message": text}``.
+Workers are started anew, never forked, so that they inherit no thread or lock of this process. They end when their
+input does, which includes the death of this process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OnMessage = Callable[[Job, dict[str, Any]], object]
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
 _STALL_SECONDS = 600.0
-# This very megakd, installed or not; the folder that it lies in is no place to find anything else.
+# Workers import the megakd of this process, installed or not, and nothing else from the folder that it lies in.
 _START = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -41,14 +41,14 @@ del sys.path[0]
 import runpy
 runpy.run_module(sys.argv[2], run_name="__main__")
 """
-# One core each: the work is spread over processes.
+# One core for each worker: the work is spread over processes.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class WorkerPool:
-    """``num_workers`` processes that run ``module``. A context manager: leaving it ends them, whatever they do.
+    """Pool of ``num_workers`` processes that run ``module``. A context manager: leaving it ends them at once.
 
-    stopped: asked several times a second; once it is true, `run` raises StoppedBySignal.
+    stopped: called several times a second; once it returns True, `run` raises StoppedBySignal.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class WorkerPool:
         self._selector = selectors.DefaultSelector()
 
     def run(self, jobs: Iterable[Job], on_message: OnMessage) -> None:
-        """Do all jobs, in any order. on_message: takes every answer but the last of each job.
+        """Do all jobs, in any order. on_message: called with every answer about a job but the last.
 
-        A job whose worker dies is done once more by a new one.
+        A job whose worker dies is done once more by a new worker.
 
-        Raises what the worker raised, by its name among megakd's errors, ChildProcessError for a job whose worker died
-        twice or said nothing for ten minutes, StoppedBySignal.
+        Raises the error that a worker raised, if it is one of `megakd.errors`; ChildProcessError for any other, and
+        for a job whose worker died twice or said nothing for ten minutes; StoppedBySignal.
         """
         todo = deque((job, 1) for job in jobs)
         while len(self._workers) < min(self._num_workers, len(todo)):
@@ -143,7 +143,7 @@ class _Worker:
         self._send(job)
 
     def read(self, on_message: OnMessage) -> bool:
-        """Take what the worker said; False at the end of its output, which is its death."""
+        """Take the answers that have arrived; False at the end of the worker's output, which is its death."""
         data = os.read(self.output.fileno(), 1 << 16)
         self.heard = time.monotonic()
         *lines, self._buffer = (self._buffer + data).split(b"\n")
@@ -158,13 +158,13 @@ class _Worker:
         return bool(data)
 
     def close(self) -> int:
-        """Reap the process; its exit status, negative for a signal."""
+        """Reap the process; returns its exit status, negative for a signal."""
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 try:
                     stream.close()
                 except BrokenPipeError:
-                    continue  # it died with a job unread
+                    continue  # the worker died before it read a job
         return self.process.wait()
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ class _Worker:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            return  # it is dead, which its output will tell
+            return  # the worker is dead: the end of its output will show that
 
 
 def _error_of(message: Mapping[str, Any]) -> Exception:

@@ -1,6 +1,6 @@
-"""The worker's end of a pool (see `workers`): settings and jobs come in, answers go out, as lines of JSON.
+"""The worker's end of a `worker_pool`: settings and jobs come in, answers go out, as lines of JSON.
 
-Python's own JSON, which carries the names of files whatever their bytes.
+It uses Python's own JSON, which carries file names of any bytes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Report = Callable[[Mapping[str, Any]], object]
-"""Sends one answer about the job that is being done."""
+"""Callable that sends one answer about the job at hand."""
 Work = Callable[[Mapping[str, Any], Report], object]
-"""Does one job."""
+"""Callable that does one job and reports about it."""
 
 
 def serve(prepare: Callable[[dict[str, Any]], Work]) -> int:
-    """Do jobs until the input ends. prepare: makes of the settings what does them.
+    """Do jobs until the input ends. prepare: takes the settings and returns the function that does a job.
 
-    Returns the exit status after an error, which the pool is told.
+    An error ends the process: it is sent to the pool, and its exit status is returned.
     """
-    gc.disable()  # nothing here makes cycles, and the collector would walk the records of a batch again and again
-    # What a library prints must not mix with the answers.
+    gc.disable()  # no cycles are made, and the collector would walk the records of each batch again and again
+    # The output of libraries must not mix with the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -52,7 +52,7 @@ def serve(prepare: Callable[[dict[str, Any]], Work]) -> int:
 
 
 def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass on what comes in. The end of the input is the end of the parent, or its wish: end at once, mid-job too."""
+    """Queue the messages that come in. At the end of the input, when the parent closed it or died, end at once."""
     for line in sys.stdin.buffer:
         inbox.put(json.loads(line))
     os._exit(0)
