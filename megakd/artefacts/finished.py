@@ -37,7 +37,7 @@ def find_finished(
     wrong = _differences(recorded, wanted) + _differences(_flat(manifest.parameters), _flat(parameters), all=False)
     if wrong:
         raise MismatchError(
-            f"{path} is finished, and another than this: {'; '.join(wrong)}. Give another {flag}, or remove it to make "
+            f"{path} is finished, and was made otherwise than now: {'; '.join(wrong)}. Give another {flag}, or remove it to make "
             "it anew"
         )
     try:

@@ -113,7 +113,7 @@ def concatenate(
 
 @dataclass(frozen=True)
 class _Source:
-    """One input of `concatenate`, read by pieces from its files rather than mapped: mapped pages count as resident."""
+    """One input of `concatenate`, read piece by piece rather than mapped: mapped pages count as resident memory."""
 
     bin: Path
     index: Path
@@ -149,7 +149,7 @@ def _open_source(source: TokenFile | tuple[Path, Path] | Path | str, dtype: np.d
     else:
         tokens = source if isinstance(source, TokenFile) else TokenFile(*source)
         if dtype is None:
-            raise UsageError(f"{tokens.bin_path}: a part does not tell its dtype; pass dtype=")
+            raise UsageError(f"{tokens.bin_path}: a token file does not record its dtype; pass dtype=")
         with open(tokens.lengths_path, "rb") as stream:
             count = _npy_count(stream, tokens.lengths_path)
             opened = _Source(tokens.bin_path, tokens.lengths_path, dtype, count, count, stream.tell(), None)
@@ -166,7 +166,7 @@ def _open_source(source: TokenFile | tuple[Path, Path] | Path | str, dtype: np.d
 
 
 def _npy_count(stream: BinaryIO, path: Path) -> int:
-    """The length of the one-axis int32 array that follows; leaves the stream at its first entry. Unpickles nothing."""
+    """Length of the one-axis int32 array in a .npy file; leaves the stream at its first entry. Unpickles nothing."""
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("format version is not 1.0")
@@ -191,7 +191,7 @@ def _read_pieces(path: Path, dtype: np.dtype[Any], at: int, count: int) -> Itera
 
 
 def _copy_tokens(source: _Source, out: HashingWriter, progress: OnBytes | None) -> int:
-    """Append a source's tokens; returns the largest id."""
+    """Append a source's tokens to ``out``; returns the largest id, -1 for none. progress: called with bytes copied."""
     max_token_id, left = -1, source.bin.stat().st_size
     buffer = bytearray(min(_COPY_BYTES, max(left, 1)))
     with open(source.bin, "rb", buffering=0) as stream:

@@ -1,4 +1,4 @@
-"""What stands for a dataset on the command line: its prefix, one of its files, or the folder that it lies in alone."""
+"""Data path: a dataset's prefix, one of its files, or a folder in which it is the only dataset."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHOWN = 8
 
 
 def find_prefix(path: str | os.PathLike[str]) -> Path:
-    """The prefix of the dataset that ``path`` stands for.
+    """Find the prefix of the dataset that ``path`` stands for.
 
-    Raises UsageError where there is none, or a folder has several, with what is there instead.
+    Raises UsageError where there is no dataset, or a folder has several; it names what is there instead.
     """
     if idx_path(path).is_file() and bin_path(path).is_file():
         return Path(path)
@@ -23,17 +23,17 @@ def find_prefix(path: str | os.PathLike[str]) -> Path:
         return _whole(stem)
     if idx_path(path).is_file() or bin_path(path).is_file() or not Path(path).is_dir():
         return _whole(path)
-    found = prefixes_in(path)
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    prefixes = prefixes_in(path)
+    if len(prefixes) == 1:
+        return prefixes[0]
+    if not prefixes:
         raise UsageError(f"{path}: no dataset in this folder: no PREFIX.bin with its PREFIX.idx; give a data path")
-    listed = ", ".join(str(prefix) for prefix in found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
-    raise UsageError(f"{path}: a folder with {len(found)} datasets: give the prefix of one: {listed}")
+    listed = ", ".join(str(prefix) for prefix in prefixes[:_SHOWN]) + (", ..." if len(prefixes) > _SHOWN else "")
+    raise UsageError(f"{path}: a folder with {len(prefixes)} datasets: give the prefix of one: {listed}")
 
 
 def without_ending(path: str | os.PathLike[str]) -> Path | None:
-    """The prefix of a dataset of which ``path`` is a file; None where it is none, or the prefix of one itself."""
+    """Prefix of the dataset of which ``path`` is a file; None where it is no such file, or is itself a prefix."""
     text = os.fspath(path)
     for ending in _ENDINGS:
         stem = text.removesuffix(ending)
@@ -43,22 +43,23 @@ def without_ending(path: str | os.PathLike[str]) -> Path | None:
 
 
 def prefixes_in(folder: str | os.PathLike[str]) -> list[Path]:
-    """The prefixes of the datasets in a folder, sorted."""
-    indexes = sorted(each for each in Path(folder).iterdir() if each.suffix == ".idx" and each.stem)
-    return [each.with_suffix("") for each in indexes if each.is_file() and each.with_suffix(".bin").is_file()]
+    """Prefixes of the datasets in a folder, sorted."""
+    indexes = sorted(path for path in Path(folder).iterdir() if path.suffix == ".idx" and path.stem)
+    return [path.with_suffix("") for path in indexes if path.is_file() and path.with_suffix(".bin").is_file()]
 
 
 def _whole(prefix: str | os.PathLike[str]) -> Path:
+    """The prefix, if both of its files are there; else raises UsageError, naming datasets of similar names."""
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
-            near = [str(each) for each in _near(Path(prefix))]
-            there = f"; there are {', '.join(near[:_SHOWN])}{', ...' if len(near) > _SHOWN else ''}" if near else ""
-            raise UsageError(f"{path}: no such file; data paths are prefixes, without .bin or .idx{there}")
+            near = [str(similar) for similar in _near(Path(prefix))]
+            hint = f"; there are {', '.join(near[:_SHOWN])}{', ...' if len(near) > _SHOWN else ''}" if near else ""
+            raise UsageError(f"{path}: no such file; data paths are prefixes, without .bin or .idx{hint}")
     return Path(prefix)
 
 
 def _near(prefix: Path) -> list[Path]:
-    """Datasets whose prefixes begin as this one does, as that of ``preprocess --output-prefix`` with its key."""
+    """Prefixes that begin with this one, such as those that ``preprocess`` makes of its ``--output-prefix``."""
     if not prefix.name or not prefix.parent.is_dir():
         return []
-    return [each for each in prefixes_in(prefix.parent) if each.name.startswith(prefix.name) and each != prefix]
+    return [near for near in prefixes_in(prefix.parent) if near.name.startswith(prefix.name) and near != prefix]

@@ -38,11 +38,11 @@ _CHECK_AT_OPEN = 1 << 20
 
 
 class IndexedDataset:
-    """A dataset by its prefix, or what else stands for it (`data_path`). Its arrays are read-only views of the mapped
-    files and stay valid after it is gone.
+    """A dataset, opened by its data path (see `data_path`). Its arrays are read-only views of the mapped files and stay
+    valid after it is gone.
 
-    Raises UsageError where a file is missing, CorruptError for any disagreement between header, index, ``.bin`` and
-    manifest, MismatchError if ``expect_fingerprint`` is not this dataset's. Warns where there is no manifest.
+    Raises UsageError where a file is missing, CorruptError where header, index, ``.bin`` and manifest disagree,
+    MismatchError if its fingerprint is not ``expect_fingerprint``. Warns where there is no manifest.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> None:
@@ -86,18 +86,18 @@ class IndexedDataset:
 
     @property
     def document_indices(self) -> NDArray[np.int64]:
-        """``[num_documents + 1]`` int64: the sequence with which each document starts, and the number of sequences."""
+        """``[num_documents + 1]`` int64: first sequence of each document; the last entry is the number of sequences."""
         self.check()
         return self._document_indices
 
     @property
     def max_token_id(self) -> int | None:
-        """The largest id, from the manifest (-1 in a dataset without tokens); None where there is no manifest."""
+        """Largest id, as the manifest records it (-1 in a dataset without tokens); None where there is no manifest."""
         return None if self.manifest is None else int(self.manifest.parameters["dataset"]["max_token_id"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """The manifest's; without one, ``unverified:`` with a hash of the index and the size of the ``.bin``."""
+        """Fingerprint of the manifest; without one, ``unverified:`` with a hash of the index and of the .bin's size."""
         if self.manifest is not None:
             return self.manifest.fingerprint
         hashed = xxhash.xxh3_128(f"{self.dtype.str} {self.num_tokens}".encode())
@@ -125,14 +125,14 @@ class IndexedDataset:
         return self.tokens[self.document_start(document) : self.document_start(document + 1)]
 
     def document_start(self, document: int) -> int:
-        """The token position at which a document starts; for ``num_documents``, at which the last one ends."""
+        """Token position at which a document starts; for ``num_documents``, the one at which the last document ends."""
         sequence = int(self.document_indices[document])
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Ask the kernel to read token positions ``start`` to ``stop`` ahead; returns at once."""
+        """Ask the kernel to read token positions ``[start, stop)`` ahead; returns at once."""
         if isinstance(self._bin, mmap.mmap):
             first = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
             self._bin.madvise(mmap.MADV_WILLNEED, first, stop * self.dtype.itemsize - first)
@@ -153,23 +153,23 @@ class IndexedDataset:
             )
             return None
         manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSION)
-        names = [record.name for record in manifest.files]  # those they have now, if the dataset was renamed
+        names = [record.name for record in manifest.files]  # the present names, if the dataset was renamed
         if names != [bin_path(self.prefix).name, idx_path(self.prefix).name]:
             raise CorruptError(f"{path}: names {names}, expected a .bin and an .idx")
         recorded = manifest.parameters.get("dataset", {})
-        for key, found in (
+        for key, value in (
             ("dtype", self.dtype.name),
             ("num_documents", self.num_documents),
             ("num_sequences", self.num_sequences),
             ("num_tokens", self.num_tokens),
         ):
-            if recorded.get(key) != found:
-                raise CorruptError(f"{path}: {key} {recorded.get(key)}, but the index says {found}")
+            if recorded.get(key) != value:
+                raise CorruptError(f"{path}: {key} {recorded.get(key)}, but the index says {value}")
         return manifest
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    """The file, mapped read-only. Arrays over it keep the mapping alive, and a mapping cannot be closed under them."""
+    """Map a file read-only. Arrays over it keep the mapping alive; Python refuses to close it under them."""
     with open(path, "rb") as stream:
         if os.fstat(stream.fileno()).st_size == 0:  # an empty file cannot be mapped
             return b""

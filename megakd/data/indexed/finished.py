@@ -1,4 +1,4 @@
-"""Datasets that are there already: the same one is kept, another one is not replaced."""
+"""Datasets that exist already: the same dataset is kept, a different one is not replaced."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def find_dataset(
     flag: str,
     unfinished: bool = False,
 ) -> Manifest | None:
-    """The manifest of the dataset at ``prefix``, as `find_finished` says it.
+    """Read the manifest of the dataset at ``prefix`` if it is the one that would be made now; see `find_finished`.
 
-    unfinished: whether a run that was killed may have left the files without their manifest. Else they are another
-    program's, and a MismatchError.
+    unfinished: True if a killed run may have left files without their manifest, which are then made again. Otherwise
+    such files are another program's, and raise MismatchError.
     """
     path = manifest_path(prefix)
     if not path.exists() and not unfinished and bin_path(prefix).exists() and idx_path(prefix).exists():

@@ -1,4 +1,4 @@
-"""The bytes of Megatron's ``.idx``: header, dtype codes, the structural checks, and a writer in bounded memory.
+"""Bytes of Megatron's ``.idx``: header, dtype codes, structural checks, and a writer in bounded memory.
 
 Layout (little-endian, no padding), as megatron-core 0.16.1 reads it::
 
@@ -41,12 +41,12 @@ _CHUNK = 1 << 16
 Lengths = NDArray[np.int32]
 Pointers = NDArray[np.int64]
 ChunkSource = Callable[[], Iterable[NDArray[Any]]]
-"""Starts a pass over an array that is too long to hold: yields it piece by piece."""
+"""Callable that starts a pass over an array too long to hold: yields it piece by piece."""
 
 
 @dataclass(frozen=True)
 class IdxHeader:
-    """What the first 34 bytes say; the byte positions of the three arrays follow from it."""
+    """The header, the first 34 bytes; the byte positions of the three arrays follow from it."""
 
     dtype: np.dtype[Any]
     num_sequences: int
@@ -70,12 +70,12 @@ class IdxHeader:
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron's tools choose: uint16 below 65,500 entries, else int32."""
+    """Dtype that Megatron's tools choose: uint16 below 65,500 entries, else int32."""
     return CODES[8] if vocab_size < 65500 else CODES[4]
 
 
 def code_of(dtype: np.dtype[Any] | type) -> int:
-    """The code of a token dtype; UsageError where the format has none."""
+    """Code of a token dtype in the header. Raises UsageError where the format has none."""
     for code, known in CODES.items():
         if known == np.dtype(dtype):
             return code
@@ -83,7 +83,10 @@ def code_of(dtype: np.dtype[Any] | type) -> int:
 
 
 def read_header(path: str | os.PathLike[str]) -> IdxHeader:
-    """Read the header and hold the counts against the file's size, before anything is allocated by them."""
+    """Read the header, and compare its counts with the file's size before anything is allocated by them.
+
+    Raises CorruptError for a damaged file, UsageError for an index of another kind.
+    """
     with open(path, "rb") as stream:
         raw = stream.read(HEADER.size)
         size_bytes = os.fstat(stream.fileno()).st_size
@@ -113,7 +116,7 @@ def read_header(path: str | os.PathLike[str]) -> IdxHeader:
 
 def check_ends(path: str | os.PathLike[str], dtype: np.dtype[Any], lengths: Lengths, pointers: Pointers,
                document_indices: Pointers, bin_size_bytes: int) -> None:  # fmt: skip
-    """The checks that read a few entries only: where the first and the last sequence and document lie."""
+    """Check a few entries only: where the first and the last sequence and document lie. Raises CorruptError."""
     num_sequences = len(lengths)
     if num_sequences:
         last = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
@@ -135,19 +138,22 @@ def check_ends(path: str | os.PathLike[str], dtype: np.dtype[Any], lengths: Leng
 
 def check_arrays(path: str | os.PathLike[str], dtype: np.dtype[Any], lengths: Lengths, pointers: Pointers,
                  document_indices: Pointers) -> None:  # fmt: skip
-    """Every entry: no negative length, sequences contiguous in file order, document indices that never decrease."""
+    """Check every entry: lengths are not negative, sequences contiguous, document indices ascending.
+
+    Raises CorruptError.
+    """
     position = 0
     for start in range(0, len(lengths), _CHUNK):
-        part = lengths[start : start + _CHUNK]
-        if part.min() < 0:
-            worst = int(np.argmax(part < 0))
-            raise CorruptError(f"{path}: sequence {start + worst} has length {part[worst]}")
-        ends = np.cumsum(part, dtype=np.int64)
-        starts = (position + ends - part) * dtype.itemsize
-        found = pointers[start : start + _CHUNK]
-        if not np.array_equal(starts, found):
-            worst = int(np.argmax(starts != found))
-            raise _not_contiguous(path, start + worst, int(found[worst]), int(starts[worst]))
+        piece = lengths[start : start + _CHUNK]
+        if piece.min() < 0:
+            worst = int(np.argmax(piece < 0))
+            raise CorruptError(f"{path}: sequence {start + worst} has length {piece[worst]}")
+        ends = np.cumsum(piece, dtype=np.int64)
+        expected = (position + ends - piece) * dtype.itemsize
+        recorded = pointers[start : start + _CHUNK]
+        if not np.array_equal(expected, recorded):
+            worst = int(np.argmax(expected != recorded))
+            raise _not_contiguous(path, start + worst, int(recorded[worst]), int(expected[worst]))
         position += int(ends[-1])
     for start in range(0, len(document_indices) - 1, _CHUNK):
         index = document_indices[start : start + _CHUNK + 1]
@@ -188,7 +194,7 @@ def write_idx_chunks(
     document_indices: ChunkSource | None = None,
     num_document_indices: int | None = None,
 ) -> None:
-    """`write_idx` for arrays that come piece by piece: ``lengths`` is passed over twice, no array is ever whole."""
+    """Write an ``.idx`` from arrays that come piece by piece, see `write_idx`; ``lengths`` is passed over twice."""
     num_document_indices = num_sequences + 1 if num_document_indices is None else num_document_indices
     writer.write(HEADER.pack(MAGIC, VERSION, code_of(dtype), num_sequences, num_document_indices))
     for part in _pieces(lengths):
@@ -213,17 +219,17 @@ def write_idx_chunks(
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """``<prefix>.idx``."""
+    """Path of the index, ``<prefix>.idx``."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """``<prefix>.bin``."""
+    """Path of the tokens, ``<prefix>.bin``."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
-    """``<prefix>.manifest.json``."""
+    """Path of the manifest, ``<prefix>.manifest.json``."""
     return Path(f"{os.fspath(prefix)}.manifest.json")
 
 

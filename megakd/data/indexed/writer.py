@@ -1,4 +1,4 @@
-"""Writing an indexed dataset from token arrays."""
+"""Writer of an indexed dataset from token arrays."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ FORMAT_VERSION = 1
 class IndexedWriter:
     """Writes ``<prefix>.bin``, ``.idx`` and ``.manifest.json``; nothing has its final name before `finish`.
 
-    It holds four bytes a document in memory and no Python object per document. A context manager: left without
-    `finish`, it removes what it wrote.
+    It holds four bytes a document in memory. A context manager: leaving it without `finish` removes the files.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type) -> None:
@@ -89,7 +88,7 @@ class IndexedWriter:
         )
 
     def abort(self) -> None:
-        """Remove what was written; does nothing after `finish`."""
+        """Remove the unfinished files; does nothing after `finish`."""
         self._bin.abort()
 
     def __enter__(self) -> IndexedWriter:
@@ -111,8 +110,8 @@ class IndexedWriter:
 def commit_pair(prefix: str | os.PathLike[str], tokens: HashingWriter, idx: HashingWriter) -> list[FileRecord]:
     """Give ``.bin`` and ``.idx`` their final names.
 
-    An older dataset of this name goes first, manifest before index: at no moment does a pair of files that do not
-    belong together pass for a dataset.
+    An older dataset of this name is removed first, manifest before index, so that at no moment two files that do not
+    belong together look like a dataset.
     """
     for old in (manifest_path(prefix), idx_path(prefix)):
         old.unlink(missing_ok=True)
@@ -132,7 +131,7 @@ def write_dataset_manifest(
     parents: Mapping[str, str] | None = None,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write the manifest of a dataset whose ``.bin`` and ``.idx`` are in place. max_token_id: -1 for no token."""
+    """Write the manifest of a dataset whose ``.bin`` and ``.idx`` are in place. max_token_id: -1 without tokens."""
     dataset = {
         "dtype": dtype.name,
         "num_documents": num_documents,
@@ -152,7 +151,7 @@ def write_dataset_manifest(
 
 
 def checked_max(tokens: NDArray[Any], dtype: np.dtype[Any], where: str) -> int:
-    """The largest id; UsageError where the smallest is negative or the largest does not fit ``dtype``."""
+    """Largest id of ``tokens``. Raises UsageError, which names ``where``, for an id that ``dtype`` cannot hold."""
     smallest, largest = int(tokens.min()), int(tokens.max())
     if smallest < 0 or largest > np.iinfo(dtype).max:
         bad = smallest if smallest < 0 else largest

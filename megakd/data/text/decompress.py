@@ -16,20 +16,22 @@ Kind = Literal["plain", "gzip", "zstd"]
 READ_BYTES = 1 << 20
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 LARGEST_WINDOW_BYTES = 1 << 31
-"""What zstd --long=31 asks for, and the most that zstandard decompresses; taken only where a frame needs it."""
-_ZSTD_READ_BYTES = 4096  # what they decompress to comes in one piece: 130 MB at the very worst
+"""Window of ``zstd --long=31``, the largest that zstandard decompresses; allocated only where a frame needs it."""
+_ZSTD_READ_BYTES = 4096  # they decompress to one piece: 130 MB at the very worst
 _ZSTD_HEADER_BYTES = 18
-# More than text ever gains (gzip reaches 1,029, zstandard 32,700): a file made to fill the disk, not a corpus.
+# No text compresses that well (gzip can reach 1,029, zstandard 32,700): such a file is made to fill the disk.
 _MAX_COMPRESSION, _COMPRESSION_FROM_BYTES = 500, 64 << 20
 
 
 def most_bytes(size_bytes: int) -> int:
-    """How much a compressed file of this size may hold before it is refused."""
+    """Largest decompressed size of a compressed file of ``size_bytes`` that is not refused."""
     return max(_COMPRESSION_FROM_BYTES, _MAX_COMPRESSION * size_bytes)
 
 
 def open_stream(file: IO[bytes], path: Path, kind: Kind, *, buffer_bytes: int = READ_BYTES) -> IO[bytes]:
-    """A reader of what is in ``file``, an unbuffered one at its beginning (a plain one: anywhere).
+    """Open a buffered reader of the decompressed content of ``file``.
+
+    file: unbuffered, at its beginning; a plain one at any place.
 
     Reading raises CorruptError for a file that is cut or damaged, UsageError for a zstandard frame that needs a
     dictionary, or more memory than there is.
@@ -41,7 +43,7 @@ def open_stream(file: IO[bytes], path: Path, kind: Kind, *, buffer_bytes: int = 
 
 
 def after_skippable_frames(file: IO[bytes]) -> bytes:
-    """The first bytes behind the skippable frames that ``file`` begins with: b"" where nothing follows.
+    """Read the first 8 bytes behind the skippable frames at the beginning of ``file``; b"" where nothing follows.
 
     RFC 8878, section 3.1.2: four bytes 184D2A50 to 5F, the size in four, and as many bytes of anything. zstandard and
     lz4 both have them; pzstd begins its files with one.
@@ -53,7 +55,7 @@ def after_skippable_frames(file: IO[bytes]) -> bytes:
 
 
 def is_skippable(head: bytes) -> bool:
-    """Whether a skippable frame begins here."""
+    """Return whether ``head`` begins a skippable frame."""
     return len(head) >= 4 and head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
 
 
@@ -63,7 +65,7 @@ def _read_at(file: IO[bytes], offset: int) -> bytes:
 
 
 class _Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to grow out of all proportion to its file."""
+    """A decompressed stream that raises CorruptError once it is far larger than any text compresses to."""
 
     def __init__(self, source: Any, file: IO[bytes], path: Path) -> None:
         self._source, self._file, self._path = source, file, path
@@ -84,7 +86,7 @@ class _Bounded(io.RawIOBase):
 
 
 class _ZstdFrames:
-    """Every frame of a zstandard file. zstandard's own reader takes a cut last frame for the end of the file."""
+    """Reader of every frame of a zstandard file, as zstandard's own takes a cut last frame for the file's end."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         import zstandard
@@ -94,11 +96,11 @@ class _ZstdFrames:
         self._context = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES)
         self._frame: Any = None
         self._window = 0
-        self._held = b""  # read from the file, and of the next frame
+        self._held = b""  # read from the file, and part of the next frame
         self._ready = memoryview(b"")
 
     def readinto(self, buffer: memoryview) -> int:
-        """Bytes put into the buffer, 0 at the end of the file. Raises CorruptError, UsageError."""
+        """Fill the buffer; returns the number of bytes, 0 at the end of the file. Raises CorruptError, UsageError."""
         while not self._ready:
             if self._frame is None and not self._begin_frame():
                 return 0
@@ -120,7 +122,7 @@ class _ZstdFrames:
         return count
 
     def _begin_frame(self) -> bool:
-        """Get ready for the next frame that is not skippable; False at the end of the file."""
+        """Prepare the next frame that is not skippable; returns False at the end of the file."""
         while is_skippable(self._hold()):
             end = self._file.tell() - len(self._held) + 8 + int.from_bytes(self._held[4:8], "little")
             if len(self._held) < 8 or end > os.fstat(self._file.fileno()).st_size:
@@ -148,7 +150,7 @@ class _ZstdFrames:
         return True
 
     def _hold(self) -> bytes:
-        """As many bytes as the longest header has, or what is left of the file."""
+        """Held bytes, read on to the size of the longest frame header, or to the end of the file."""
         if len(self._held) < _ZSTD_HEADER_BYTES:
             self._held += self._file.read(_ZSTD_READ_BYTES - len(self._held))
         return self._held

@@ -1,4 +1,4 @@
-"""What an input file is, by its first bytes: JSON lines, or something else, named with what makes JSON lines of it."""
+"""Format of an input file, by its first bytes: JSON lines, or another one, named with the way to make JSON lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RECOMPRESS = "decompress it, or recompress it with zstd"
 _UNPACKED = {"gzip": "gzip -dc", "zstd": "zstd -dc --long=31"}
 _UNPACK = "unpack it, and give the files in it"
 _EXPORT = "export it as JSON lines, one object with its text a line"
-# Offset, bytes, name, what to do.
+# Offset, bytes, name of the format, advice.
 _MAGICS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"BZh", "bzip2", _RECOMPRESS),
     (0, b"\xfd7zXZ\x00", "xz", _RECOMPRESS),
@@ -74,10 +74,10 @@ _FIELD = re.compile(r"[^\s\"'{}\[\]](?:[^\"'{}\[\]]{0,38}[^\s\"'{}\[\]])?|\"[^\"
 
 
 def kind_of(path: Path) -> Kind:
-    """How a file is compressed, by its first bytes.
+    """Find out how a file is compressed, by its first bytes.
 
-    Raises UsageError, naming the format, for a file that is not JSON lines in UTF-8, as far as its beginning tells;
-    CorruptError for a suffix that the content belies, and for a compressed file that is damaged there.
+    Raises UsageError, naming the format, for a file whose first 64 KiB are not JSON lines in UTF-8; CorruptError for a
+    suffix that its content contradicts, and for a compressed file that is damaged there.
     """
     with open(path, "rb", buffering=0) as file:
         magic = file.read(8)
@@ -107,13 +107,13 @@ def kind_of(path: Path) -> Kind:
 
 
 def _command(path: Path, kind: Kind, program: str) -> str:
-    """The shell's line that makes JSON lines of a file with a program that reads and writes text."""
+    """Shell command that makes JSON lines of a file with ``program``, which filters text."""
     name = shlex.quote(str(path))
     return f"{program} < {name} > NEW.jsonl" if kind == "plain" else f"{_UNPACKED[kind]} {name} | {program} > NEW.jsonl"
 
 
 def _refuse_magic(path: Path, head: bytes) -> None:
-    """Raise UsageError for a format that its first bytes name."""
+    """Raise UsageError for a format that is known by its first bytes."""
     if _is_safetensors(head):
         raise UsageError(f"{path}: this is model weights (safetensors): give files of text")
     for offset, magic, name, advice in _MAGICS:
@@ -132,33 +132,33 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_old_tar(head: bytes) -> bool:
-    """Whether the sum of its first header's bytes is the one that the header tells."""
-    told = head[148:156].strip(b" \0")
-    if len(head) < 512 or not re.fullmatch(rb"[0-7]{1,7}", told):
+    """Return whether a tar header stands there, which has no magic number in old archives: by its check sum."""
+    check_sum = head[148:156].strip(b" \0")
+    if len(head) < 512 or not re.fullmatch(rb"[0-7]{1,7}", check_sum):
         return False
-    return int(told, 8) == sum(head[:148]) + 8 * ord(" ") + sum(head[156:512])
+    return int(check_sum, 8) == sum(head[:148]) + 8 * ord(" ") + sum(head[156:512])
 
 
 def _is_wide(head: bytes) -> bool:
-    """Whether characters take two or four bytes: a byte order mark, or every second byte a zero."""
+    """Return whether characters take two or four bytes: there is a byte order mark, or every second byte is zero."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         return True
-    some = head[:64]
-    even, odd = some[0::2], some[1::2]
-    return len(some) >= 4 and min(even.count(0) / len(even), odd.count(0) / len(odd)) < 0.05 and (
+    start = head[:64]
+    even, odd = start[0::2], start[1::2]
+    return len(start) >= 4 and min(even.count(0) / len(even), odd.count(0) / len(odd)) < 0.05 and (
         max(even.count(0) / len(even), odd.count(0) / len(odd)) > 0.2
     )  # fmt: skip
 
 
 def _not_json_lines(head: bytes, *, whole: bool, path: Path, to_lines: Callable[[str], str]) -> str | None:
-    """What a file is that begins so, and how JSON lines are made of it; None where some line is a record, or may be.
+    """Name the format of a file that begins with ``head``, and the way to make JSON lines of it.
 
-    whole: whether it ends there. to_lines: the command line that puts a program's output into a new file. A file that
-    is JSON lines but for some lines is no matter of this function: its bad lines are counted.
+    None where some line is, or may be, a record: the bad lines of such a file are counted later, when it is read.
+    whole: True if the file ends with ``head``. to_lines: makes the shell command that filters the file with a program.
     """
     lines = head.splitlines(keepends=True) if b"\n" not in head else [line + b"\n" for line in head.split(b"\n")]
     if b"\n" in head and not whole:
-        del lines[-1]  # it goes on
+        del lines[-1]  # the line goes on behind the head
     lines = [line for line in lines if line.strip()]
     if not lines:
         return None
@@ -216,8 +216,10 @@ def _value(line: bytes) -> Any:
 
 
 def _spans_lines(text: str, *, whole: bool) -> bool:
-    """Whether a JSON value begins in the first line and goes on over others; in a head that ends inside one, as far as
-    it can be told: over three line ends, or most of the head."""
+    """Return whether the JSON value that begins in the first line goes on over more lines.
+
+    In a head that ends inside a value: whether the value spans three line ends, or most of the head.
+    """
     if text[:1] not in ("[", "{"):
         return False
     try:
@@ -240,7 +242,7 @@ def _spread(to_lines: Callable[[str], str]) -> str:
 
 
 def _not_lines_of_objects(lines: list[bytes], text: str, to_lines: Callable[[str], str]) -> str | None:
-    """The same for a file that begins with a brace, and none of whose lines is a record."""
+    """Name the format of a file that begins with a brace but has no line that is a record; see `_not_json_lines`."""
     try:
         _, end = json.JSONDecoder(parse_int=float).raw_decode(text.lstrip())
     except (ValueError, RecursionError):
@@ -264,7 +266,7 @@ def _is_python(line: bytes) -> bool:
 
 
 def _columns(text: str) -> list[str]:
-    """The names of a table's columns, if it is one: short names in the first line, no fewer fields in the next ones."""
+    """Column names of a table with a delimiter: short names in its first line, no fewer fields in the next one."""
     lines = [line for line in text.splitlines()[:8] if line.strip()]
     for delimiter in "\t,;|":
         names = lines[0].split(delimiter)

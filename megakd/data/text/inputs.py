@@ -1,4 +1,4 @@
-"""Input files: finding them, a sample of what they hold, and noticing that they change."""
+"""Input files: finding them, sampling their texts, and noticing that they change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLE_STRETCHES = 16
 
 @dataclass(frozen=True)
 class Input:
-    """One input file and what it looked like when the run began."""
+    """One input file, with its size and time of modification when the run began."""
 
     path: str
     kind: Kind
@@ -28,18 +28,18 @@ class Input:
 
 
 def find_inputs(names: Sequence[str], *, own: str) -> list[Input]:
-    """The input files: in the order given, those of a glob sorted.
+    """Find the input files, in the order of ``names``; those of a glob sorted.
 
-    own: a file that the run itself writes, and that a glob must not catch.
+    own: a file that the run itself writes, which no input may be; "" for none.
 
-    Raises UsageError for one that is missing, no file, not UTF-8 text, given twice, or an output of this very run.
+    Raises UsageError for an input that is missing, no regular file, not JSON lines in UTF-8, named twice, or ``own``.
     """
     paths: list[str] = []
     for name in names:
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not found:
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches:
             raise UsageError(f"--input {name}: {_why_nothing(name)}")
-        paths += found
+        paths += matches
     seen: dict[str, str] = {}
     for path in paths:
         real = os.path.realpath(path)
@@ -63,7 +63,7 @@ def find_inputs(names: Sequence[str], *, own: str) -> list[Input]:
 
 
 def sample_texts(inputs: Sequence[Input], keys: Sequence[str]) -> list[str]:
-    """Texts for the parity gate, from stretches all over the plain inputs and from the heads of the compressed ones."""
+    """Sample texts for the comparison of engines: stretches all over the plain inputs, the heads of compressed ones."""
     total = sum(item.size_bytes for item in inputs)
     stretch = min(max(total // 400, 256 << 10), 4 << 20) // _SAMPLE_STRETCHES
     places = [(item, start) for item in inputs for start in _starts(item, total)][: 4 * _SAMPLE_STRETCHES]
@@ -75,19 +75,19 @@ def sample_texts(inputs: Sequence[Input], keys: Sequence[str]) -> list[str]:
             try:
                 texts += parse_texts(line or b"", keys)
             except RecordError:
-                continue  # counted and quarantined when its turn comes
+                continue  # counted and listed when the run comes to it
     return texts
 
 
 def distinct_names(inputs: Sequence[Input]) -> list[str]:
-    """The base name of each input; equal ones are told apart by their place among the inputs."""
+    """Base name of each input; equal names get their number among the inputs in front."""
     names = [os.path.basename(item.path) for item in inputs]
     seen = Counter(names)
     return [name if seen[name] == 1 else f"{i}:{name}" for i, name in enumerate(names)]
 
 
 def check_unchanged(inputs: Sequence[Input]) -> None:
-    """Raise MismatchError if a file is not what it was when the run began."""
+    """Raise MismatchError if a file's size or time of modification is not what it was when the run began."""
     for item in inputs:
         status = os.stat(item.path)
         if (status.st_size, status.st_mtime_ns) != (item.size_bytes, item.modified_ns):
@@ -109,7 +109,7 @@ def _why_nothing(name: str) -> str:
 
 
 def _glob_of(folder: str) -> str:
-    """A glob for the files of a folder, by the ending that most of them have."""
+    """Glob for the files of a folder, by the ending that most of them have."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith(".")]
     endings = Counter(name[name.index(".", 1) :] for name in names if "." in name[1:])
     ending = endings.most_common(1)[0][0] if endings else ".jsonl"

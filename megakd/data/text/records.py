@@ -1,4 +1,4 @@
-"""Reading JSON lines: line by line in bounded memory, the texts of a record, and the reasons that one is refused."""
+"""JSON lines: read line by line in bounded memory, their texts, and the reasons for which a record is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megakd.data.text.decompress import READ_BYTES, Kind, open_stream
 BOM = b"\xef\xbb\xbf"
 
 _SKIP_REPORT_BYTES = 256 << 20
-# Keys that texts are known to stand under; before the longest string of a record.
+# Usual keys of texts, suggested before the key of a record's longest string.
 _USUAL_KEYS = ("text", "content", "raw_content", "body", "document", "markdown", "code", "article")
-# Python's own parser, for what orjson refuses and Megatron's tool takes. The values of numbers are of no interest, and
-# the integers of more than 4,300 digits that Python itself refuses are numbers too.
+# Python's own parser, for lines that orjson refuses and Megatron's tool takes. The values of numbers are not used, so
+# integers are parsed as floats: Python refuses integers of more than 4,300 digits.
 _LENIENT = json.JSONDecoder(parse_int=float)
 
 
@@ -30,14 +30,14 @@ class BadRecord:
     line: int
     """1 for the first line of the file, blank ones counted."""
     byte_offset: int
-    """Where the line starts, in the decompressed file."""
+    """Byte of the decompressed file at which the line starts."""
     reason: str
-    """One of a few, to count by."""
+    """One of a few fixed texts, to count by."""
     detail: str
 
 
 class RecordError(ValueError):
-    """Why a line gives no document."""
+    """A line that gives no document: a short reason, and its detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -46,11 +46,10 @@ class RecordError(ValueError):
 
 
 class Lines:
-    """The lines of a file that start at or after a byte, and how far reading has come.
+    """Lines of a file that start at or after byte ``start`` of the decompressed file.
 
-    start: in the decompressed file. A plain file is read from there, a compressed one from its beginning.
-    max_line_bytes: a longer line is skipped and comes as None.
-    on_skip: called now and then on the way to ``start``, which may take long in a compressed file.
+    A plain file is read from there, a compressed one from its beginning. max_line_bytes: a longer line is skipped and
+    comes as None. on_skip: called now and then on the way to ``start``, which may take long in a compressed file.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class Lines:
     ) -> None:
         self.path = path
         self.num_bytes_read = 0
-        """Of the file as it lies on disk, from its beginning or the start asked for."""
+        """Bytes read so far of the file on disk: from ``start`` on in a plain file, else from its beginning."""
         self._kind = kind
         self._start = start
         self._max = max_line_bytes
         self._on_skip = on_skip
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
-        """Pairs of byte offset and line, its line end included."""
+        """Iterate over pairs of byte offset and line, with its line end."""
         with open(self.path, "rb", buffering=0) as file:
             yield from self._read(file)
 
@@ -105,8 +104,8 @@ class Lines:
 
 
 def parse_record(line: bytes) -> Any:
-    """The value of a line of JSON, as Megatron's tool reads it: NaN, Infinity, 1e999 and numbers of any length are JSON
-    here, and so is half a surrogate pair. Raises RecordError."""
+    """Parse a line of JSON as Megatron's tool does, which takes NaN, Infinity, 1e999, numbers of any length and half a
+    surrogate pair. Raises RecordError."""
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -136,35 +135,35 @@ def parse_texts(line: bytes, keys: Sequence[str]) -> list[str]:
 
 
 def count_duplicate_keys(line: bytes, keys: Sequence[str], quoted: Sequence[bytes]) -> int:
-    """How many of the keys stand more than once in the record, whose last one counts. quoted: the keys as JSON."""
+    """Number of the keys that a record has more than once; the last one counts. quoted: the keys as JSON."""
     if all(line.count(name) < 2 for name in quoted):
         return 0
     pairs: list[tuple[str, Any]] = []
 
-    def keep_last(found: list[tuple[str, Any]]) -> None:
-        pairs[:] = found  # objects end from the inside out: the record itself comes last
+    def keep_last(members: list[tuple[str, Any]]) -> None:
+        pairs[:] = members  # objects end from the inside out: the record itself comes last
 
     try:
         json.JSONDecoder(object_pairs_hook=keep_last, parse_int=float).decode(line.decode())
-    except RecursionError:  # orjson goes deeper; that such a record has a key twice is not known
+    except RecursionError:  # orjson goes deeper than Python; duplicates in such a record are not counted
         return 0
     names = [name for name, _ in pairs]
     return sum(names.count(key) > 1 for key in keys)
 
 
 def _no_text(record: Mapping[str, Any], key: str, keys: Sequence[str]) -> RecordError:
-    """Why there is no text under a key, and which key to give instead."""
-    others = [
+    """Error for a record without text under a key, with the key that may be meant."""
+    string_keys = [
         name
         for name, value in record.items()
         if type(value) is str and name not in keys and name.isprintable() and "/" not in name
     ]
-    better = next((name for name in _USUAL_KEYS if name in others), None)
-    if better is None and others:
-        better = max(others, key=lambda name: len(record[name]))
+    better = next((name for name in _USUAL_KEYS if name in string_keys), None)
+    if better is None and string_keys:
+        better = max(string_keys, key=lambda name: len(record[name]))
     hint = ""
     if better is not None:
-        hint = f"; --json-keys {shlex.join(better if each == key else each for each in keys)}?"
+        hint = f"; --json-keys {shlex.join(better if name == key else name for name in keys)}?"
     if key in record:
         return RecordError("not text", f"{key!r} is {name_type(record[key])}, expected a string{hint}")
     names = [name[:24] for name in sorted(record)[:8]]
@@ -190,14 +189,14 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> RecordError:
 
 
 def name_type(value: object) -> str:
-    """What a JSON value is, in words."""
+    """Name the type of a JSON value, in words."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}[type(value)]
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Read to the end of the line; the number of bytes read."""
+    """Read to the end of the line; returns the number of bytes read."""
     count = 0
     while piece := stream.readline(READ_BYTES):
         count += len(piece)
