@@ -37,8 +37,8 @@ def find_finished(
     wrong = _differences(recorded, wanted) + _differences(_flat(manifest.parameters), _flat(parameters), all=False)
     if wrong:
         raise MismatchError(
-            f"{path} is finished, and was made otherwise than now: {'; '.join(wrong)}. Give another {flag}, or remove it to make "
-            "it anew"
+            f"{path} is finished, and was made otherwise than now: {'; '.join(wrong)}. Give another {flag}, or remove "
+            "it to make it anew"
         )
     try:
         return read_manifest(path, format=format, version=version)

@@ -1,6 +1,6 @@
-"""Tokenizers under Megatron's names, by their reference engines; `engines` makes the same ids faster.
+"""Tokenizers under Megatron's names, by their reference engines; `tokenizers.fast` makes the same ids faster.
 
-No remote files, no remote code: a model is a local file, or a local folder with one in it.
+A model is a local file, or a local folder that holds it: nothing is downloaded, and no code of a model runs.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def build_tokenizer(
     model_flag: str = "--tokenizer-model",
     type_flag: str | None = "--tokenizer-type",
 ) -> Tokenizer:
-    """A tokenizer by Megatron's name.
+    """Build a tokenizer by Megatron's name.
 
-    tokenizer_model: the ``.model`` file, or a ``tokenizer.json`` or the folder that holds it; None where there is none.
-    vocab_size: for ``NullTokenizer``, the number of ids without the end-of-document id that follows them.
-    eod_token: what ends a document, as it is written; None for what the model's own files say.
-    model_flag, type_flag: for messages, the flags that gave model and type; None for a type that no flag gave.
+    tokenizer_model: a ``.model`` file, a ``tokenizer.json`` or the folder that holds it; None for a type without one.
+    vocab_size: number of ids of a ``NullTokenizer``, without the end-of-document id that follows them.
+    eod_token: text of the end-of-document token; None for the one that the model's own files name.
+    model_flag, type_flag: flags that gave model and type, for messages; None for a type that no flag gave.
 
-    Raises UsageError.
+    Raises UsageError for a type, a model or a token that cannot be used.
     """
     if tokenizer_type not in _TYPES:
         raise UsageError(f"{type_flag} {tokenizer_type}: expected one of {', '.join(_TYPES)}")
@@ -78,9 +78,9 @@ def build_tokenizer(
         else:
             tokenizer = HuggingFaceTokenizer(file)
     except UsageError as error:
-        other = None if tokenizer_model is None else _type_of(Path(tokenizer_model))
-        hint = f"; it is a {other}'s" if other not in (None, tokenizer_type) else ""
-        hint += f": {type_flag} {other}" if hint and type_flag else ""
+        fitting = None if tokenizer_model is None else _type_of(Path(tokenizer_model))
+        hint = f"; it is a {fitting}'s" if fitting not in (None, tokenizer_type) else ""
+        hint += f": {type_flag} {fitting}" if hint and type_flag else ""
         raise UsageError(f"{model_flag} {error}{hint}") from error
     if vocab_size not in (None, tokenizer.vocab_size):
         raise UsageError(f"--vocab-size {vocab_size}: the model has {tokenizer.vocab_size} entries; leave the flag out")
@@ -88,9 +88,9 @@ def build_tokenizer(
 
 
 def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Path | None:
-    """The one file that defines the ids; None for a type that has no model.
+    """Find the one file that defines the ids; None for a type that has no model.
 
-    Raises UsageError where there is none; as in the constructors below, the message goes on behind the flag's name.
+    Raises UsageError where the file is missing; its message continues the name of a flag, which the caller puts first.
     """
     if tokenizer_type in ("NullTokenizer", "ByteTokenizer"):
         return None
@@ -102,8 +102,8 @@ def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None
     if path.is_dir() and tokenizer_type == "SentencePieceTokenizer":
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
-            found = ", ".join(model.name for model in models) or "none"
-            raise UsageError(f"{path}: a folder; SentencePieceTokenizer needs the .model file, of which it has {found}")
+            names = ", ".join(model.name for model in models) or "none"
+            raise UsageError(f"{path}: a folder; SentencePieceTokenizer needs the .model file, of which it has {names}")
         return models[0]
     if path.is_dir():
         path /= "tokenizer.json"
@@ -113,7 +113,7 @@ def model_file(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None
 
 
 class NullTokenizer(Tokenizer):
-    """Text that is ids already, in decimal, separated by white space. The id after the last one ends a document."""
+    """Tokenizer of texts that are decimal ids, separated by white space. The id after the last one ends a document."""
 
     type: TokenizerType = "NullTokenizer"
     path = None
@@ -145,7 +145,7 @@ class NullTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, and id 256 for the end of a document. Needs no model."""
+    """Tokenizer of UTF-8 bytes, with id 256 for the end of a document. Needs no model."""
 
     type: TokenizerType = "ByteTokenizer"
     path = None
@@ -185,7 +185,7 @@ def _ending_with(tokenizer: Tokenizer, eod_token: str | None) -> Tokenizer:
 
 
 def _name_foreign(path: Path) -> str | None:
-    """What a model of another kind is, and what to do about it; None for any other file or folder."""
+    """Name a model of a kind that cannot be read, with a way out; None for any other file or folder."""
     if path.is_dir():
         usable = (path / "tokenizer.json").exists() or any(path.glob("*.model"))
         files = [] if usable else sorted((*path.glob("tekken*.json"), *path.glob("*.tiktoken")))
@@ -211,9 +211,9 @@ def _name_foreign(path: Path) -> str | None:
 
 
 def _type_of(path: Path) -> TokenizerType | None:
-    """Whose model a file or folder looks like; None where it looks like nobody's."""
+    """Tokenizer type whose model a file or folder looks like; None for no type."""
     if path.is_dir():
-        names = {each.name for each in path.iterdir()}
+        names = {entry.name for entry in path.iterdir()}
         if "tokenizer.json" in names:
             return "HuggingFaceTokenizer"
         return "SentencePieceTokenizer" if any(name.endswith(".model") for name in names) else None

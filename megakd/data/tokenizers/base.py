@@ -1,4 +1,4 @@
-"""What a tokenizer is to everything else: text to ids and back, with an identity that manifests record."""
+"""The interface of tokenizers: text to ids and back, with an identity that manifests record."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class UnencodableError(ValueError):
 
 @dataclass(frozen=True)
 class Ragged:
-    """Documents one after the other."""
+    """Ids of documents, one after the other."""
 
     tokens: NDArray[np.integer[Any]]
-    """``[sum(lengths)]``"""
+    """``[sum(lengths)]``: all ids."""
     lengths: NDArray[np.int32]
-    """``[num_documents]``, tokens in each."""
+    """``[num_documents]`` int32: tokens in each document."""
 
 
 class Tokenizer(ABC):
@@ -37,35 +37,35 @@ class Tokenizer(ABC):
     type: TokenizerType
     path: Path | None
     vocab_size: int
-    """The true size: one more than the largest id. Padding for tensor parallelism is the model's affair."""
+    """True size: one more than the largest id, without the padding that a model adds for tensor parallelism."""
     eod: int | None
-    """The id that ends a document, None where the model names none."""
+    """Id that ends a document; None where the model names none."""
     eod_token: str | None = None
-    """How that id is written; None where it has no text of its own."""
+    """Text of that id; None where it has no text of its own."""
     eod_reason: str = "the id after the last one"
-    """Where it comes from."""
+    """Origin of that id, for people."""
     eod_warnings: tuple[str, ...] = ()
-    """Why it may be the wrong one: one sentence each."""
+    """Reasons why that id may be the wrong one, a sentence each."""
     literals: tuple[str, ...] = ()
-    """Texts of control, special and added tokens: what engines disagree about when it is written out in a document."""
+    """Texts of control, special and added tokens: engines disagree about documents that hold them."""
     white_literals: frozenset[str] = frozenset()
-    """Those of white space alone that are found wherever they stand: half of all documents hold one."""
+    """Literals of white space alone that are taken wherever they stand: half of all documents hold one."""
     normalised_literals: tuple[str, ...] = ()
-    """Those that are looked for in the text as the tokenizer normalises it."""
+    """Literals that are looked for in the normalised text."""
     normalises: bool = True
-    """Whether it may rewrite a text before it looks at it."""
+    """True if the tokenizer may rewrite a text before it cuts it."""
     notes: tuple[str, ...] = ()
-    """What a user should know about the model: one sentence each."""
+    """Notes about the model for its user, a sentence each."""
 
     def __init__(self, content: bytes) -> None:
-        """content: what gives every text its ids, and documents their end."""
+        """content: bytes that determine the ids of every text and the end of documents."""
         self.hash = self._hash(content)
-        """XXH3-128 of the type and the model's bytes."""
+        """XXH3-128, in hexadecimal, of the type and the content."""
 
     def end_documents_with(self, token: str | int) -> None:
-        """Take another end-of-document token: as it is written, or by its id.
+        """Take another end-of-document token, by its text or by its id.
 
-        Raises UsageError for one that the vocabulary has not, or that is a piece of ordinary text.
+        Raises UsageError for a token that is not in the vocabulary, or that is a piece of ordinary text.
         """
         i = self.token_id(token) if isinstance(token, str) else token
         name = f"--eod-token {token!r}"
@@ -81,7 +81,7 @@ class Tokenizer(ABC):
         self.hash = self._hash(self._identity())
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token as it is written; None where there is none."""
+        """Id of the token with this text; None where there is none."""
         return None
 
     def _token_of(self, i: int) -> str:
@@ -95,35 +95,35 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. Raises UnencodableError."""
+        """Encode a text as ids. Raises UnencodableError."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control tokens stand for nothing."""
+        """Decode ids to text; control tokens become nothing."""
 
     @abstractmethod
     def token_bytes(self) -> NDArray[np.int32]:
-        """``[vocab_size]``: UTF-8 bytes of text each id stands for, 0 for control tokens; makes bits per byte."""
+        """``[vocab_size]`` int32: UTF-8 bytes of the text of each id, 0 for control tokens; for bits per byte."""
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
-        """The ids of each text, one array a text. Raises UnencodableError."""
+        """Encode each text as an array of ids. Raises UnencodableError."""
         return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     def encode_batch(self, texts: Sequence[str]) -> Ragged:
-        """The ids of each text, one after the other. Raises UnencodableError."""
+        """Encode texts as ids that lie one after the other. Raises UnencodableError."""
         arrays = self.encode_arrays(texts)
         tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32)
         return Ragged(tokens, np.array([len(array) for array in arrays], dtype=np.int32))
 
     def explain_eod(self) -> str:
-        """Which id ends a document, and why, for people."""
+        """Explain which id ends a document, and why, for people."""
         if self.eod is None:
             return f"end of document: {self.path} names none (no eos_token); --eod-token does"
         written = "" if self.eod_token is None else f"{self.eod_token}, "
         return f"end of document: {written}id {self.eod} ({self.eod_reason})"
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records; ``path`` is a hint for people."""
+        """Record for a manifest: type, hash, vocab_size, eod; ``path`` is a hint for people."""
         return {
             "type": self.type,
             "hash": self.hash,
@@ -133,13 +133,20 @@ class Tokenizer(ABC):
         }
 
 
-def same_tokenizer(one: Mapping[str, Any] | Tokenizer, other: Mapping[str, Any] | Tokenizer) -> bool:
-    """Whether two tokenizers, or their records in manifests, give every text the same ids: same type, same model."""
-    first, second = (each.describe() if isinstance(each, Tokenizer) else each for each in (one, other))
-    return all(first[key] == second[key] for key in ("type", "hash", "vocab_size", "eod"))
+def same_tokenizer(first: Mapping[str, Any] | Tokenizer, second: Mapping[str, Any] | Tokenizer) -> bool:
+    """Return whether two tokenizers, or their records in manifests, give every text the same ids.
+
+    They do if type, model and end-of-document id are the same.
+    """
+    first_record, second_record = _record_of(first), _record_of(second)
+    return all(first_record[key] == second_record[key] for key in ("type", "hash", "vocab_size", "eod"))
 
 
 def name_tokenizer(tokenizer: Mapping[str, Any] | Tokenizer) -> str:
-    """Which it is, for messages."""
-    record = tokenizer.describe() if isinstance(tokenizer, Tokenizer) else tokenizer
+    """Name a tokenizer, or its record in a manifest, for messages."""
+    record = _record_of(tokenizer)
     return f"{record.get('type')} {record.get('hash')} (vocabulary {record.get('vocab_size')})"
+
+
+def _record_of(tokenizer: Mapping[str, Any] | Tokenizer) -> Mapping[str, Any]:
+    return tokenizer.describe() if isinstance(tokenizer, Tokenizer) else tokenizer

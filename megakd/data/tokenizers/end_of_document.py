@@ -1,7 +1,7 @@
-"""Which token ends a document, where a ``tokenizer.json`` lies with the files that transformers writes beside it.
+"""End-of-document token of a ``tokenizer.json``, from the files that transformers writes beside it.
 
-A tokenizer.json does not say. The files beside it name what ends a *generation*, which for a model that was trained to
-chat is the end of a message: the right answer for a server, and the wrong one for a corpus.
+A tokenizer.json does not name that token. The files beside it name the token that ends a *generation*, which for a
+model that was trained to chat is the end of a message: right for a server, and wrong for a corpus.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DOCUMENT_ENDS = (
     "<eod>",
     "<|endofdocument|>",
 )
-"""Names that the end of a document has in well-known vocabularies."""
+"""End-of-document tokens of well-known vocabularies."""
 _CHAT_END = re.compile(
     r"<\|?(im_end|eot|eot_id|eom_id|eom|end_of_turn|end_of_role|end_of_message|end|return|call|turn|user|assistant"
     r"|end_turn|message_end)\|?>|<\|END_OF_TURN_TOKEN\|>|\[/INST\]|<\|im_sep\|>|<\uff5cend\u2581of\u2581turn\uff5c>",
@@ -36,7 +36,7 @@ _GUESSED = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """A token, and where it comes from."""
+    """End-of-document token, with its origin and reasons to doubt it, for people."""
 
     token: str
     reason: str
@@ -46,9 +46,9 @@ class EndOfDocument:
 def find_end_of_document(
     folder: Path, *, token_of: Callable[[int], str | None], special: Collection[str], vocabulary: Collection[str]
 ) -> EndOfDocument | None:
-    """The token that the files beside a tokenizer.json name, or the one special token of a well-known name; else None.
+    """Find the token that the files beside a tokenizer.json name, else the only special token of a well-known name.
 
-    token_of: the token of an id. special: the special tokens. vocabulary: all tokens.
+    None where there is neither. token_of: the text of an id. special: special tokens. vocabulary: all tokens.
 
     Raises UsageError for files that cannot be read.
     """
@@ -62,12 +62,13 @@ def find_end_of_document(
             return None
         token, reason = known[0], "the only special token of a well-known name"
     warnings = []
-    others = [f"{name} says {other}" for name, other in named.items() if other != token]
+    contradictions = [f"{name} says {named_token}" for name, named_token in named.items() if named_token != token]
     generation = {token_of(i) for i in _read_eos_token_ids(folder / "generation_config.json")}
     if generation and token not in generation:
-        others.append(f"generation_config.json says {', '.join(sorted(map(str, generation)))}")
-    if others:
-        warnings.append(f"the end of a document is {token} ({reason}), but {', '.join(others)}: --eod-token decides")
+        contradictions.append(f"generation_config.json says {', '.join(sorted(map(str, generation)))}")
+    if contradictions:
+        listed = ", ".join(contradictions)
+        warnings.append(f"the end of a document is {token} ({reason}), but {listed}: --eod-token decides")
     better = [name for name in DOCUMENT_ENDS if name in vocabulary and name != token]
     if _CHAT_END.fullmatch(token) and better:
         warnings.append(

@@ -1,9 +1,9 @@
-"""The fast engine behind its parity gate: ids that are the reference engine's, several times as fast, or not at all.
+"""The fast engine behind its parity gate: the ids of the reference engine, several times as fast.
 
 `gigatoken` reimplements byte-level and sentencepiece BPE. Before it is used for a tokenizer, both engines are compared
-over all of Unicode (`engine_scan`), on hostile strings and on the text of every id, once for a tokenizer and the
-versions of the engines, and on a sample of the corpus at every run. The documents that hold a code point beside which
-they differ, or a literal such as ``</s>``, go to the reference engine; any other difference, and it does all the work.
+over all of Unicode (`scan`), on hostile strings and on the text of every id, once for a tokenizer and the
+versions of the engines, and on a sample of the corpus at every run. Documents that hold a code point beside which they
+differ, or a literal such as ``</s>``, go to the reference engine; after any other difference, all documents do.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from megakd.work.progress import Progress
 EngineMode = Literal["auto", "reference", "gigatoken"]
 
 _ENGINES = ("gigatoken", "tokenizers", "sentencepiece")
-_COMPARISON_VERSION = 2  # of what is compared and how: a larger one makes kept comparisons void
+_COMPARISON_VERSION = 2  # to be raised with any change of the comparison, which makes cached ones void
 _PROGRESS_SECONDS = 3.0
-_LARGE_BYTES = 2 << 20  # of one text; an unusual one takes gigatoken some 35 bytes of memory a byte
+_LARGE_BYTES = 2 << 20  # a text above this size may take gigatoken some 35 bytes of memory for each byte
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which engine encodes, and why: printed, and recorded in the manifest."""
+    """Choice of an engine, with its reason: printed, and recorded in the manifest."""
 
     engine: Literal["reference", "gigatoken"]
     reason: str
     routed: tuple[str, ...] = ()
-    """Literals that send the document they stand in to the reference engine."""
+    """Literals whose documents go to the reference engine."""
     code_points: tuple[tuple[int, int], ...] = ()
-    """First and last of the ranges of code points that do so, too."""
+    """First and last code point of the ranges whose documents go there, too."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for `from_dict` and the manifest; code points as ``"88F"`` and ``"A7CE-A7CF"``."""
+        """Plain data for `from_dict` and the manifest; code points as ``"88F"`` and ``"A7CE-A7CF"``."""
         code_points = [f"{first:X}" if first == last else f"{first:X}-{last:X}" for first, last in self.code_points]
         return {
             "engine": self.engine,
@@ -65,8 +65,8 @@ class Choice:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Choice:
-        """The inverse of `as_dict`."""
-        ranges = [[int(end, 16) for end in each.split("-")] for each in data["code_points"]]
+        """Build a choice from the data of `as_dict`."""
+        ranges = [[int(end, 16) for end in text.split("-")] for text in data["code_points"]]
         return cls(data["engine"], data["reason"], tuple(data["routed"]), tuple((ends[0], ends[-1]) for ends in ranges))
 
 
@@ -77,10 +77,10 @@ def choose_engine(
     mode: EngineMode = "auto",
     say: Callable[[str], object] = lambda line: None,
 ) -> Choice:
-    """Hold the fast engine against the reference engine: over all of Unicode, on hostile strings and on a sample.
+    """Compare the fast engine with the reference engine, over all of Unicode, on hostile strings and on a sample.
 
-    mode: ``auto`` uses the fast engine where it passes, ``gigatoken`` makes it an error if it does not.
-    say: given lines for people while a comparison that is not known yet takes its seconds.
+    mode: ``auto`` chooses the fast engine where both agree, ``gigatoken`` raises an error where they do not,
+    ``reference`` compares nothing. say: called with lines for people while a comparison that is not cached runs.
 
     Raises UsageError for ``gigatoken`` where it is missing, cannot load the model, or differs.
     """
@@ -93,12 +93,12 @@ def choose_engine(
 
 
 class Engine:
-    """Encodes batches with the engine that was chosen; bounded in memory by ``max_resident_bytes``.
+    """Encoder by the engine that was chosen, in bounded memory.
 
-    load_reference: called once, and only when the reference engine has something to do: loading it takes a while.
-    max_resident_bytes: of this process. gigatoken remembers every word it has seen, 9 bytes of memory a byte of unseen
-    text; above this size the engine is loaded afresh. 0: no bound.
-    turns: a file that the processes of a run lock in turn, to have one very long text in memory among them all.
+    load_reference: called once, and only when a text needs the reference engine, which takes a while to load.
+    max_resident_bytes: bound on the memory of this process. gigatoken remembers every word that it has seen, 9 bytes of
+    memory for each byte of new text; above the bound the engine is loaded afresh. 0: no bound.
+    turns: file that the processes of a run lock in turn, so that only one of them encodes a very long text at a time.
     """
 
     def __init__(
@@ -123,13 +123,13 @@ class Engine:
         return self._load_reference()
 
     def encode_batch(self, texts: Sequence[str]) -> Ragged:
-        """The ids of each text, one after the other: the reference engine's ids. Raises UnencodableError."""
+        """Encode texts as ids that lie one after the other: those of the reference engine. Raises UnencodableError."""
         arrays = self.encode_arrays(texts)
         tokens = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32)
         return Ragged(tokens, np.array([len(array) for array in arrays], dtype=np.int32))
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
-        """The ids of each text, one array a text. Raises UnencodableError."""
+        """Encode each text as an array of ids, those of the reference engine. Raises UnencodableError."""
         if self._fast is None:
             return self._reference.encode_arrays(texts)
         arrays: list[NDArray[np.integer[Any]]] = []
@@ -145,7 +145,7 @@ class Engine:
     def _encode_large(self, text: str) -> NDArray[np.integer[Any]]:
         with contextlib.ExitStack() as stack:
             if self._turns is not None:
-                # One at a time over all processes: each may take a hundred megabytes for a moment.
+                # One text at a time over all processes: each may take a hundred megabytes for a moment.
                 lock_stream(stack.enter_context(open_to_lock(self._turns)), self._turns, wait=True)
             if _resident_bytes() > self._limit // 2:
                 self._reload()
@@ -156,7 +156,7 @@ class Engine:
     def _forget_if_large(self) -> None:
         if self._limit and _resident_bytes() > self._limit:
             self._reload()
-            # Where the engine alone is that large, loading it again and again would help nobody.
+            # Where the engine alone is that large, loading it again and again would not help.
             self._limit = max(self._limit, _resident_bytes() + (64 << 20))
 
     def _reload(self) -> None:
@@ -166,7 +166,7 @@ class Engine:
 
 
 def give_back_memory() -> None:
-    """Return the allocator's free pages to the system, where the C library can."""
+    """Return the allocator's free pages to the system, where the C library can do so."""
     import ctypes
 
     try:
@@ -195,11 +195,11 @@ def _try_gigatoken(tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[s
         _versions() | {"tokenizer": tokenizer.hash, "code_points": ranges, "routed": routed},
         lambda: _compare(tokenizer, engines, routes),
     )
-    own = [text for text in sample if not routes.holds_any(text)]
-    differing = known["differing"] + [text[:80] for text in engines.differing(own)]
+    fast_texts = [text for text in sample if not routes.holds_any(text)]
+    differing = known["differing"] + [text[:80] for text in engines.differing(fast_texts)]
     if differing:
         return Choice("reference", f"gigatoken differs on {len(differing)} texts, the first is {differing[0]!r}")
-    sizes = sum(map(len, sample)), sum(map(len, own))
+    sizes = sum(map(len, sample)), sum(map(len, fast_texts))
     if sizes[0] > 2 * sizes[1]:
         share = f"{1 - sizes[1] / sizes[0]:.0%}"
         return Choice("reference", f"{share} of the sample holds what only the reference engine is trusted with")
@@ -211,16 +211,16 @@ def _try_gigatoken(tokenizer: Tokenizer, sample: Sequence[str], say: Callable[[s
 
 
 def _scan(tokenizer: Tokenizer, engines: EnginePair, say: Callable[[str], object]) -> list[list[int]]:
-    """The code points beside which the engines differ: with a probe in the place of a byte-level BPE tokenizer.
+    """Code points beside which the engines differ; a byte-level BPE tokenizer is replaced by its probe.
 
-    Kept for the tokenizer, and for the probe, which tokenizers of one family share.
+    The result is cached for the tokenizer, and for the probe, which tokenizers of one family share.
     """
 
     def scan(scanned: str, engines: EnginePair) -> list[list[int]]:
         progress = _ScanProgress(say)
         ranges: list[list[int]] = remember(
             "engines-scanned",
-            _versions() | {"probe": scanned, "blocks": [[each.start, each.stop] for each in engine_scan.SCANNED]},
+            _versions() | {"probe": scanned, "blocks": _scanned_blocks()},
             lambda: scan_code_points(engines, normalises=tokenizer.normalises, report=progress),
         )
         return ranges
@@ -232,22 +232,26 @@ def _scan(tokenizer: Tokenizer, engines: EnginePair, say: Callable[[str], object
         pair = EnginePair(partial(encode_with, load_engine(probe)), _load_bytes(tokenizer.type, probe).encode)
         return scan(xxhash.xxh3_128_hexdigest(probe), pair)
 
-    key = {"tokenizer": tokenizer.hash, "blocks": [[each.start, each.stop] for each in engine_scan.SCANNED]}
+    key = {"tokenizer": tokenizer.hash, "blocks": _scanned_blocks()}
     ranges: list[list[int]] = remember("engines-scanned", _versions() | key, scan_with_probe)
     return ranges
 
 
+def _scanned_blocks() -> list[list[int]]:
+    return [[block.start, block.stop] for block in engine_scan.SCANNED]
+
+
 def _compare(tokenizer: Tokenizer, engines: EnginePair, routes: Routes) -> dict[str, Any]:
-    """How many texts were compared, and beginnings of those that differ and would not be routed."""
+    """Compare the engines on texts that are not routed: the number of hostile texts, and the texts that differ, cut."""
     hostile = hostile_texts(tokenizer.literals) + random_texts()
     texts = [text for text in hostile + vocabulary_texts(tokenizer) if not routes.holds_any(text)]
     return {"num_texts": len(hostile), "differing": [text[:80] for text in engines.differing(texts)[:1000]]}
 
 
 def _load_gigatoken(tokenizer_type: TokenizerType, tokenizer_model: str | Path | None) -> Any:
-    """gigatoken's engine for a model, None for a type it has none for.
+    """Load gigatoken's engine for a model; None for a type without a model.
 
-    Loaded from bytes: given a path that does not exist, gigatoken would look for it on the network.
+    The model is passed as bytes: given a path that does not exist, gigatoken would look for it on the network.
     """
     file = model_file(tokenizer_type, tokenizer_model)
     return None if file is None else _load_bytes(tokenizer_type, file.read_bytes())
@@ -262,7 +266,7 @@ def _load_bytes(tokenizer_type: TokenizerType, content: bytes) -> Any:
 
 
 def _versions() -> dict[str, Any]:
-    """What a comparison depends on besides the tokenizer."""
+    """Versions on which a comparison depends: its own, Unicode's and the engines'."""
     versions: dict[str, Any] = {"comparison": _COMPARISON_VERSION, "unicode": unicodedata.unidata_version}
     for package in _ENGINES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

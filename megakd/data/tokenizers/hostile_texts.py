@@ -1,4 +1,4 @@
-"""Texts that implementations of a tokenizer disagree about: collected, made at random, and made from the vocabulary."""
+"""Texts about which implementations of a tokenizer disagree: collected, random, and made from the vocabulary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIECES_PER_TEXT = 8
 
 
 def hostile_texts(literals: Sequence[str]) -> list[str]:
-    """Strings that implementations disagree about; each control token of ``literals`` in several guises."""
+    """Collect strings about which implementations disagree; each of ``literals``, control tokens, in several guises."""
     texts = [
         "",
         " ",
@@ -63,7 +63,7 @@ def hostile_texts(literals: Sequence[str]) -> list[str]:
         "http://a.b/c?d=e&f=%20#g",
         "A" * 40 + "b" * 40 + "1" * 40,
     ]
-    # Letters and digits that Unicode gained lately: engines carry tables of different ages.
+    # Letters and digits that are new in Unicode: engines carry tables of different ages.
     recent = (
         "\U00010ec2\U00016a40\U0001e030\U0001f7f0\U00011f04\U00031350\U0002ebf0\U000105c0\U00010d4a"
         "\U0001e5d0\U00016d70\u1c89\ua7cb\U0001ccf0\U00010940\U00011db0\U00016ea0\ua7ce"
@@ -90,7 +90,7 @@ def hostile_texts(literals: Sequence[str]) -> list[str]:
 
 
 def random_texts() -> list[str]:
-    """Short texts of characters of every kind, white space in runs of every length, and every pair of ASCII."""
+    """Make short random texts of characters of every kind, runs of white space, and every pair of ASCII characters."""
     source = random.Random(0)
     texts = ["".join(source.choices(_KINDS, k=source.randint(2, 12))) for _ in range(_NUM_RANDOM)]
     runs = [space * length for space in (" ", "\n", "\t", "\r\n", " \n", "\n ") for length in range(1, 81)]
@@ -101,7 +101,7 @@ def random_texts() -> list[str]:
 
 
 def vocabulary_texts(tokenizer: Tokenizer) -> list[str]:
-    """The text of every id, some at a time in an order of chance."""
+    """Decode every id, shuffled, and join several to a text."""
     pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     random.Random(0).shuffle(pieces)
     return ["".join(pieces[start : start + _PIECES_PER_TEXT]) for start in range(0, len(pieces), _PIECES_PER_TEXT)]

@@ -1,4 +1,4 @@
-"""Tokenizers that are a ``tokenizer.json``, by the package `tokenizers`."""
+"""Tokenizers of a ``tokenizer.json``, by the package `tokenizers`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megakd.data.tokenizers.base import Tokenizer, TokenizerType
 from megakd.data.tokenizers.end_of_document import find_end_of_document
 from megakd.errors import UsageError
 
-_PIECE_TEXT_BYTES = 128 * 1024  # text given to one call of `tokenizers`, which holds some 200 bytes a byte of it
-# A fraction, or 1: any other integer is the id of the word, in a vocabulary.
+_PIECE_TEXT_BYTES = 128 * 1024  # text for one call of `tokenizers`, which takes some 200 bytes of memory for each byte
+# The value is a fraction, or 1: in a vocabulary, where "dropout" may be a word, it is its id.
 _DROPOUT = re.compile(rb'"dropout"\s*:\s*([0-9]*\.[0-9]|[0-9.]+[eE]|1\s*[,}])')
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A ``tokenizer.json`` through the package `tokenizers`. A special token written out in a text is that token.
+    """A ``tokenizer.json``. A special token written out in a text becomes that token.
 
-    The end of a document is ``eos_token`` of the tokenizer_config.json beside it.
+    Documents end with the token that `find_end_of_document` finds beside the file.
     """
 
     type: TokenizerType = "HuggingFaceTokenizer"
@@ -67,8 +67,8 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(self._identity())
 
     def token_id(self, token: str) -> int | None:
-        found: int | None = self._engine.token_to_id(token)
-        return found
+        i: int | None = self._engine.token_to_id(token)
+        return i
 
     def _token_of(self, i: int) -> str:
         return str(self._engine.id_to_token(i))
@@ -104,7 +104,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_engine(content: bytes) -> Any:
-    """The engine of a tokenizer.json's content, which truncates and pads nothing. Raises ValueError."""
+    """Load the engine of a tokenizer.json's content; it truncates and pads nothing. Raises ValueError."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # documents are spread over processes
     from tokenizers import Tokenizer as Engine
 
@@ -112,7 +112,7 @@ def load_engine(content: bytes) -> Any:
         engine = Engine.from_str(content.decode())
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, ValueError):
-            raise  # the package raises bare Exception for what it cannot read; anything else is a fault
+            raise  # the package raises bare Exception for a file that it cannot read; anything else is a fault
         raise ValueError(str(error)) from error
     engine.no_truncation()
     engine.no_padding()
@@ -120,7 +120,7 @@ def load_engine(content: bytes) -> Any:
 
 
 def encode_with(engine: Any, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
-    """The ids of each text by an engine of `load_engine`, in bounded memory; adds no special tokens."""
+    """Encode each text with an engine of `load_engine`, in bounded memory, without adding special tokens."""
     arrays: list[NDArray[np.integer[Any]]] = []
     for piece in _pieces(texts):
         encodings = engine.encode_batch_fast(piece, add_special_tokens=False)
@@ -129,7 +129,10 @@ def encode_with(engine: Any, texts: Sequence[str]) -> list[NDArray[np.integer[An
 
 
 def without_dropout(content: bytes) -> bytes:
-    """A tokenizer.json without the dropout of its model; the same object where it has none. Raises ValueError."""
+    """Copy a tokenizer.json's content without the dropout of its model; ``content`` itself where it has none.
+
+    Raises ValueError.
+    """
     if not _DROPOUT.search(content):
         return content
     tokenizer = json.loads(content)
@@ -140,7 +143,7 @@ def without_dropout(content: bytes) -> bytes:
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Runs of texts of about _PIECE_TEXT_BYTES characters; a longer text is a run of its own."""
+    """Group texts into runs of about _PIECE_TEXT_BYTES characters; a longer text is a run of its own."""
     piece: list[str] = []
     size = 0
     for text in texts:

@@ -1,10 +1,10 @@
-"""The probe: a byte-level BPE tokenizer that cuts a text as another does, and whose ids show every cut.
+"""The probe: a byte-level BPE tokenizer that cuts texts like another one, and whose ids show every cut.
 
-Two engines that cut a text at different places often give it the same ids all the same, because few vocabularies join
-the bytes on either side of that place. The probe has the other tokenizer's normaliser and pre-tokenizer and a
-vocabulary of its own: the 256 bytes, and every pair of bytes that can stand where one character ends and the next
-begins. Wherever a text is not cut, its two bytes are joined; so engines that agree on the probe's ids cut, and
-normalise, alike.
+Two engines that cut a text at different places often give the same ids nevertheless, because few vocabularies join the
+bytes on either side of that place. The probe has the normaliser and pre-tokenizer of the tokenizer that is probed, and
+a vocabulary of its own: the 256 bytes, and every pair of bytes that can stand where one character ends and the next
+begins. Where a text is not cut, the two bytes are joined; so engines that agree on the probe's ids cut and normalise
+alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _LAST = range(0x80, 0xC0)
 
 
 def build_probe(content: bytes) -> bytes | None:
-    """A tokenizer.json that probes another one; None where that is no byte-level BPE. Raises ValueError for no JSON."""
+    """Make a tokenizer.json that probes the tokenizer.json ``content``; None where that is no byte-level BPE.
+
+    Raises ValueError for content that is no JSON.
+    """
     tokenizer: dict[str, Any] = json.loads(content)
     model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or "merges" not in model:
@@ -37,7 +40,7 @@ def build_probe(content: bytes) -> bytes | None:
 
 
 def _byte_letters() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself where it is printable, else from U+0100 on."""
+    """Characters that byte-level BPE writes for the 256 bytes: itself if printable, else one from U+0100 on."""
     letters, spare = [], 0x100
     for byte in range(256):
         if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE:

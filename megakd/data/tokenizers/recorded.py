@@ -11,12 +11,12 @@ from megakd.errors import MismatchError, UsageError
 
 
 def recorded_tokenizer(dataset: IndexedDataset) -> Mapping[str, Any] | None:
-    """What the manifest says about the tokenizer; None where it, or the manifest, says nothing."""
+    """Record of the tokenizer in a dataset's manifest; None where there is no record, or no manifest."""
     return None if dataset.manifest is None else dataset.manifest.tokenizer
 
 
 def end_as_recorded(tokenizer: Tokenizer, recorded: Mapping[str, Any]) -> None:
-    """Let a tokenizer end documents as a dataset's were, which may have been made with ``--eod-token``."""
+    """Let a tokenizer end documents with the recorded id, which ``--eod-token`` may have chosen."""
     eod = recorded.get("eod")
     if tokenizer.path is not None and isinstance(eod, int) and eod != tokenizer.eod and eod < tokenizer.vocab_size:
         tokenizer.end_documents_with(eod)
@@ -30,11 +30,12 @@ def open_tokenizer(
     vocab_size: int | None = None,
     flag_prefix: str = "--",
 ) -> Tokenizer:
-    """The dataset's tokenizer; the arguments stand in for what is not recorded, or tell where its file lies now.
+    """Open the dataset's tokenizer. The arguments replace what is not recorded, or say where its file lies now.
 
-    flag_prefix: how the flags of these arguments begin, for messages.
+    flag_prefix: beginning of the names of these arguments' flags, for messages.
 
-    Raises UsageError where it is not known or its file is not there, MismatchError for one that is not the dataset's.
+    Raises UsageError where the tokenizer is not known or its file is missing, MismatchError for a tokenizer that is not
+    the dataset's.
     """
     recorded = dict(recorded_tokenizer(dataset) or {})
     kind = tokenizer_type or recorded.get("type")

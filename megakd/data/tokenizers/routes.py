@@ -1,8 +1,8 @@
-"""Which texts only the reference engine may encode: those that hold one of some code points or of some literals.
+"""Routes: texts that only the reference engine may encode, as they hold one of some code points or literals.
 
-This is asked of every document, so it has to cost little beside the fast engine. Each code point and each literal
-begins with two bytes of UTF-8, and nearly no text holds one of those pairs: a native search tells, and the rest is
-looked at more closely.
+Every document is searched, which has to cost little beside the fast engine. Each code point and each literal begins
+with two bytes of UTF-8, and few texts hold one of those pairs: a native search finds them, and only they are looked at
+more closely.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from megakd._csrc import BytePairs
 
-_LITERAL_BYTES = 32  # beginnings of this length are looked for: that finds all, and one text in a million besides
-_SPACES = " \u2581"  # sentencepiece's normalisers turn the one into the other
+_LITERAL_BYTES = 32  # longer literals are searched by their beginnings: few other texts hold one
+_SPACES = " \u2581"  # sentencepiece's normalisers turn a space into U+2581 and back
 _CHUNK_CHARACTERS = 1 << 18
 _NOTHING = re.compile(b"(?!)")
 
@@ -33,7 +33,7 @@ class Routes:
         self._is_routed = np.zeros(0x110000, dtype=np.bool_)
         for first, last in code_points:
             self._is_routed[first : last + 1] = True
-        words = {guise.encode(errors="surrogatepass")[:_LITERAL_BYTES] for each in literals for guise in _guises(each)}
+        words = {guise.encode(errors="surrogatepass")[:_LITERAL_BYTES] for word in literals for guise in _guises(word)}
         words.discard(b"")
         self._literals = re.compile(_alternation(words)) if words else _NOTHING
         pairs = np.zeros((256, 256), dtype=np.uint8)
@@ -44,7 +44,7 @@ class Routes:
         self._single = {start for start in starts if len(start) == 1}
 
     def holds_any(self, text: str) -> bool:
-        """Whether the text is the reference engine's."""
+        """Return whether the text holds a code point or a literal, and must go to the reference engine."""
         data = text.encode(errors="surrogatepass")
         if self._pairs is None or not (self._pairs.found_in(data) or data[-1:] in self._single):
             return False
@@ -55,12 +55,12 @@ class Routes:
 
 
 def normalised_guises(literals: Iterable[str]) -> set[int]:
-    """Code points by which a text that canonical composition turns into a literal gives itself away.
+    """Code points that a text must hold if canonical composition turns a part of it into a literal.
 
-    Such a text holds a character that the literal does not: one that is composed away, or that stands for another.
+    Such a part holds a character that the literal does not: one that is composed away, or that is replaced by another.
     """
     decomposed = {literal: unicodedata.normalize("NFD", literal) for literal in literals}
-    points = {ord(each) for literal, letters in decomposed.items() for each in letters if each not in literal}
+    points = {ord(char) for literal, letters in decomposed.items() for char in letters if char not in literal}
     letters = set().union(*decomposed.values()) if decomposed else set()
     for point in itertools.chain(range(0x80, 0xD800), range(0xF900, 0x10000), range(0x11000, 0x30000)):
         character = chr(point)
@@ -79,20 +79,22 @@ def _first_bytes(point: int) -> bytes:
 
 
 def _corners(first: int, last: int) -> Iterable[int]:
-    """Code points of a range with every two first bytes that its characters have in UTF-8: of 64 at least, but for
-    those of two bytes."""
+    """Code points of a range that have, between them, all beginnings of two bytes that its characters have in UTF-8.
+
+    From U+0800 on, 64 neighbours share a beginning.
+    """
     return {last, *range(first, last, 0x40), *range(first, min(last, 0x7FF))}
 
 
 def _guises(literal: str) -> Iterable[str]:
-    """The literal with each space either way; only what is before the fourth one where there are more."""
+    """Spellings of a literal, each space as U+0020 or U+2581; it is cut before its fourth space."""
     parts = re.split(f"[{_SPACES}]", literal)[:4]
     for gaps in itertools.product(_SPACES, repeat=len(parts) - 1):
         yield "".join(itertools.chain.from_iterable(zip(("", *gaps), parts)))
 
 
 def _alternation(words: Iterable[bytes]) -> bytes:
-    """A pattern that matches each word's shortest beginning that is a word, branching where words do."""
+    """Pattern that matches where any of the words begins: a tree that branches where the words do."""
     tree: dict[int, Any] = {}
     for word in sorted(words, key=len):
         node = tree

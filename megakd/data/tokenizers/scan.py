@@ -1,9 +1,9 @@
-"""Where two engines of one tokenizer differ in what they know about characters: a scan of all of Unicode.
+"""Scan of all of Unicode for characters about which two engines of one tokenizer differ.
 
-Engines carry tables of Unicode of different ages. A character that is a letter to one and nothing to the other, or a
-mark that one puts in order and the other leaves where it is, changes ids in some neighbourhoods and in others not. So
-every code point is written between letters, digits, spaces, line ends, punctuation and marks, and both engines encode
-that: in runs first, which costs seconds for all planes, and one by one where a run differs.
+Engines carry tables of Unicode of different ages. A character that only one of them knows as a letter, or a mark that
+only one of them puts in canonical order, changes ids beside some characters and not beside others. So every code point
+is written between letters, digits, spaces, line ends, punctuation and marks, and both engines encode that: in runs
+first, which costs seconds for all planes, and one by one where a run differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.integer[Any]]
 
 SCANNED = (range(0x80, 0xD800), range(0xE000, 0x110000))
-"""What is scanned: every character but ASCII, which `hostile_texts` holds in plenty."""
+"""Scanned code points: all but ASCII, of which `hostile_texts` is full."""
 # Where characters of many kinds stand side by side. Elsewhere are ideographs, Hangul, private use, or nothing.
 _DENSE = (
     range(0x80, 0x3400),
@@ -68,13 +68,13 @@ _RECENT_COMPOSITIONS = (
 
 @dataclass(frozen=True)
 class EnginePair:
-    """The same tokenizer twice."""
+    """Two engines of the same tokenizer, each a function from text to ids."""
 
     reference: Callable[[Sequence[str]], Sequence[Ids]]
     fast: Callable[[str], Ids]
 
     def differing(self, texts: Sequence[str]) -> list[str]:
-        """The texts that the two give different ids."""
+        """Texts to which the two give different ids."""
         return [
             text
             for text, ids in zip(texts, self.reference(texts))
@@ -83,56 +83,56 @@ class EnginePair:
 
 
 def scan_code_points(engines: EnginePair, *, normalises: bool, report: Callable[[float], object]) -> list[list[int]]:
-    """Code points beside which the engines may differ, as sorted ``[first, last]`` ranges.
+    """Find code points beside which the engines may differ, as sorted ``[first, last]`` ranges.
 
-    normalises: whether the tokenizer rewrites text before it cuts it: orders and compositions are then looked at, too.
-    report: called with the fraction that is done.
+    normalises: True if the tokenizer rewrites text before it cuts it, so that canonical orders and compositions are
+    compared, too. report: called with the fraction that is done.
     """
     frames = _FRAMES + _ORDER_FRAMES if normalises else _FRAMES
     blocks = [block for scanned in SCANNED for block in _chunks(scanned, _BLOCK)]
-    found: set[int] = set()
+    differing: set[int] = set()
     for done in range(0, len(blocks), _BATCH_TEXTS):
         report(done / len(blocks))
         batch = {_block_text(block, frames): block for block in blocks[done : done + _BATCH_TEXTS]}
         for text in engines.differing(list(batch)):
-            found.update(_differing_in(engines, batch[text], frames))
+            differing.update(_differing_in(engines, batch[text], frames))
     if normalises:
-        _add_differing_sequences(engines, found)
+        _add_differing_sequences(engines, differing)
     report(1.0)
-    return _ranges(found)
+    return _ranges(differing)
 
 
 def _differing_in(engines: EnginePair, block: Sequence[int], frames: Sequence[str]) -> set[int]:
-    """The code points of a block that differs; all of them where none differs alone."""
+    """Code points that explain why a block differs; the whole block where they do not explain it."""
     texts = {frame.format(chr(point)): point for point in block for frame in frames}
-    found = {texts[text] for text in engines.differing(list(texts))}
-    rest = [point for point in block if point not in found]
-    return set(block) if rest and engines.differing([_block_text(rest, frames)]) else found
+    differing = {texts[text] for text in engines.differing(list(texts))}
+    rest = [point for point in block if point not in differing]
+    return set(block) if rest and engines.differing([_block_text(rest, frames)]) else differing
 
 
-def _add_differing_sequences(engines: EnginePair, found: set[int]) -> None:
-    """Add what shows every composition, and every order of two marks, on which the engines differ.
+def _add_differing_sequences(engines: EnginePair, known: set[int]) -> None:
+    """Add code points to ``known`` that show every composition, and every order of two marks, on which engines differ.
 
-    A composition or an order that only one engine knows has a character that the other does not know: Unicode never
-    changes what old characters do. The newer of two is taken to be the one of the larger number. The composite is
-    added, too: taken apart, its first part may compose with what stands before it.
+    A composition or an order that only one engine knows has a character that the other does not know, as Unicode never
+    changes the properties of old characters. The newer of two characters is taken to be the one of the larger number.
+    The composite is added, too: taken apart, its first part may compose with the character before it.
     """
     texts: dict[str, set[int]] = {}
     for composite, first, second in _compositions():
         pair = chr(first) + chr(second)
-        texts[f"{pair}a {pair}\u0323"] = {composite, *({max(first, second)} if not found & {first, second} else ())}
+        texts[f"{pair}a {pair}\u0323"] = {composite, *({max(first, second)} if not known & {first, second} else ())}
     marks = [point for scanned in SCANNED for point in scanned if unicodedata.combining(chr(point))]
-    ladder = {unicodedata.combining(chr(point)): point for point in marks if point not in found}
+    ladder = {unicodedata.combining(chr(point)): point for point in marks if point not in known}
     steps = "".join(chr(ladder[order]) for order in sorted(ladder))
-    texts.update({f"a{chr(point)}{steps}": {point} for point in marks if point not in found})
+    texts.update({f"a{chr(point)}{steps}": {point} for point in marks if point not in known})
     batch = list(texts)
     for start in range(0, len(batch), 64 * _BATCH_TEXTS):
         for text in engines.differing(batch[start : start + 64 * _BATCH_TEXTS]):
-            found.update(texts[text])
+            known.update(texts[text])
 
 
 def _compositions() -> Iterator[tuple[int, int, int]]:
-    """Characters that Unicode writes as one or as two, Hangul syllables included, whose one form is scanned."""
+    """Scanned characters that decompose into two, Hangul syllables included: composite, first, second."""
     for scanned in SCANNED:
         for point in scanned:
             parts = unicodedata.decomposition(chr(point)).split()
@@ -149,7 +149,7 @@ def _compositions() -> Iterator[tuple[int, int, int]]:
 
 
 def _block_text(block: Sequence[int], frames: Sequence[str]) -> str:
-    """All code points of a block: in runs between neighbours, and each alone in every frame where kinds are mixed."""
+    """Text with all code points of a block: in runs, and in blocks of mixed kinds each alone in every frame."""
     texts = []
     for number, run in enumerate(_chunks(block, _RUN)):
         edge = _EDGES[(block[0] // _BLOCK + number) % len(_EDGES)]

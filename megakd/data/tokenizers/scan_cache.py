@@ -1,4 +1,4 @@
-"""What was once found out at some expense, kept in the user's cache folder; that it is lost, or damaged, costs time.
+"""Cache of results that took long, in the user's cache folder; to lose or damage it costs time alone.
 
 The folder is ``$MEGAKD_CACHE_DIR``, else ``$XDG_CACHE_HOME/megakd``, else ``~/.cache/megakd``. Where it cannot be
 written, nothing is kept.
@@ -18,10 +18,10 @@ import xxhash
 
 
 def remember(kind: str, key: Any, make: Callable[[], Any]) -> Any:
-    """What ``make`` returned for this key when it was first asked, on this machine by this user.
+    """Result of ``make`` for this key, from the cache where it is there.
 
-    kind: a word for the file's name. key, and what ``make`` returns: data that JSON can hold; tuples become lists.
-    Processes that ask at once may each make it; one result stays.
+    kind: a word for the file's name. The key and the result are data that JSON can hold; tuples become lists.
+    Processes that ask at the same time may each call ``make``; one result stays.
     """
     key = _as_json(key)
     path = _path(kind, key)
@@ -34,9 +34,9 @@ def remember(kind: str, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def _path(kind: str, key: Any) -> Path | None:
-    given = os.environ.get("MEGAKD_CACHE_DIR")
-    if given:
-        folder = Path(given)
+    chosen = os.environ.get("MEGAKD_CACHE_DIR")
+    if chosen:
+        folder = Path(chosen)
     elif os.environ.get("XDG_CACHE_HOME"):
         folder = Path(os.environ["XDG_CACHE_HOME"]) / "megakd"
     else:
@@ -56,7 +56,7 @@ def _digest(content: Any) -> str:
 
 
 def _read(path: Path, key: Any) -> dict[str, Any] | None:
-    """The record that was kept under a key; None where there is none, or one that is not what was written."""
+    """Record that was kept under a key; None where there is none, or where it is damaged."""
     try:
         record = orjson.loads(path.read_bytes())
         kept: dict[str, Any] = record["kept"]
@@ -67,7 +67,7 @@ def _read(path: Path, key: Any) -> dict[str, Any] | None:
 
 def _write(path: Path, kept: dict[str, Any]) -> None:
     data = orjson.dumps({"xxh3_128": _digest(kept), "kept": kept}, option=orjson.OPT_INDENT_2)
-    with contextlib.suppress(OSError):  # no home, a full disk: the next run finds it out again
+    with contextlib.suppress(OSError):  # no home, a full disk: the next run computes it again
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:

@@ -1,4 +1,4 @@
-"""Tokenizers that are a sentencepiece ``.model``, by the package `sentencepiece`."""
+"""Tokenizers of a sentencepiece ``.model``, by the package `sentencepiece`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megakd.errors import UsageError
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece ``.model``. A control token written out in a text is text, as sentencepiece has it."""
+    """A sentencepiece ``.model``. A control token written out in a text is text, as in sentencepiece itself."""
 
     type: TokenizerType = "SentencePieceTokenizer"
 
@@ -74,17 +74,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _user_defined(model: bytes) -> list[int]:
-    """Ids of the pieces of a ``.model`` that are taken whole wherever they stand.
+    """Ids of the user-defined pieces of a ``.model``, which are taken whole wherever they stand.
 
-    The file is a protocol buffer: field 1 of the model is a piece, field 3 of a piece its type, of which 4 is this one.
+    The file is a protocol buffer: field 1 of the model is a piece, field 3 of a piece its type; 4 is user-defined.
     """
     pieces = [value for field, value in _fields(model) if field == 1 and isinstance(value, bytes)]
     return [i for i, piece in enumerate(pieces) if (3, 4) in _fields(piece)]
 
 
 def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
-    """Number and value of each field of a protocol buffer that the engine has read: an integer, or bytes."""
-    found: list[tuple[int, int | bytes]] = []
+    """Number and value, an integer or bytes, of each field of a protocol buffer that sentencepiece has read before."""
+    fields: list[tuple[int, int | bytes]] = []
     place = 0
 
     def read_integer() -> int:
@@ -101,9 +101,9 @@ def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
     while place < len(message):
         key = read_integer()
         if key & 7 == 0:
-            found.append((key >> 3, read_integer()))
+            fields.append((key >> 3, read_integer()))
             continue
         size = {1: 8, 5: 4}.get(key & 7) or read_integer()
-        found.append((key >> 3, message[place : place + size]))
+        fields.append((key >> 3, message[place : place + size]))
         place += size
-    return found
+    return fields
