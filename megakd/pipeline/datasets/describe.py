@@ -1,4 +1,4 @@
-"""What an artefact other than a dataset is, line by line: scores, a selection, or what a manifest says of itself."""
+"""Description, line by line, of an artefact other than a dataset: scores, a selection, a store, any manifest."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ Rows = Iterator[tuple[str, object]]
 
 
 def describe_artefact(path: Path) -> list[str]:
-    """What the manifest at ``path`` says, and the figures of its arrays, a line each.
+    """Describe the artefact of the manifest at ``path``, with figures of its arrays, a line each.
 
     Raises CorruptError for files that are not whole, MismatchError for scores or a selection of another version.
     """
     manifest = read_manifest(path)
     rows = [("artefact", f"{manifest.format}, version {manifest.version}"), ("fingerprint", manifest.fingerprint)]
     kinds = {scores.FORMAT: _scores, selection.FORMAT: _selection, logits.FORMAT: _store, journal.FORMAT: _journal}
-    own = kinds.get(manifest.format, _parameters)
-    return [f"{name:<18} {value}" for name, value in (*rows, *own(manifest), *_provenance(manifest))]
+    rows_of_kind = kinds.get(manifest.format, _parameters)
+    return [f"{name:<18} {value}" for name, value in (*rows, *rows_of_kind(manifest), *_provenance(manifest))]
 
 
 def flat(mapping: Mapping[str, Any]) -> str:
-    """On one line."""
+    """Names and values on one line."""
     return ", ".join(f"{key} {value}" for key, value in mapping.items())
 
 
 def _scores(manifest: Manifest) -> Rows:
-    found = Scores(manifest.path.parent)
+    artefact = Scores(manifest.path.parent)
     total = mean_sum = 0.0
     scored = tokens = bad = 0
-    for start in range(0, found.num_samples, _AT_ONCE):
-        counts = np.asarray(found.counts[start : start + _AT_ONCE])
-        sums = found.log_probs[start : start + _AT_ONCE].astype(np.float64)
+    for start in range(0, artefact.num_samples, _AT_ONCE):
+        counts = np.asarray(artefact.counts[start : start + _AT_ONCE])
+        sums = artefact.log_probs[start : start + _AT_ONCE].astype(np.float64)
         good = (counts > 0) & np.isfinite(sums)
         bad += int(np.count_nonzero((counts > 0) & ~good))
         scored, tokens = scored + int(np.count_nonzero(good)), tokens + int(counts[good].sum(dtype=np.int64))
         total -= float(sums[good].sum())
         mean_sum -= float((sums[good] / counts[good]).sum())
-    yield "samples", found.num_samples
-    why = "have nothing to score" if found.sampled is None else "were not sampled, or have nothing to score"
-    yield "scored samples", f"{scored} ({found.num_samples - scored - bad} {why})"
+    yield "samples", artefact.num_samples
+    why = "have nothing to score" if artefact.sampled is None else "were not sampled, or have nothing to score"
+    yield "scored samples", f"{scored} ({artefact.num_samples - scored - bad} {why})"
     if bad:
         yield "not finite", f"{bad} samples"
     yield "scored tokens", tokens
@@ -65,10 +65,10 @@ def _scores(manifest: Manifest) -> Rows:
 
 
 def _selection(manifest: Manifest) -> Rows:
-    found = Selection(manifest.path.parent)
+    selected = Selection(manifest.path.parent)
     rule = manifest.parameters["rule"]
-    yield "samples", found.num_samples
-    yield "kept", f"{len(found)} ({100 * len(found) / max(found.num_samples, 1):.2f} %)"
+    yield "samples", selected.num_samples
+    yield "kept", f"{len(selected)} ({100 * len(selected) / max(selected.num_samples, 1):.2f} %)"
     yield from _parameters(manifest, without=("num_samples", "num_kept", "rule"))
     yield from ((f"rule {name}", value) for name, value in rule.items() if name != "domains")
     for name, domain in rule.get("domains", {}).items():
@@ -82,7 +82,7 @@ def _selection(manifest: Manifest) -> Rows:
 
 
 def _store(manifest: Manifest) -> Rows:
-    LogitsStore(manifest.path.parent)  # which looks at the size of every file
+    LogitsStore(manifest.path.parent)  # checks the size of every file
     shards = [shard for shard in manifest.parameters["shards"] if shard]
     rows, total = int(manifest.parameters["rows"]), sum(sum(shard[1:]) for shard in shards)
     have, samples = manifest.parameters["samples_with_targets"], manifest.parameters["num_samples"]

@@ -25,20 +25,20 @@ HELP = "join indexed datasets into one"
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What to join, and where to."""
+    """Flags of ``megakd merge``."""
 
-    output_prefix: str = option(..., "the dataset to write, without .bin or .idx", common=True)
+    output_prefix: str = option(..., "dataset to write, without .bin or .idx", common=True)
     input: str | None = option(None, "folder whose datasets are joined, in the order of their names", common=True)
     input_prefix: list[str] | None = option(None, "datasets to join, in this order", common=True)
 
     def validate(self) -> None:
-        """Exactly one way of naming the inputs."""
+        """Raise UsageError unless the inputs are named in exactly one way."""
         if (self.input is None) == (self.input_prefix is None):
             raise UsageError("give either --input DIR or --input-prefix PREFIX...")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb."""
+    """Run the verb; returns its exit status."""
     config = parse(MergeConfig, argv, prog="megakd merge", description=HELP)
     output = Path(config.output_prefix)
     inputs = [Path(p) for p in config.input_prefix or []] if config.input is None else _list(Path(config.input), output)
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge(inputs: Sequence[Path], output: Path) -> Manifest:
     """Join the datasets at the prefixes ``inputs`` in this order.
 
-    Raises UsageError, MismatchError or CorruptError for inputs that cannot be joined, MismatchError for another dataset
-    at ``output``, NoSpaceError before it starts to write where the disk has too little room.
+    Raises UsageError, MismatchError or CorruptError for inputs that cannot be joined, MismatchError for a different
+    dataset at ``output``, NoSpaceError, before anything is written, where the disk has too little room.
     """
     if output.resolve() in [prefix.resolve() for prefix in inputs]:
         raise UsageError(f"{output}: the output is one of the inputs")

@@ -1,4 +1,4 @@
-"""``megakd pack``: write the starts of sentence packing beside a dataset, before any run asks for them."""
+"""``megakd pack``: write the sentence packing of a dataset beside it, before a run needs it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ HELP = "cut a dataset into samples that end with a sentence"
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What to cut, and how."""
+    """Flags of ``megakd pack``."""
 
     prefix: str = option(..., "dataset prefix, without .bin or .idx", positional=True)
     seq_length: int = option(1024, "tokens of one sample", common=True)
-    tokenizer_type: TokenizerType | None = option(None, "the dataset's tokenizer (default: as it records)", common=True)
-    tokenizer_model: str | None = option(None, "its file, or folder (default: as the dataset records)", common=True)
+    tokenizer_type: TokenizerType | None = option(
+        None, "type of the dataset's tokenizer (default: as it records)", common=True
+    )
+    tokenizer_model: str | None = option(
+        None, "file or folder of the tokenizer (default: as the dataset records)", common=True
+    )
     vocab_size: int | None = option(None, "number of ids of a NullTokenizer, its end of document not counted")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb."""
+    """Run the verb; returns its exit status."""
     config = parse(PackConfig, argv, prog="megakd pack", description=HELP)
     dataset = IndexedDataset(config.prefix)
     tokenizer = open_tokenizer(
@@ -52,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _find_packing(dataset: IndexedDataset, seq_length: int, tokenizer: Tokenizer) -> Manifest | None:
-    """The packing that is there; None without one, and for one of what the dataset was before.
+    """Find the packing of the dataset; None where there is none, or only one of an older dataset at this prefix.
 
-    Raises MismatchError for one that another tokenizer made.
+    Raises MismatchError for a packing that another tokenizer made.
     """
     path = manifest_path(dataset, seq_length)
     parents = {"dataset": dataset.fingerprint}

@@ -1,4 +1,4 @@
-"""``megakd show``: what a dataset holds, in numbers and in text, and what other artefacts and runs are."""
+"""``megakd show``: descriptions of datasets, in numbers and in text, and of other artefacts and runs."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ _TOKENS_SHOWN = 64
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """What to show."""
+    """Flags of ``megakd show``."""
 
     prefix: str = option(
         ...,
         "dataset prefix, folder of scores, a selection, a logits store, a training run, any manifest",
         positional=True,
     )
-    documents: int = option(0, "print the first tokens of so many documents", common=True)
+    documents: int = option(0, "number of documents of which the first tokens are printed", common=True)
 
-    tokenizer_type: TokenizerType | None = option(None, "show documents as text, by this tokenizer", common=True)
-    tokenizer_model: str | None = option(None, "its file, or folder", common=True)
-    vocab_size: int | None = option(None, "ids of a NullTokenizer", common=True)
+    tokenizer_type: TokenizerType | None = option(None, "tokenizer by which documents are shown as text", common=True)
+    tokenizer_model: str | None = option(None, "file or folder of the tokenizer", common=True)
+    vocab_size: int | None = option(None, "number of ids of a NullTokenizer", common=True)
 
     def validate(self) -> None:
-        """Numbers in range."""
+        """Raise UsageError for values that cannot work."""
         if self.documents < 0:
             raise UsageError(f"--documents {self.documents}: expected at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb."""
+    """Run the verb; returns its exit status."""
     config = parse(ShowConfig, argv, prog="megakd show", description=HELP)
-    found = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
+    manifests = [] if idx_path(config.prefix).exists() else existing_manifests(config.prefix)
     run = is_run(Path(config.prefix))
-    if not found and not run and Path(config.prefix).is_dir() and not prefixes_in(config.prefix):
-        find_manifests(config.prefix)  # says what could lie there
-    others = [path for path in found if path.name == "manifest.json" or not path.name.endswith(".manifest.json")]
-    if run:  # which tells its checkpoints in a line
-        others = [path for path in others if path.name != CHECKPOINT]
-    if others or run:
+    if not manifests and not run and Path(config.prefix).is_dir() and not prefixes_in(config.prefix):
+        find_manifests(config.prefix)  # raises an error that names what could lie there
+    shown = [path for path in manifests if path.name == "manifest.json" or not path.name.endswith(".manifest.json")]
+    if run:  # its description has a line for its checkpoints
+        shown = [path for path in shown if path.name != CHECKPOINT]
+    if shown or run:
         if config.documents or config.tokenizer_type is not None:
             raise UsageError(f"{config.prefix}: --documents and --tokenizer-type show a dataset, which this is not")
         lines = describe_run(Path(config.prefix)) if run else []
-        print("\n".join([*lines, *(line for path in others for line in describe_artefact(path))]))
+        print("\n".join([*lines, *(line for path in shown for line in describe_artefact(path))]))
         return ExitStatus.COMPLETE
     dataset = IndexedDataset(config.prefix)
     tokenizer = None
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(dataset: IndexedDataset) -> list[str]:
-    """Counts, provenance and the distribution of document lengths, a line each."""
+    """Describe a dataset: counts, provenance and the distribution of document lengths, a line each."""
     manifest = dataset.manifest
     rows: list[tuple[str, object]] = [
         ("documents", dataset.num_documents),
@@ -102,7 +102,7 @@ def document_lengths(dataset: IndexedDataset) -> NDArray[np.int64]:
 
 
 def histogram(lengths: NDArray[np.int64]) -> list[str]:
-    """Document lengths by powers of two, empty documents apart, a line for each class that is not empty."""
+    """Histogram of document lengths by powers of two, empty documents apart, a line for each class that occurs."""
     if not len(lengths):
         return []
     lines = [

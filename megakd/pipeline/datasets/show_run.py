@@ -1,4 +1,4 @@
-"""What a training run is, line by line: how far it came, what it was told, its last figures, its checkpoints."""
+"""Description of a training run, line by line: its progress, settings, last figures and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPTIM = ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "
 
 
 def describe_run(folder: Path) -> list[str]:
-    """The run that saves to ``folder``, a line each. Raises CorruptError for a damaged record."""
+    """Describe the run that saves to ``folder``. Raises CorruptError for a damaged record."""
     if (folder / METRICS).is_file():
         run = read_run(folder, flag="")
     else:
@@ -67,9 +67,9 @@ def _setting(run: RunRecord) -> Rows:
     teacher = _given(run, "teacher")
     yield "student", _flat({name: value for name, value in _given(run, "student").items() if name in _SHAPE})
     stores = [folder for folder in run.setting("teacher", "logits_load_dir", []) if folder != "none"]
-    own = [part for part in (teacher.get("load"), *(f"logits store {folder}" for folder in stores)) if part]
-    yield "teacher", ", ".join(map(str, own)) or "none"
-    if own:
+    teachers = [name for name in (teacher.get("load"), *(f"logits store {folder}" for folder in stores)) if name]
+    yield "teacher", ", ".join(map(str, teachers)) or "none"
+    if teachers:
         yield "objective", _flat({name: run.setting("objective", name) for name in _OBJECTIVE})
     yield "data", _prefixes(run, "data_path")
     selection = run.setting("data", "selection", [])
@@ -93,14 +93,14 @@ def _figures(run: RunRecord) -> Rows:
 
 
 def _checkpoints(folder: Path) -> Rows:
-    found, latest = checkpoints(folder), latest_iteration(folder)
-    yield "checkpoints", " ".join(map(str, found)) or "none"
+    iterations, latest = checkpoints(folder), latest_iteration(folder)
+    yield "checkpoints", " ".join(map(str, iterations)) or "none"
     if latest is not None:
-        yield "continues from", f"iteration {latest}" + ("" if latest in found else ", which is not there")
+        yield "continues from", f"iteration {latest}" + ("" if latest in iterations else ", which is not there")
 
 
 def _given(run: RunRecord, group: str) -> dict[str, Any]:
-    """What of a group was set to anything."""
+    """Settings of a group, without those that are empty or off."""
     tree = run.config.get(group) or {}
     return {name: value for name, value in tree.items() if value not in (None, [], False)}
 
@@ -114,7 +114,7 @@ def _flat(values: Mapping[str, Any]) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process of this machine holds the file's lock, told without taking it. Linux; elsewhere never."""
+    """Return whether a process of this machine holds the file's lock, without taking it; False except on Linux."""
     table = Path("/proc/locks")
     if not path.is_file() or not table.is_file():
         return False

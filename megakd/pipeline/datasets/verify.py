@@ -1,4 +1,4 @@
-"""``megakd verify``: hash every file of an artefact again; ``--adopt``: write the manifest of a bare one."""
+"""``megakd verify``: compare the files of artefacts with their hashes; ``--adopt``: write a missing manifest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _Look = Callable[[], tuple[Manifest, list[str]]]
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """What to verify."""
+    """Flags of ``megakd verify``."""
 
     artefact: list[str] = option(
         ...,
@@ -51,33 +51,35 @@ class VerifyConfig:
     )
     adopt: bool = option(
         False,
-        "check a dataset, or a checkpoint of Megatron-LM, that has no manifest and write it one; of a dataset whose "
-        "manifest tells no tokenizer, record the one that is given",
+        "check a dataset, or a checkpoint of Megatron-LM, that has no manifest, and write one; add the tokenizer that "
+        "is given to the manifest of a dataset that records none",
         common=True,
     )
     drop_damaged: bool = option(
         False,
-        "of logits stores: remove damaged shards and store.json; the capture that made the store then makes them anew",
+        "remove damaged shards of a logits store, and store.json; the capture that made the store then makes them anew",
         common=True,
     )
-    tokenizer_type: TokenizerType | None = option(None, "with --adopt: the tokenizer to record", common=True)
-    tokenizer_model: str | None = option(None, "its file, or folder", common=True)
-    vocab_size: int | None = option(None, "with --adopt: refuse token ids from this one on", common=True)
+    tokenizer_type: TokenizerType | None = option(None, "tokenizer to record, with --adopt", common=True)
+    tokenizer_model: str | None = option(None, "file or folder of the tokenizer", common=True)
+    vocab_size: int | None = option(
+        None, "size of the vocabulary, with --adopt: token ids from it on are refused", common=True
+    )
     model_config: str | None = option(
-        None, "with --adopt: YAML that describes the model of a checkpoint that does not, as a run's student"
+        None, "YAML that describes the model as a run's student, with --adopt, for a checkpoint without a description"
     )
 
     def validate(self) -> None:
-        """The vocabulary is looked at only when ids are."""
-        given = (self.vocab_size, self.tokenizer_type, self.tokenizer_model, self.model_config)
-        if not self.adopt and given != (None, None, None, None):
+        """Raise UsageError for flags of ``--adopt`` without it."""
+        adopted = (self.vocab_size, self.tokenizer_type, self.tokenizer_model, self.model_config)
+        if not self.adopt and adopted != (None, None, None, None):
             raise UsageError(
                 "--vocab-size, --tokenizer-type and --model-config go with --adopt; a manifest tells them: megakd show"
             )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb: status 5 where any artefact is at fault, with a line for each file and block."""
+    """Run the verb; returns status 5 where any artefact is damaged, with a line for each damaged file and block."""
     config = parse(VerifyConfig, argv, prog="megakd verify", description=HELP)
     status, tokenizer = ExitStatus.COMPLETE, None
     if config.tokenizer_type is not None:
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _looks(name: str, config: VerifyConfig, tokenizer: Tokenizer | None) -> Iterator[tuple[str, _Look]]:
-    """What there is to look at under one name, each with what looks at it: verifies, or adopts and verifies."""
+    """Artefacts under one name, each with the function that verifies it, or adopts it."""
     bare, paths = bare_checkpoints(Path(name)) if config.adopt else [], existing_manifests(name)
     if bare and config.vocab_size is not None and tokenizer is None:
         raise UsageError(f"{name}: a checkpoint's vocabulary is its tokenizer's: add --tokenizer-type")
@@ -125,7 +127,7 @@ def _verify_or_drop(path: Path, drop: bool) -> tuple[Manifest, list[str]]:
 
 
 def find_manifests(name: str) -> list[Path]:
-    """`existing_manifests`, of which there must be one. Raises UsageError."""
+    """Find the manifests of ``name`` as `existing_manifests` does. Raises UsageError where there is none."""
     paths = existing_manifests(name)
     if not paths:
         if checkpoints := bare_checkpoints(Path(name)):
@@ -136,59 +138,62 @@ def find_manifests(name: str) -> list[Path]:
         if idx_path(name).exists() or without_ending(name) is not None:
             hint = f"`megakd verify --adopt {name}` checks the dataset and writes one"
             raise UsageError(f"{name}: a dataset without a manifest; {hint}")
-        looked = f"{manifest_path(name)}, {name}.json and the folder {name}"
-        raise UsageError(f"{name}: no manifest: looked for {looked}")
+        places = f"{manifest_path(name)}, {name}.json and the folder {name}"
+        raise UsageError(f"{name}: no manifest: looked for {places}")
     return paths
 
 
 def _inside(folder: Path) -> str:
-    """What of a folder's content is an artefact by itself, for messages."""
+    """Hint for messages: artefacts that lie in a folder which is none itself."""
     if not any(folder.iterdir()):
         return "; it is empty"
     if (folder / "report.html").is_file():
         return "; a report lies there, report.html: nothing reads it back, so it has none"
     if prefixes := prefixes_in(folder):
         return f"; `megakd verify --adopt {prefixes[0]}` checks the dataset in it and writes one"
-    inside = [each for each in sorted(folder.glob("*/")) if any((each / own).is_file() for own in _IN_FOLDERS)]
+    inside = [path for path in sorted(folder.glob("*/")) if any((path / name).is_file() for name in _IN_FOLDERS)]
     more = ", ..." if len(inside) > _SHOWN else ""
     return f"; artefacts lie in {', '.join(map(str, inside[:_SHOWN]))}{more}" if inside else ""
 
 
 def existing_manifests(name: str) -> list[Path]:
-    """The manifests of what is given by its prefix, its folder, its manifest, or its manifest's name without ``.json``.
+    """Find the manifests of ``name``: a prefix, a folder, a manifest, or a manifest without its ``.json``.
 
-    Several where a folder holds several artefacts, such as scores and a selection, the checkpoints of a run, or a
-    journal of logits; else one, or none.
+    There are several where a folder holds several artefacts, such as scores and a selection, the checkpoints of a run,
+    or a journal of logits; else one or none.
     """
     path = Path(name)
     if manifest_path(name).is_file():
         return [manifest_path(name)]
     if path.is_dir():
-        own = [path / each for each in _IN_FOLDERS if (path / each).is_file()]
-        own += [each / CHECKPOINT for each in checkpoint_folders(path) if (each / CHECKPOINT).is_file()]
-        own += [each for folder in (path, *sorted(path.glob("*/"))) for each in journal.manifest_paths(folder)]
-        if own or not prefixes_in(path):
-            return own
+        inside = _manifests_in(path)
+        inside += [folder / CHECKPOINT for folder in checkpoint_folders(path) if (folder / CHECKPOINT).is_file()]
+        inside += [file for folder in (path, *sorted(path.glob("*/"))) for file in journal.manifest_paths(folder)]
+        if inside or not prefixes_in(path):
+            return inside
     if path.is_dir() or without_ending(path) is not None:
-        return [each for each in [manifest_path(find_prefix(path))] if each.is_file()]
+        return [manifest for manifest in [manifest_path(find_prefix(path))] if manifest.is_file()]
     beside = [] if idx_path(name).exists() else [Path(f"{name}.json")]  # such as PREFIX.sentence-1024.json
-    found = [each for each in (path, *beside) if each.is_file()][:1]
-    if found and found[0].suffix != ".json":
-        own = [path.parent / each for each in _IN_FOLDERS if (path.parent / each).is_file()]
-        meant = f"; it lies in an artefact: give its folder, {path.parent}" if own else ""
+    files = [file for file in (path, *beside) if file.is_file()][:1]
+    if files and files[0].suffix != ".json":
+        meant = f"; it lies in an artefact: give its folder, {path.parent}" if _manifests_in(path.parent) else ""
         raise UsageError(f"{name}: not an artefact, nor a manifest (.json) of one{meant}")
-    return found
+    return files
+
+
+def _manifests_in(folder: Path) -> list[Path]:
+    return [folder / name for name in _IN_FOLDERS if (folder / name).is_file()]
 
 
 def verify(path: Path) -> tuple[Manifest, list[str]]:
-    """Hash everything that the manifest at ``path`` names, and check a dataset's index; returns the faults found."""
+    """Hash all files of the manifest at ``path``, and check a dataset's index; returns the faults, a line each."""
     manifest = read_manifest(path)
     with tqdm(total=_size_bytes(manifest), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
         if manifest.format == logits.FORMAT:
             faults = verify_store(path.parent, progress=bar.update)
         elif manifest.format == journal.FORMAT:
-            found = journal.faults_of_segments(manifest, progress=bar.update)
-            faults = [f"segment {name}: {fault}" for name, several in found.items() for fault in several]
+            by_segment = journal.faults_of_segments(manifest, progress=bar.update)
+            faults = [f"segment {name}: {fault}" for name, several in by_segment.items() for fault in several]
         else:
             faults = verify_files(path, progress=bar.update)
     if manifest.format == CHECKPOINT_FORMAT:
@@ -199,35 +204,41 @@ def verify(path: Path) -> tuple[Manifest, list[str]]:
 
 
 def bare_checkpoints(path: Path) -> list[Path]:
-    """Checkpoints that have no manifest: ``path`` itself, or those in a folder of Megatron-LM's."""
-    found = [path] if is_checkpoint(path) else [*checkpoint_folders(path), path / "release"]
-    return [each for each in found if is_checkpoint(each) and not (each / CHECKPOINT).exists()]
+    """Checkpoints without a manifest: ``path`` itself, or those in a folder of Megatron-LM's."""
+    folders = [path] if is_checkpoint(path) else [*checkpoint_folders(path), path / "release"]
+    return [folder for folder in folders if is_checkpoint(folder) and not (folder / CHECKPOINT).exists()]
 
 
 def _adopt_checkpoint(path: Path, model_config: str | None, tokenizer: Tokenizer | None) -> tuple[Manifest, list[str]]:
-    """Write the manifest of a checkpoint of Megatron-LM. tokenizer: recorded; its vocabulary is the model's."""
+    """Write the manifest of a checkpoint of Megatron-LM.
+
+    model_config: YAML of the model's shape, for a checkpoint that does not describe it. tokenizer: recorded; its
+    vocabulary is the model's.
+
+    Raises MismatchError for a tokenizer with more ids than the model's embedding.
+    """
     shape = None if model_config is None else read_shape(model_config, "--model-config")
-    found = describe_foreign(path, role="--adopt", given=shape)
-    rows = int(found.parameters["vocab_size"])
+    described = describe_foreign(path, role="--adopt", given=shape)
+    rows = int(described.parameters["vocab_size"])
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise MismatchError(f"{path}: an embedding of {rows} rows, the tokenizer has {tokenizer.vocab_size} entries")
     known = {} if tokenizer is None else {"vocab_size": tokenizer.vocab_size}
     manifest = write_manifest(
-        found.path,
-        format=found.format,
-        version=found.version,
-        parameters={**found.parameters, **known},
+        described.path,
+        format=described.format,
+        version=described.version,
+        parameters={**described.parameters, **known},
         parents={},
         tokenizer=None if tokenizer is None else tokenizer.describe(),
-        files=found.files,
+        files=described.files,
     )
     return manifest, []
 
 
 def _record_tokenizer(path: Path, tokenizer: Tokenizer) -> tuple[Manifest, list[str]]:
-    """Verify a dataset, and add to its manifest the tokenizer that this does not tell.
+    """Verify a dataset, and record the tokenizer in its manifest if that records none.
 
-    Raises MismatchError where it tells another one, or where the dataset has ids that the tokenizer has not.
+    Raises MismatchError where it records another one, or where the dataset has ids beyond the tokenizer's.
     """
     manifest, faults = verify(path)
     if manifest.tokenizer is not None and not same_tokenizer(manifest.tokenizer, tokenizer):
@@ -253,7 +264,7 @@ def _record_tokenizer(path: Path, tokenizer: Tokenizer) -> tuple[Manifest, list[
 
 
 def _size_bytes(manifest: Manifest) -> int:
-    """Of everything that it names; a store names shards, a journal segments, which have manifests of their own."""
+    """Total bytes of the artefact, including the shards of a store or the segments of a journal."""
     parts: list[list[int]] = []
     if manifest.format == logits.FORMAT:
         parts = [shard[1:] for shard in manifest.parameters["shards"] if shard]
@@ -263,15 +274,15 @@ def _size_bytes(manifest: Manifest) -> int:
 
 
 def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer | None = None) -> Manifest:
-    """Check a dataset that has no manifest, index and ids, and write the manifest that makes it an artefact.
+    """Check the index and the ids of a dataset that has no manifest, and write its manifest.
 
-    tokenizer: recorded; ids are held against its vocabulary, or else against ``vocab_size``.
+    tokenizer: recorded; ids must lie in its vocabulary. vocab_size: bound on the ids where there is no tokenizer.
 
-    Raises CorruptError for a broken index, UsageError for an id below 0 or outside ``vocab_size``.
+    Raises CorruptError for a broken index, UsageError for an id below 0 or outside the vocabulary.
     """
     prefix = find_prefix(prefix)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the manifest is missing is why we are here
+        warnings.simplefilter("ignore")  # the warning that there is no manifest
         dataset = IndexedDataset(prefix)
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""The budget of bad records: a run that can no longer keep it stops, and says what is wrong with them."""
+"""Budget of bad records: a run that can no longer keep it stops, and says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from megakd.errors import DataBudgetError, UsageError
 from megakd.pipeline.preprocess.config import PreprocessConfig
 from megakd.pipeline.preprocess.shards import TextCounts, TextShard
 
-_ALL_BAD = 1000  # records without one good among them, at which a run stops whatever is still to come
+_ALL_BAD = 1000  # bad records without a good one, at which a run stops, whatever is still to come
 
 
 class Budget:
-    """What was met so far, held against ``--max-bad-fraction`` or ``--strict``.
+    """Counts of good and bad records so far, compared with ``--max-bad-fraction`` or ``--strict``.
 
-    How many records are to come is not known. Of a plain file no more than its bytes hold if each is as short as a
-    record can be; of a compressed one no more than a file of its size may hold at all.
+    The number of records to come is not known, only a bound: a plain file holds no more than its bytes do if each
+    record is as short as possible, a compressed file no more than its largest permitted size does.
     """
 
     def __init__(self, config: PreprocessConfig, inputs: Sequence[Input], shard_bytes: int) -> None:
         self._config, self._inputs, self._shard_bytes = config, inputs, shard_bytes
         self._documents = self._bad = 0
-        self._left = {i: item.size_bytes for i, item in enumerate(inputs)}  # on disk, of each input
+        self._left = {i: item.size_bytes for i, item in enumerate(inputs)}  # bytes on disk, by input
         self._read: dict[tuple[int, int], int] = {}
-        self._listed: list[tuple[int, int, dict[str, Any]]] = []  # by file and place
-        # {"text":""} and a line end: each key with its colon, two quotes and a comma or the brace behind it
+        self._listed: list[tuple[int, int, dict[str, Any]]] = []  # file, byte, and the record as it is listed
+        # The shortest record, such as {"text":""} and a line end: a key has a colon, two quotes, and a comma or brace.
         self._shortest = 2 + sum(len(orjson.dumps(key)) + 4 for key in config.json_keys)
 
     def add_finished(self, file: int, shard: int, counts: TextCounts, *, ended: bool) -> None:
-        """Count a shard of an earlier run. ended: whether the file ends with it."""
+        """Count a shard of an earlier run. ended: True if the file ends with it."""
         self._documents += counts.documents
         self._bad += counts.bad_records
         self._pass(file, shard, self._shard_bytes, ended=ended)
 
     def add(self, job: Mapping[str, Any], message: Mapping[str, Any]) -> None:
-        """Count what a worker reported of a job. Raises DataBudgetError once the budget cannot be kept."""
+        """Count the records that a worker reported. Raises DataBudgetError once the budget cannot be kept."""
         file, shard = job["file"], job["shard"]
         self._documents += message["documents"]
         self._bad += message["bad_records"]
         self._pass(file, shard, message["position"], ended=message["ended"])
         for record in message["bad"][: LISTED - len(self._listed)]:
-            # of a later shard only the place in bytes is known before those ahead of it are done
+            # The line number in the file is not known in a later shard before the shards ahead of it are done.
             line = record["line"] if shard == 0 else None
             shown = {"file": printable(self._inputs[file].path), **record, "line": line}
             self._listed.append((file, record["byte_offset"], shown))
         self.check()
 
     def check(self) -> None:
-        """Raise DataBudgetError if the budget cannot be kept, whatever is in what is left to read."""
+        """Raise DataBudgetError if the budget cannot be kept, whatever the rest of the inputs holds."""
         left = sum(self._left.values())
         fraction, records = self._config.bad_budget, self._documents + self._bad
         if fraction < 1 and self._documents == 0 and self._bad >= _ALL_BAD and left:
@@ -69,10 +69,10 @@ class Budget:
             )
 
     def _pass(self, file: int, shard: int, position: int, *, ended: bool) -> None:
-        """Take what was read off what is left."""
+        """Subtract the bytes that were read from those that are left."""
         if self._inputs[file].kind != "plain":
             if ended:
-                self._left[file] = 0  # until then nobody knows how much it holds
+                self._left[file] = 0  # until then its size is not known
             return
         extent = min(self._shard_bytes, max(self._inputs[file].size_bytes - shard * self._shard_bytes, 0))
         before = self._read.get((file, shard), 0)
@@ -82,12 +82,12 @@ class Budget:
     def _most_to_come(self) -> int:
         sizes = [(item, self._left[i]) for i, item in enumerate(self._inputs) if self._left[i]]
         num_bytes = sum(left if item.kind == "plain" else most_bytes(item.size_bytes) for item, left in sizes)
-        # a worker has read a line more than it has counted, at most; and the last line of a file need have no end
+        # A worker has read at most one line more than it has counted, and the last line of a file may have no end.
         return num_bytes // self._shortest + 2 * len(self._read) + len(sizes)
 
     def _stop(self, what: str, way_out: str = "") -> NoReturn:
         if self._listed:
-            records = [record for _, _, record in sorted(self._listed, key=lambda each: each[:2])]
+            records = [record for _, _, record in sorted(self._listed, key=lambda entry: entry[:2])]
             lines = (orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records)
             path = write_quarantine(self._config.output_prefix, lines)
             what += f"; {len(records)} of them are in {path}; the first is {_describe(records[0])}"
@@ -101,7 +101,7 @@ def list_bad_records(config: PreprocessConfig, paths: Sequence[str], shards: Seq
 
 
 def check_counts(config: PreprocessConfig, counts: TextCounts) -> None:
-    """Raise DataBudgetError where a dataset that is finished has more bad records than are allowed now."""
+    """Raise DataBudgetError if a finished dataset has more bad records than are allowed now."""
     records = counts.documents + counts.bad_records
     if counts.bad_records > config.bad_budget * records:
         raise DataBudgetError(
@@ -117,9 +117,9 @@ def check_budget(
     shards: Sequence[Sequence[TextShard]],
     quarantine: Path,
 ) -> None:
-    """Hold all that was met against the budget.
+    """Compare the counts of all shards with the budget. quarantine: the list of bad records, quoted in messages.
 
-    Raises DataBudgetError for more bad records than it allows, UsageError where there is no document.
+    Raises DataBudgetError for more bad records than are allowed, UsageError where there is no document.
     """
     records, first = counts.documents + counts.bad_records, ""
     if counts.bad_records:

@@ -1,4 +1,4 @@
-"""The flags of ``megakd preprocess``, apart from the work so that ``--help`` imports none of it."""
+"""Flags of ``megakd preprocess``, apart from the work so that ``--help`` imports none of it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from megakd.errors import UsageError
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What ``megakd preprocess`` is asked to do."""
+    """Flags of ``megakd preprocess``."""
 
     input: list[str] = option(..., "JSON lines files: plain, .gz or .zst; globs in quotes are expanded in sorted order")
-    output_prefix: str = option(..., "writes PREFIX_KEY_document.bin, .idx and .manifest.json for each key")
+    output_prefix: str = option(
+        ..., "prefix of the outputs: PREFIX_KEY_document.bin, .idx and .manifest.json for each key"
+    )
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] = (
         option(..., "Megatron's name of the tokenizer")
     )
-    tokenizer_model: str | None = option(None, "local .model file, tokenizer.json, or folder with one", common=True)
+    tokenizer_model: str | None = option(None, "local .model file, tokenizer.json, or folder with either", common=True)
     vocab_size: int | None = option(None, "number of ids of a NullTokenizer, its end of document not counted")
     json_keys: list[str] = option(["text"], "keys whose texts become documents, one dataset each", common=True)
     append_eod: bool = option(False, "end each document with the end-of-document id", common=True)
     eod_token: str | None = option(
-        None, "the end-of-document token as it is written (default: what the model's files name)", common=True
+        None, "end-of-document token as text (default: the one that the model's files name)", common=True
     )
     workers: int = option(0, "worker processes; 0: one for each core", common=True)
     log_interval: int = option(10000, "documents between progress lines, where stderr is no terminal", common=True)
-    max_bad_fraction: float = option(0.001, "more bad records than this fraction: exit status 3", common=True)
-    strict: bool = option(False, "no bad record at all", common=True)
-    max_doc_bytes: int = option(4 << 20, "longest line; a longer one is a bad record", common=True)
-    tokenizer_engine: Literal["auto", "reference", "gigatoken"] = option(
-        "auto", "auto: the fast engine where it gives the reference engine's ids", common=True
+    max_bad_fraction: float = option(
+        0.001, "fraction of records that may be bad; with more, exit status 3", common=True
     )
-    shard_bytes: int = option(0, "text per shard, what a killed run repeats; 0: 16 MiB, or a 4096th of the input")
+    strict: bool = option(False, "allow no bad record at all", common=True)
+    max_doc_bytes: int = option(4 << 20, "bytes of the longest line; a longer one is a bad record", common=True)
+    tokenizer_engine: Literal["auto", "reference", "gigatoken"] = option(
+        "auto", "engine that encodes; auto: the fast one where it gives the reference engine's ids", common=True
+    )
+    shard_bytes: int = option(
+        0, "bytes of text per shard, which a killed run repeats; 0: 16 MiB, or a 4096th of the input"
+    )
     work_dir: str | None = option(None, "folder for unfinished work (default: PREFIX.work)")
 
     def validate(self) -> None:
@@ -53,10 +59,10 @@ class PreprocessConfig:
 
     @property
     def bad_budget(self) -> float:
-        """The fraction of records that may be bad."""
+        """Fraction of the records that may be bad."""
         return 0.0 if self.strict else self.max_bad_fraction
 
     @property
     def allowance(self) -> str:
-        """The flag that says how many records may be bad."""
+        """Flag that sets the budget, with its value, for messages."""
         return "--strict" if self.strict else f"--max-bad-fraction {self.max_bad_fraction}"

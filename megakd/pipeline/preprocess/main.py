@@ -1,4 +1,4 @@
-"""``megakd preprocess``: JSON lines to Megatron's indexed dataset. `corpus` does the work."""
+"""``megakd preprocess``: JSON lines to Megatron's indexed dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELP = "tokenize JSON lines into a Megatron .bin/.idx pair"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb; returns its exit status, or raises what the caller maps to one."""
+    """Run the verb; returns its exit status. Raises errors that carry one."""
     config = parse(PreprocessConfig, argv, prog="megakd preprocess", description=HELP)
     os.environ.setdefault(
         "OPENBLAS_NUM_THREADS", "1"

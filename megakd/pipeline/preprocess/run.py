@@ -1,8 +1,8 @@
-"""Preprocessing from end to end: inputs, engine, shards spread over workers, the budget of bad records, the dataset.
+"""Preprocessing from end to end: inputs, engine, shards spread over workers, budget of bad records, dataset.
 
-The dataset's bytes are a function of the inputs and the flags that name them: neither the number of workers nor how
-often the run was killed shows in them. Inputs that changed since an unfinished run have another fingerprint, hence
-another folder for unfinished work: that run starts afresh. Inputs that change under a run make it a MismatchError.
+The dataset's bytes depend on the inputs and flags alone, neither on the number of workers nor on how often the run was
+killed. Inputs that changed since an unfinished run have another fingerprint, hence another folder for unfinished work,
+so the run starts afresh. Inputs that change during a run raise MismatchError.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from megakd.work.unfinished import open_folder, remove_folder, work_fingerprint
 
 _WORKER = "megakd.pipeline.preprocess.worker"
 _ENGINES = ("tokenizers", "sentencepiece", "gigatoken")
-# For all workers together, so that with this process the whole stays below 400 MB; and no worker lives on less.
+# Memory of all workers together, which with this process stays below 400 MB; and the least that a worker needs.
 _RESIDENT_BYTES, _LEAST_RESIDENT_BYTES = 304 << 20, 112 << 20
 
 
 def preprocess(config: PreprocessConfig) -> list[Manifest]:
-    """Tokenize; returns the manifest of each key's dataset. Datasets that are there already and are the same are kept.
+    """Tokenize the inputs; returns the manifest of each key's dataset. The same datasets, if they exist, are kept.
 
-    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile and for other datasets in the
+    Raises UsageError, DataBudgetError, MismatchError for inputs that change meanwhile and for different datasets in the
     place of these, CorruptError for a cut or damaged input, NoSpaceError, ChildProcessError for workers that keep
     dying, StoppedBySignal.
     """
@@ -117,7 +117,7 @@ def preprocess(config: PreprocessConfig) -> list[Manifest]:
 
 
 def dataset_prefix(config: PreprocessConfig, key: str) -> str:
-    """Where the dataset of a key goes."""
+    """Prefix of the dataset of a key."""
     return f"{config.output_prefix}_{key}_document"
 
 
@@ -129,9 +129,9 @@ def _find_finished(
     *,
     unfinished: bool,
 ) -> list[Manifest] | None:
-    """The manifests of the datasets, if all are there and are what would be made now.
+    """Read the manifests of the datasets, if all exist and are the ones that would be made now.
 
-    Raises MismatchError for others; flags are compared first, inputs by their content: all of it is read then.
+    Raises MismatchError for different ones: flags are compared first, then inputs, by the hashes of their content.
     """
 
     def find(key: str, parents: Mapping[str, str]) -> Manifest | None:
@@ -147,7 +147,7 @@ def _find_finished(
     paths = [manifest_path(dataset_prefix(config, key)) for key in config.json_keys]
     recorded = [read_manifest(path, check_files=False).parents for path in paths if path.exists()]
     names = distinct_names(inputs)
-    for parents in recorded or [{}]:  # what needs no reading
+    for parents in recorded or [{}]:  # flags and names, which need no reading
         same = set(parents) == set(names)
         for key in config.json_keys:
             find(key, parents if same else dict.fromkeys(names, "an input"))
@@ -155,9 +155,9 @@ def _find_finished(
         return None
     tell("comparing the inputs with those of the dataset that is there")
     parents = dict(zip(names, hashes.wait()))
-    found = [find(key, parents) for key in config.json_keys]
-    done = [manifest for manifest in found if manifest is not None]
-    if len(done) < len(found):
+    manifests = [find(key, parents) for key in config.json_keys]
+    done = [manifest for manifest in manifests if manifest is not None]
+    if len(done) < len(manifests):
         return None
     for key in config.json_keys:
         say_complete(dataset_prefix(config, key))
@@ -166,7 +166,7 @@ def _find_finished(
 
 
 def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, tokenizer: Mapping[str, Any]) -> str:
-    """Fingerprint of all that decides the bytes of a shard; inputs by size and time, as reading all would take long."""
+    """Fingerprint of all that decides the bytes of a shard; inputs by size and time, as reading them takes long."""
     return work_fingerprint(
         {
             "versions": {name: _version(name) for name in _ENGINES},
@@ -218,7 +218,7 @@ def _settings(
 def _encode(
     config: PreprocessConfig, settings: TextSettings, inputs: list[Input], num_workers: int, stop: StopFlag
 ) -> DocumentProgress:
-    """Encode the shards that an earlier run has not."""
+    """Encode the shards that no earlier run has committed."""
     jobs = []
     done_bytes = 0
     budget = Budget(config, inputs, settings.shard_bytes)
@@ -257,12 +257,12 @@ def _encode(
 
 
 def _collect(settings: TextSettings) -> list[list[TextShard]]:
-    """Every shard of every file."""
+    """Read every shard of every file. Raises MismatchError where one is missing."""
     collected = []
     for file, path in enumerate(settings.paths):
-        found = list(finished_shards(settings, file, verify=False))
-        shards = [shard for shard in found if shard is not None]
-        if len(shards) != len(found) or settings.num_shards(file) not in (None, len(shards)):
+        committed = list(finished_shards(settings, file, verify=False))
+        shards = [shard for shard in committed if shard is not None]
+        if len(shards) != len(committed) or settings.num_shards(file) not in (None, len(shards)):
             raise MismatchError(f"{path}: changed while it was read; run again when it is complete")
         collected.append(shards)
     return collected
@@ -271,9 +271,9 @@ def _collect(settings: TextSettings) -> list[list[TextShard]]:
 def _parameters(
     config: PreprocessConfig, key: str, choice: Choice, counts: TextCounts, eod_text: str | None
 ) -> dict[str, Any]:
-    met = asdict(counts)
-    del met["tokens"]
-    written_out = met.pop("documents_with_eod_text")
+    named_counts = asdict(counts)
+    del named_counts["tokens"]
+    written_out = named_counts.pop("documents_with_eod_text")
     return {
         "json_key": key,
         "append_eod": config.append_eod,
@@ -281,5 +281,5 @@ def _parameters(
         "documents_with_eod_token": written_out,
         "max_doc_bytes": config.max_doc_bytes,
         "tokenizer_engine": choice.as_dict(),
-        "counts": met,
+        "counts": named_counts,
     }

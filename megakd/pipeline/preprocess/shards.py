@@ -1,4 +1,4 @@
-"""Shards: how a corpus is cut, by itself alone, and the encoding of one shard, committed on its own.
+"""Shards of JSON lines: cut by the input files alone, encoded and committed one by one.
 
 Shard ``s`` of a file is the lines that start in bytes ``[s * shard_bytes, (s + 1) * shard_bytes)`` of it, decompressed.
 A plain file is entered at any shard; a compressed one is read from its beginning, committing shard after shard.
@@ -47,7 +47,7 @@ class TextSettings(ShardSettings):
 
     @property
     def columns(self) -> list[str]:
-        """A column of documents for each key."""
+        """Names of the columns of documents, one for each key."""
         return [str(column) for column in range(len(self.json_keys))]
 
     def prefix(self, file: int, shard: int) -> Path:
@@ -78,9 +78,9 @@ _FORMAT = ShardFormat("preprocess-shard", 2, TextCounts)
 
 
 def finished_shards(settings: TextSettings, file: int, *, verify: bool) -> Iterator[TextShard | None]:
-    """The shards of a file in order, None for one to be done; a compressed file's end where the first is missing.
+    """Read the shards of a file in order, None for each to be done; in a compressed file only up to the first of these.
 
-    verify: hash the files of each; one that is damaged is to be done.
+    verify: hash the files of each shard; a damaged shard is to be done again.
     """
     plain, num_shards = settings.kinds[file] == "plain", settings.num_shards(file)
     shard = 0
@@ -97,8 +97,8 @@ def encode_shards(
 ) -> None:
     """Encode and commit shard ``first`` of a plain file, or ``first`` and all that follow of a compressed one.
 
-    report: called after each batch with the counts that it added, the ``position`` in the file as it lies on disk, from
-    where it was entered, the first of its ``bad`` records, and whether the file has ``ended``.
+    report: called after each batch with the counts that it added; ``position``, bytes read of the file on disk since
+    it was entered; ``bad``, the first bad records of the batch; and ``ended``, whether the file has ended.
 
     Raises CorruptError for a file that is cut or damaged, NoSpaceError.
     """
@@ -146,9 +146,11 @@ class _Documents:
         self._texts: list[list[str]] = [[] for _ in self._keys]
 
     def add(self, offset: int, line: bytes | None) -> None:
-        """Take the line that starts at byte ``offset`` of the file; None for one that is too long."""
+        """Add the line that starts at byte ``offset`` of the file; ``line`` is None for one that is too long."""
         self.counts.lines += 1
-        self.batch_bytes += self._settings.max_doc_bytes if line is None else len(line)  # bad ones too are progress
+        self.batch_bytes += (
+            self._settings.max_doc_bytes if line is None else len(line)
+        )  # bad lines count as progress, too
         if line is None:
             limit = self._settings.max_doc_bytes
             self._refuse(self.counts.lines, offset, RecordError("too long", f"over --max-doc-bytes {limit}"))
@@ -170,7 +172,7 @@ class _Documents:
         self._places.append((self.counts.lines, offset))
 
     def flush(self) -> dict[str, Any]:
-        """Encode what was collected. Returns what was counted since the flush before, and ``bad`` records of that."""
+        """Encode the collected documents; returns the counts since the last flush, and ``bad``, records among them."""
         try:
             arrays = [self._engine.encode_arrays(texts) for texts in self._texts]
         except UnencodableError:

@@ -1,4 +1,4 @@
-"""The process that encodes shards of JSON lines."""
+"""Worker process that encodes shards of JSON lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megakd.work.worker_process import Report, Work, serve
 
 
 def prepare(settings: dict[str, Any]) -> Work:
-    """Load the engine; jobs name a file and a shard."""
-    known = TextSettings(**settings)
-    engine = known.build_engine(known.build_tokenizer)
+    """Load the engine; returns the function that encodes a job, which names a file and its first shard."""
+    text_settings = TextSettings(**settings)
+    engine = text_settings.build_engine(text_settings.build_tokenizer)
 
     def work(job: Mapping[str, Any], report: Report) -> None:
-        encode_shards(known, engine, job["file"], job["shard"], report)
+        encode_shards(text_settings, engine, job["file"], job["shard"], report)
 
     return work
 

@@ -22,7 +22,10 @@ def list_bad_documents(config: RetokenizeConfig, shards: Sequence[RetokenizedSha
 def check_still_possible(
     config: RetokenizeConfig, settings: RetokenizeSettings, dataset: IndexedDataset, num_bad: int, *, num_shards: int
 ) -> None:
-    """Raise DataBudgetError once more documents are bad than are allowed of all that there are."""
+    """Raise DataBudgetError once more documents are bad than are allowed of the whole dataset.
+
+    num_bad: bad documents so far. num_shards: shards that may be committed; the bad documents of these are listed.
+    """
     if num_bad <= config.bad_budget * dataset.num_documents:
         return
     done = [read_shard(settings.folder, number, verify=False) for number in range(num_shards)]
@@ -36,7 +39,7 @@ def check_still_possible(
 
 
 def check_counts(config: RetokenizeConfig, counts: RetokenizeCounts) -> None:
-    """Raise DataBudgetError where a finished dataset has more than is allowed now."""
+    """Raise DataBudgetError if a finished dataset has more bad documents than are allowed now."""
     if counts.bad_documents > config.bad_budget * counts.documents:
         raise DataBudgetError(
             f"{config.output_prefix}: the text of {counts.bad_documents} of {counts.documents} documents did not "
@@ -45,6 +48,7 @@ def check_counts(config: RetokenizeConfig, counts: RetokenizeCounts) -> None:
 
 
 def check_budget(config: RetokenizeConfig, counts: RetokenizeCounts, quarantine: Path) -> None:
+    """Raise DataBudgetError for more bad documents than are allowed. quarantine: their list, quoted in the message."""
     if counts.bad_documents > config.bad_budget * counts.documents:
         with open(quarantine, "rb") as stream:
             first = orjson.loads(stream.readline())

@@ -14,31 +14,39 @@ from megakd.errors import UsageError
 
 @dataclass(frozen=True)
 class RetokenizeConfig:
-    """What ``megakd retokenize`` is asked to do."""
+    """Flags of ``megakd retokenize``."""
 
     input_prefix: str = option(..., "dataset to read, without .bin or .idx")
     output_prefix: str = option(..., "dataset to write, without .bin or .idx")
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer"] = option(
         ..., "Megatron's name of the new tokenizer"
     )
-    tokenizer_model: str | None = option(None, "local .model file, tokenizer.json, or folder with one", common=True)
-    source_tokenizer_type: TokenizerType | None = option(None, "the old tokenizer (default: as recorded)", common=True)
-    source_tokenizer_model: str | None = option(None, "its file, or folder (default: as recorded)", common=True)
-    source_vocab_size: int | None = option(None, "ids of an old NullTokenizer, its end of document not counted")
-    append_eod: bool = option(True, "end each document with the end-of-document id, where it does not", common=True)
+    tokenizer_model: str | None = option(None, "local .model file, tokenizer.json, or folder with either", common=True)
+    source_tokenizer_type: TokenizerType | None = option(
+        None, "type of the old tokenizer (default: as recorded)", common=True
+    )
+    source_tokenizer_model: str | None = option(
+        None, "file or folder of the old tokenizer (default: as recorded)", common=True
+    )
+    source_vocab_size: int | None = option(
+        None, "number of ids of an old NullTokenizer, its end of document not counted"
+    )
+    append_eod: bool = option(
+        True, "end each document with the end-of-document id, unless it does already", common=True
+    )
     eod_token: str | None = option(
-        None, "the new end-of-document token as it is written (default: what the model's files name)", common=True
+        None, "new end-of-document token as text (default: the one that the model's files name)", common=True
     )
     workers: int = option(0, "worker processes; 0: one for each core", common=True)
     log_interval: int = option(10000, "documents between progress lines, where stderr is no terminal", common=True)
     max_bad_fraction: float = option(
-        0.001, "more documents than this fraction whose text does not survive: exit status 3", common=True
+        0.001, "fraction of documents whose text may be lost in part; with more, exit status 3", common=True
     )
-    strict: bool = option(False, "no such document at all", common=True)
+    strict: bool = option(False, "allow no document that loses text", common=True)
     tokenizer_engine: EngineMode = option(
-        "auto", "auto: the fast engine where it gives the reference engine's ids", common=True
+        "auto", "engine that encodes; auto: the fast one where it gives the reference engine's ids", common=True
     )
-    shard_tokens: int = option(0, "tokens per shard, what a killed run repeats; 0: 4 Mi, or a 4096th of the dataset")
+    shard_tokens: int = option(0, "tokens per shard, which a killed run repeats; 0: 4 Mi, or a 4096th of the dataset")
     work_dir: str | None = option(None, "folder for unfinished work (default: PREFIX.work)")
 
     def validate(self) -> None:
@@ -64,5 +72,5 @@ class RetokenizeConfig:
 
     @property
     def allowance(self) -> str:
-        """The flag that says how many documents may be bad."""
+        """Flag that sets the budget, with its value, for messages."""
         return "--strict" if self.strict else f"--max-bad-fraction {self.max_bad_fraction}"

@@ -1,4 +1,4 @@
-"""``megakd retokenize``: a dataset, document by document, into the ids of another tokenizer, no text lost."""
+"""``megakd retokenize``: a dataset, document by document, into the ids of another tokenizer; lost text is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELP = "turn a dataset into another tokenizer's, document by document"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb."""
+    """Run the verb; returns its exit status."""
     config = parse(RetokenizeConfig, argv, prog="megakd retokenize", description=HELP)
     try:
         retokenize(config)

@@ -1,8 +1,8 @@
-"""Retokenizing from end to end: engine, shards spread over workers, the budget of bad documents, the dataset.
+"""Retokenizing from end to end: engine, shards spread over workers, budget of bad documents, dataset.
 
-A refined corpus is made once and trains students of any family. The work is cut into shards of documents by the
-dataset alone and each is committed on its own: the dataset's bytes depend neither on the number of workers nor on how
-often the run was killed.
+A refined corpus is made once and trains students of any family. The dataset alone decides how the work is cut into
+shards of documents, each committed on its own: the new dataset's bytes depend neither on the number of workers nor on
+how often the run was killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RESIDENT_BYTES = 512 << 20
 
 
 def retokenize(config: RetokenizeConfig) -> Manifest:
-    """Retokenize; returns the new dataset's manifest.
+    """Retokenize a dataset; returns the new dataset's manifest. The same dataset, if it exists, is kept.
 
     Raises UsageError, MismatchError, DataBudgetError, CorruptError, NoSpaceError, ChildProcessError for workers that
     keep dying, StoppedBySignal.
@@ -137,7 +137,7 @@ def _settings(config: RetokenizeConfig, fingerprint: str, num_workers: int) -> R
 
 
 def _sample_texts(dataset: IndexedDataset, source: Tokenizer) -> list[str]:
-    """The beginnings of some documents, spread over the dataset."""
+    """Texts of the beginnings of some documents, spread over the dataset."""
     step = max(1, dataset.num_documents // _SAMPLE_DOCUMENTS)
     heads = (dataset.document(number)[:_SAMPLE_TOKENS] for number in range(0, dataset.num_documents, step))
     return [source.decode(ids[ids < source.vocab_size].tolist()) for ids in heads]
@@ -155,7 +155,7 @@ def _fingerprint(
     return work_fingerprint(
         {
             "dataset": dataset.fingerprint,
-            "tokenizers": [{key: value for key, value in each.items() if key != "path"} for each in (old, new)],
+            "tokenizers": [{key: value for key, value in record.items() if key != "path"} for record in (old, new)],
             "choice": choice.as_dict(),
             "flags": [config.append_eod, shard_tokens],
         }
@@ -170,7 +170,7 @@ def _encode(
     num_workers: int,
     stop: StopFlag,
 ) -> DocumentProgress:
-    """Do the shards that an earlier run has not."""
+    """Encode the shards that no earlier run has committed."""
     itemsize, done_tokens, jobs, bad = dataset.dtype.itemsize, 0, [], 0
     for number, (first, last) in enumerate(ranges):
         stop.check()
@@ -201,6 +201,7 @@ def _encode(
 
 
 def _require(shard: RetokenizedShard | None, number: int) -> RetokenizedShard:
+    """The shard; UsageError where it is gone."""
     if shard is None:
         raise UsageError(f"shard {number} was removed while the run went on; run again")
     return shard

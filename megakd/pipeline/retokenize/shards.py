@@ -1,7 +1,7 @@
-"""Shards of a dataset under another tokenizer: ranges of documents, each decoded, encoded and committed on its own.
+"""Shards of a dataset under another tokenizer: ranges of documents, decoded, encoded and committed one by one.
 
-A document is taken apart at its end-of-document tokens, which have no text: they stay where they were, as the other
-tokenizer's. So no two texts run into one another, and what is encoded is exactly what was decoded.
+A document is cut at its end-of-document tokens, which have no text; the new tokenizer's take their places. So no two
+texts run into one another, and the encoded text is exactly the decoded one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import CorruptError, UsageError
 
 _BATCH_TOKENS = 1 << 18
-# What decoders write for ids that are no text: half a character, and sentencepiece's unknown token.
+# Marks that decoders write for ids that are no text: half a character, and sentencepiece's unknown token.
 _NO_TEXT = ("\ufffd", "\u2047")
 _COLUMNS = ("",)
 
@@ -43,7 +43,7 @@ class RetokenizeSettings(ShardSettings):
     source_vocab_size: int | None
 
     def open_source(self) -> tuple[IndexedDataset, Tokenizer]:
-        """The dataset and its tokenizer."""
+        """Open the dataset and its tokenizer."""
         dataset = IndexedDataset(self.prefix, expect_fingerprint=self.fingerprint)
         tokenizer = open_tokenizer(
             dataset,
@@ -59,9 +59,9 @@ class RetokenizeSettings(ShardSettings):
 class RetokenizeCounts(ShardCounts):
     """Counts of a shard of documents.
 
-    normalised: documents whose text the new tokens do not give back byte for byte. undecodable: those whose old tokens
-    are not all text, such as half a character at a sample's edge. Such documents are kept as they decode; bad_documents
-    are those of either kind. source_bytes, target_bytes: UTF-8 bytes that the old and the new tokens decode to.
+    normalised: documents whose text the new tokens do not decode to, byte for byte. undecodable: documents whose old
+    tokens are not all text, such as half a character at a sample's edge; they are kept as they decode. bad_documents:
+    documents of either kind. source_bytes, target_bytes: UTF-8 bytes to which the old and the new tokens decode.
     """
 
     bad_documents: int = 0
@@ -78,7 +78,7 @@ _FORMAT = ShardFormat("retokenize-shard", 1, RetokenizeCounts)
 
 
 def document_ranges(dataset: IndexedDataset, shard_tokens: int) -> list[tuple[int, int]]:
-    """First and last + 1 of the documents of each shard: those that start in its ``shard_tokens`` of the stream."""
+    """First document of each shard, and the one after its last; a document belongs where its first token lies."""
     firsts = [
         bisect.bisect_left(range(dataset.num_documents), position, key=dataset.document_start)
         for position in range(0, max(dataset.num_tokens, 1), shard_tokens)
@@ -92,7 +92,7 @@ def read_shard(folder: str, shard: int, *, verify: bool) -> RetokenizedShard | N
 
 
 class Retokenizer:
-    """Everything that a shard needs, loaded once."""
+    """Encoder of shards: the dataset, both tokenizers and the engine, loaded once."""
 
     def __init__(self, settings: RetokenizeSettings) -> None:
         self._settings = settings
@@ -192,9 +192,9 @@ class Retokenizer:
                 bad.append(orjson.dumps({"document": document.number, "reason": reason, "detail": detail}) + b"\n")
 
     def _is_text(self, text: str, ids: NDArray[Any]) -> bool:
-        """Whether the ids were text: what looks like a decoder's stopgap is none where it encodes to them again.
+        """Return whether the ids were text: without a mark of ``_NO_TEXT``, or encoded to the same ids again.
 
-        Bytes are no way to tell: three of a character's four decode to a replacement character, which has three.
+        Numbers of bytes would not show it: three of a character's four bytes decode to U+FFFD, which has three.
         """
         return not any(mark in text for mark in _NO_TEXT) or self._source.encode(text) == ids.tolist()
 
@@ -204,13 +204,13 @@ class _Document:
     number: int
     num_tokens: int
     pieces: list[NDArray[Any]]
-    """Its ids between the ends of documents; one piece more than there are of these."""
+    """Ids between the end-of-document tokens; one piece more than there are such tokens."""
     texts: list[str]
-    """Of each piece."""
+    """Text of each piece."""
 
 
 def _first_difference(text: str, back: str) -> str:
-    place = next((i for i, (one, other) in enumerate(zip(text, back)) if one != other), min(len(text), len(back)))
+    place = next((i for i, (before, after) in enumerate(zip(text, back)) if before != after), min(len(text), len(back)))
     near = slice(max(0, place - 8), place + 24)
     return f"at character {place}: {text[near]!r} comes back as {back[near]!r}"
 

@@ -1,4 +1,4 @@
-"""The process that retokenizes shards."""
+"""Worker process that retokenizes shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megakd.work.worker_process import Report, Work, serve
 
 
 def prepare(settings: dict[str, Any]) -> Work:
-    """Load both tokenizers; jobs name a shard and its documents."""
+    """Load both tokenizers; returns the function that does a job, which names a shard and its documents."""
     retokenizer = Retokenizer(RetokenizeSettings(**settings))
 
     def work(job: Mapping[str, Any], report: Report) -> None:

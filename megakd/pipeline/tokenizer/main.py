@@ -1,7 +1,7 @@
-"""``megakd tokenizer``: a tokenizer of one's own, from the text that ``megakd preprocess`` is going to read.
+"""``megakd tokenizer``: a tokenizer trained on the text that ``megakd preprocess`` is going to read.
 
-What is trained on is a sample of the inputs that depends on nothing but them and ``--max-bytes``, and the trainers run
-in one thread: the same command gives the same file. `tokenizer_training` trains.
+The trainers, in `training`, run in one thread on a sample that depends on the inputs and ``--max-bytes`` alone, so the
+same command gives the same file.
 """
 
 from __future__ import annotations
@@ -35,25 +35,27 @@ _STRETCH_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What ``megakd tokenizer`` is asked to do."""
+    """Flags of ``megakd tokenizer``."""
 
     input: list[str] = option(..., "JSON lines files: plain, .gz or .zst; globs in quotes are expanded in sorted order")
     output: str = option(..., "folder to make, for --tokenizer-model: the model and its manifest")
     vocab_size: int = option(32000, "number of ids, special tokens included", common=True)
     type: TrainerType = option(
         "byte-bpe",
-        "byte-bpe makes a HuggingFaceTokenizer, the others a SentencePieceTokenizer",
+        "algorithm; byte-bpe makes a HuggingFaceTokenizer, the others a SentencePieceTokenizer",
         common=True,
     )
     json_keys: list[str] = option(["text"], "keys whose texts are learnt from", common=True)
     max_bytes: int = option(
-        100 << 20, "text to learn from: more is sampled, in stretches all over the inputs", common=True
+        100 << 20, "bytes of text to learn from; longer inputs are sampled, in stretches all over them", common=True
     )
-    eod_token: str = option("<|endoftext|>", "the special token that ends a document", common=True)
-    special_tokens: list[str] = option([], "more special tokens, which no text of a corpus gives")
-    split_digits: bool = option(False, "each digit is a token of its own", common=True)
-    max_bad_fraction: float = option(0.001, "more bad records than this fraction: exit status 3", common=True)
-    max_doc_bytes: int = option(4 << 20, "longest line; a longer one is a bad record", common=True)
+    eod_token: str = option("<|endoftext|>", "special token that ends a document", common=True)
+    special_tokens: list[str] = option([], "more special tokens, which no text of a corpus becomes")
+    split_digits: bool = option(False, "make each digit a token of its own", common=True)
+    max_bad_fraction: float = option(
+        0.001, "fraction of records that may be bad; with more, exit status 3", common=True
+    )
+    max_doc_bytes: int = option(4 << 20, "bytes of the longest line; a longer one is a bad record", common=True)
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
@@ -74,7 +76,7 @@ class TokenizerConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb."""
+    """Run the verb; returns its exit status."""
     config = parse(
         TokenizerConfig,
         argv,
@@ -127,7 +129,10 @@ def train(config: TokenizerConfig) -> Path:
 
 
 def _read_sample(config: TokenizerConfig, inputs: Sequence[Input], stop: StopFlag) -> list[str]:
-    """The texts to learn from, those of each stretch in their order."""
+    """Read the texts to learn from, stretch by stretch.
+
+    Raises DataBudgetError for too many bad records, UsageError where there is no text.
+    """
     texts: list[str] = []
     num_records = num_bad = 0
     first_bad = ""
@@ -158,8 +163,11 @@ def _read_sample(config: TokenizerConfig, inputs: Sequence[Input], stop: StopFla
 
 
 def _stretches(inputs: Sequence[Input], max_bytes: int) -> Iterator[tuple[Input, int, int]]:
-    """Input, first byte and number of bytes of what is read: all of a small plain file, parts of a large one at equal
-    distances, the head of a compressed one, which cannot be entered elsewhere."""
+    """Stretches to read: input, first byte and number of bytes.
+
+    A small plain file is read whole, a large one in parts at equal distances, a compressed one, which cannot be entered
+    elsewhere, from its beginning.
+    """
     total = max(1, sum(item.size_bytes for item in inputs))
     for item in inputs:
         share = max(1, max_bytes * item.size_bytes // total)
@@ -171,7 +179,7 @@ def _stretches(inputs: Sequence[Input], max_bytes: int) -> Iterator[tuple[Input,
 
 
 def _parameters(config: TokenizerConfig, inputs: Sequence[Input], texts: Sequence[str]) -> dict[str, Any]:
-    """What decides the result: the flags, and the text by its hash."""
+    """Parameters that decide the result: the flags, and the text by its hash."""
     hashed, num_bytes = xxhash.xxh3_128(), 0
     for text in texts:
         data = text.encode()
@@ -191,21 +199,23 @@ def _parameters(config: TokenizerConfig, inputs: Sequence[Input], texts: Sequenc
 
 
 def _is_there(output: Path, parameters: dict[str, Any]) -> bool:
-    """Whether the folder holds the result already. Raises UsageError where it holds anything else."""
+    """Return whether the folder holds the result. Raises UsageError where it holds anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    other = f"--output {output}: is there already"
+    refusal = f"--output {output}: is there already"
     if not (output / _MANIFEST).is_file():
-        raise UsageError(f"{other}, and no tokenizer of this command; give another folder")
+        raise UsageError(f"{refusal}, and no tokenizer of this command; give another folder")
     manifest = read_manifest(output / _MANIFEST, format=_FORMAT, version=_FORMAT_VERSION)
     differences = manifest.differences(parameters, {}, None)
     if differences:
-        raise UsageError(f"{other}, made otherwise: {'; '.join(differences)[:600]}; give another folder, or remove it")
+        raise UsageError(
+            f"{refusal}, made otherwise: {'; '.join(differences)[:600]}; give another folder, or remove it"
+        )
     return True
 
 
 def _write(output: Path, files: dict[str, bytes], parameters: dict[str, Any]) -> None:
-    """Make the folder under another name, then give it its own."""
+    """Make the folder under a temporary name, then rename it."""
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

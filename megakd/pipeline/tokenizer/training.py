@@ -1,4 +1,4 @@
-"""The trainers of `tokenizer`: texts to the files of a tokenizer that loses nothing."""
+"""Trainers of tokenizers: from texts to the files of a tokenizer that loses nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megakd.errors import UsageError
 
 TrainerType = Literal["byte-bpe", "sentencepiece-bpe", "sentencepiece-unigram"]
 
-_LINE_CHARACTERS = 2000  # sentencepiece leaves out what is longer than its bound, 4192 bytes by default
+_LINE_CHARACTERS = 2000  # sentencepiece leaves out lines longer than its bound, 4192 bytes by default
 _LINE_BYTES = 4 * _LINE_CHARACTERS
-# How GPT-4, Llama 3 and Qwen cut text into words before pairs are joined; numbers in groups of three digits, or one.
+# Pattern of GPT-4, Llama 3 and Qwen for the words in which pairs are joined; digits in groups of three, or alone.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -27,18 +27,22 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Trainer:
-    """A way to train, and the name of the tokenizers that it makes."""
+    """Training algorithm, with Megatron's name of the tokenizers that it makes."""
 
     tokenizer_type: TokenizerType
     train: Callable[..., dict[str, bytes]]
-    """Texts, number of ids, special tokens with the end of document first, ``split_digits``; file name to content."""
+    """Function of texts, number of ids, special tokens with the end of document first, and ``split_digits``; returns
+    the content of each file by its name."""
 
 
 def train_byte_bpe(
     texts: Sequence[str], vocab_size: int, special_tokens: Sequence[str], *, split_digits: bool
 ) -> dict[str, bytes]:
-    """Byte-level BPE: a tokenizer.json, and the tokenizer_config.json that names the end of a document."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # counts added up in another order could break ties otherwise
+    """Train byte-level BPE: a tokenizer.json, and the tokenizer_config.json that names the end-of-document token.
+
+    Raises UsageError where the text has too few pairs for ``vocab_size`` ids.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # with threads, the order of sums could break ties otherwise
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -54,10 +58,10 @@ def train_byte_bpe(
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    found = tokenizer.get_vocab_size(with_added_tokens=True)
-    if found < vocab_size:
+    num_ids = tokenizer.get_vocab_size(with_added_tokens=True)
+    if num_ids < vocab_size:
         raise UsageError(
-            f"--vocab-size {vocab_size}: the text has pairs for {found} ids; ask for fewer, or give more text"
+            f"--vocab-size {vocab_size}: the text has pairs for {num_ids} ids; ask for fewer, or give more text"
         )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -79,7 +83,10 @@ def train_sentencepiece(
     split_digits: bool,
     model_type: Literal["bpe", "unigram"],
 ) -> dict[str, bytes]:
-    """A sentencepiece model with a piece for each byte: identity normalisation, no space of its own, none removed."""
+    """Train a sentencepiece model with a piece for each byte; it neither normalises text nor adds or removes spaces.
+
+    Raises UsageError for a ``vocab_size`` that the text cannot give.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -121,7 +128,7 @@ TRAINERS: dict[TrainerType, Trainer] = {
 
 
 def _lines(texts: Sequence[str]) -> Iterator[str]:
-    """The lines of all texts, longer ones in pieces; a line feed is a byte to these models, in no piece with others."""
+    """Lines of all texts, long ones cut; a line feed is a byte of its own to these models, joined with no other."""
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LINE_CHARACTERS):
