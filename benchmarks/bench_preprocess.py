@@ -103,10 +103,10 @@ def measure(folder: Path, mb: int, workers: int, repeats: int) -> list[dict[str,
         ]
         flags += ["--workers", str(workers)]
         command = [sys.executable, "-m", "megakd", "preprocess", *flags, "--output-prefix", str(ours_out)]
-        ours = run(command, repeats, made=f"{ours_out.name}_*", folder=folder)
+        ours = run(command, repeats, outputs=f"{ours_out.name}_*", folder=folder)
         print(f"{kind}: {ours.errors.splitlines()[0]}", flush=True)
         peer_name, command = peer_command(kind, corpus, model, peer_out, workers, flags)
-        peer = run(command, 1, made=f"{peer_out.name}_*", folder=folder)
+        peer = run(command, 1, outputs=f"{peer_out.name}_*", folder=folder)
         same = all(
             Path(f"{ours_out}_text_document{end}").read_bytes() == Path(f"{peer_out}_text_document{end}").read_bytes()
             for end in (".bin", ".idx")
@@ -144,19 +144,19 @@ def peer_command(
     return name, [sys.executable, __file__, "--stand-in", kind, str(corpus), str(model), str(out), str(workers)]
 
 
-def run(command: list[str], repeats: int, *, made: str, folder: Path) -> Run:
-    """The run with the median CPU time, and the memory of one more: looking at it slows the processes down.
+def run(command: list[str], repeats: int, *, outputs: str, folder: Path) -> Run:
+    """The run with the median CPU time, and the memory of one more run, as watching it slows the processes down.
 
-    made: a glob of what each run makes in ``folder``; it is removed before, as a finished dataset is not made again.
+    outputs: glob of the files that each run makes in ``folder``; they are removed first, as a finished dataset is kept.
     """
 
     def once(watch_memory: bool) -> Run:
-        for path in folder.glob(made):
+        for path in folder.glob(outputs):
             path.unlink()
         return run_once(command, watch_memory=watch_memory)
 
     watched = once(True)
-    runs = sorted((once(False) for _ in range(repeats)), key=lambda each: each.cpu_seconds)
+    runs = sorted((once(False) for _ in range(repeats)), key=lambda run: run.cpu_seconds)
     middle = runs[(len(runs) - 1) // 2]
     return Run(middle.wall_seconds, middle.cpu_seconds, watched.resident_mb, middle.errors)
 
@@ -216,7 +216,7 @@ def resident_bytes(pid: int) -> int:
 
 
 class Encoder:
-    """What each process of the pool does to a line."""
+    """Work of each process of the pool on a line."""
 
     engine: Any = None
     megatron: Any = None
@@ -298,7 +298,7 @@ def write_corpus(path: Path, num_bytes: int) -> int:
 
 
 def places() -> Iterator[Iterator[str]]:
-    """Where a machine keeps text."""
+    """Files of text that a machine has, an iterator for each place."""
     paths = sysconfig.get_paths()
     yield from (walk(paths[key], (".py", ".pyi", ".rst", ".txt", ".md", ".h", ".c")) for key in ("stdlib", "purelib"))
     yield walk("/usr/share/man", (".gz",))

@@ -1,4 +1,4 @@
-"""What is there already: the same command changes nothing and says so, another one is refused with both values."""
+"""Results that exist: the same command changes nothing and says so, a different one is refused with both values."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_no_file_takes_the_number_of_a_closed_stream() -> None:
 
 @pytest.mark.slow
 def test_train_into_head(tmp_path: Path) -> None:
-    """As a shell runs it: status 0, and nothing on stderr about a pipe."""
+    """A shell's pipe into ``head``: status 0, and nothing on stderr about a pipe."""
     tree = make_tree(
         write_dataset(tmp_path / "data"),
         training={"train_iters": 30},

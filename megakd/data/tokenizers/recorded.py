@@ -1,4 +1,4 @@
-"""The tokenizer that a dataset was made with, opened again from what its manifest records."""
+"""The tokenizer with which a dataset was made, opened again from the record in its manifest."""
 
 from __future__ import annotations
 

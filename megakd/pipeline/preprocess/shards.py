@@ -73,7 +73,7 @@ class TextCounts(ShardCounts):
 
 
 TextShard = CorpusShard[TextCounts]
-"""Its bad records are JSON of `BadRecord`, lines counted within the shard."""
+"""A shard whose bad records are JSON of `BadRecord`, with lines counted within the shard."""
 _FORMAT = ShardFormat("preprocess-shard", 2, TextCounts)
 
 

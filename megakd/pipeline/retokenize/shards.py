@@ -73,7 +73,7 @@ class RetokenizeCounts(ShardCounts):
 
 
 RetokenizedShard = CorpusShard[RetokenizeCounts]
-"""Its bad records are JSON of ``document``, ``reason`` and ``detail``."""
+"""A shard whose bad records are JSON of ``document``, ``reason`` and ``detail``."""
 _FORMAT = ShardFormat("retokenize-shard", 1, RetokenizeCounts)
 
 

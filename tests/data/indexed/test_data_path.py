@@ -1,4 +1,4 @@
-"""What stands for a dataset on the command line: its prefix, one of its files, the folder that it lies in alone."""
+"""Data paths: a dataset's prefix, one of its files, the folder in which it is the only dataset."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_stray_things_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureF
     write(tmp_path / "d")
     for name, content in (("notes.txt", "hi"), ("a.json", '{"a": 1}'), ("list.json", "[1]")):
         (tmp_path / name).write_text(content)
-    for given, said in (
+    for name, hint in (
         ("empty", "it is empty"),
         ("notes.txt", "not an artefact"),
         ("a.json", "JSON, but not a manifest of megakd's: it holds a"),
@@ -71,9 +71,9 @@ def test_stray_things_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureF
         ("nowhere", "nowhere"),
     ):
         for verb in ("show", "verify"):
-            assert main([verb, str(tmp_path / given)]) == ExitStatus.USAGE
+            assert main([verb, str(tmp_path / name)]) == ExitStatus.USAGE
             error = capsys.readouterr().err
-            assert said in error and error.count("\n") == 1
+            assert hint in error and error.count("\n") == 1
 
 
 def test_a_dataset_that_was_moved_and_renamed_is_the_same_with_its_packing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is no JSON lines file is named by its content, with what to do, before any work; what is one is let through."""
+"""Files that are no JSON lines are named by their content, with a way out, before any work; others are let through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token ends a document, said with its reason, and models of formats that are named instead of read."""
+"""End-of-document tokens, with their reasons, and models of formats that are named instead of read."""
 
 from __future__ import annotations
 

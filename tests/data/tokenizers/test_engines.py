@@ -251,12 +251,14 @@ def test_routes_are_a_search_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     source = random.Random(3)
     literals = ["".join(source.choices("ab<>|", k=source.randint(1, 4))) for _ in range(40)]
     for _ in range(20):
-        own = source.sample(literals, 4)
+        routed = source.sample(literals, 4)
         points = source.sample(range(0x80, 0x3000), 2)
-        routes = Routes([(point, point + 5) for point in points], own)
+        routes = Routes([(point, point + 5) for point in points], routed)
         for _ in range(300):
             text = "".join(source.choices("abcd<>|\u00e9", k=10)) + chr(source.choice(points) + source.randint(-3, 8))
-            want = any(each in text for each in own) or any(point <= ord(text[-1]) < point + 6 for point in points)
+            want = any(literal in text for literal in routed) or any(
+                point <= ord(text[-1]) < point + 6 for point in points
+            )
             assert routes.holds_any(text) == want
 
 

@@ -88,7 +88,7 @@ def test_histogram_counts_every_document_in_its_class():
 
 
 def shown(capsys, *arguments):
-    """What is printed, by its first column."""
+    """Printed values, by their names in the first column."""
     assert run_show(*arguments) == ExitStatus.COMPLETE
     lines = capsys.readouterr().out.splitlines()
     return {line[:18].strip(): line[18:].strip() for line in lines}
