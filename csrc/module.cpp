@@ -16,7 +16,6 @@ namespace py = pybind11;
 namespace megakd {
 
 void bind_sentence_cuts(py::module_& m);  // sentence_cuts.cpp
-void bind_selection(py::module_& m);      // select_bindings.cpp
 void bind_byte_pairs(py::module_& m);  // byte_pairs.cpp
 void bind_row_codec(py::module_& m);      // row_codec_bindings.cpp
 
@@ -180,7 +179,6 @@ PYBIND11_MODULE(_csrc, m) {
         py::arg("factor") = py::none(), py::arg("shift") = py::none(), py::arg("listed") = py::none(),
         "A sweep over a chunk of logits whose teacher lists ids.");
   megakd::bind_sentence_cuts(m);
-  megakd::bind_selection(m);
   megakd::bind_byte_pairs(m);
   megakd::bind_row_codec(m);
 }

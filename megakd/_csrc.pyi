@@ -68,62 +68,6 @@ def sentence_cuts(tokens: NDArray[Any], classes: NDArray[np.uint8], window: int,
     """Not a sweep: csrc/data/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are
     filled, that one counted. Raises IndexError for an id that ``classes`` has no entry for."""
 
-class ScoreSweep:
-    """Not a sweep over logits: sweeps over the scores of one dataset's samples (csrc/select/radix_select.h).
-
-    Score: sum of weight * -log_probs / divisor, or of the ranks of that. Ranges are samples; a key is the image of the
-    score and the hash of the id. ``counts`` and ``ids`` are filled. Raises ValueError for arrays that do not fit.
-    """
-
-    def __init__(
-        self,
-        log_probs: list[NDArray[np.float32]],
-        weights: list[float],
-        *,
-        divisor: NDArray[np.int32] | int,
-        tokens: NDArray[np.int32] | int,
-        excluded: NDArray[np.int64],
-        tie_key: int,
-        gumbel: tuple[int, float],
-        drop_negative: bool,
-        below: tuple[int, int] | None,
-        ranks: list[NDArray[np.float64]],
-    ) -> None: ...
-    def survey(
-        self, begin: int, end: int, by_tokens: bool, counts: NDArray[np.uint64], threads: int
-    ) -> dict[str, Any]: ...
-    def count(
-        self,
-        begin: int,
-        end: int,
-        digit: int,
-        prefix: tuple[int, int],
-        by_tokens: bool,
-        counts: NDArray[np.uint64],
-        threads: int,
-    ) -> None: ...
-    def collect(
-        self,
-        begin: int,
-        end: int,
-        images_between: tuple[int, int],
-        images: NDArray[np.uint32],
-        hashes: NDArray[np.uint64],
-        tokens: NDArray[np.int32],
-    ) -> int:
-        """Keys with images from the first to the last, and their tokens, as many as there is room for."""
-
-    def keep(self, begin: int, end: int, at_least: tuple[int, int], ids: NDArray[np.int64]) -> tuple[int, int]:
-        """Samples kept and their tokens; the ids stand first in ``ids``."""
-
-    def count_ranks(self, begin: int, end: int, model: int, counts: NDArray[np.uint64]) -> None: ...
-    def scores(self, begin: int, end: int, scores: NDArray[np.float32]) -> None: ...
-
-def gather_bytes(
-    source: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64], out: NDArray[np.uint8]
-) -> None:
-    """Copies ranges of bytes one behind the other. Raises ValueError for a range beyond the source."""
-
 ROW_CODE_LENGTHS: int
 """Bytes of a shard's table of code lengths."""
 ROW_READ_AHEAD: int

@@ -138,9 +138,9 @@ def count(scoring: Scoring, *, bins: int, num_extremes: int, num_drawn: int) -> 
     means = {name: column.total / candidates for name, column in columns.items()}
     ranks = {name: column.ranks() for name, column in columns.items()}
     products, rank_products = (np.zeros((len(names), len(names))) for _ in range(2))
-    domains = {name: index for index, name in enumerate(dict.fromkeys(piece.domain for piece in scoring.pieces))}
-    piece_ends = np.array([piece.end for piece in scoring.pieces])
-    piece_domains = np.array([domains[piece.domain] for piece in scoring.pieces])
+    domains = {name: index for index, name in enumerate(dict.fromkeys(within.domain for within in scoring.ranges))}
+    range_ends = np.array([within.end for within in scoring.ranges])
+    range_domains = np.array([domains[within.domain] for within in scoring.ranges])
     by_domain, domain_score_sums = Amounts.zeros(len(domains)), np.zeros(len(domains))
     by_score = Amounts.zeros(len(score_edges) - 1)
     by_length = {SAMPLE_TOKENS: Amounts.zeros(64)}
@@ -159,7 +159,7 @@ def count(scoring: Scoring, *, bins: int, num_extremes: int, num_drawn: int) -> 
         cell = _bins(nll_edges, block.columns[TEACHER]) * size + _bins(nll_edges, block.columns[REFERENCE])
         nll += np.bincount(cell, minlength=size * size)
         nll_kept += np.bincount(cell[kept], minlength=size * size)
-        domain = piece_domains[np.searchsorted(piece_ends, block.ids, side="right")]
+        domain = range_domains[np.searchsorted(range_ends, block.ids, side="right")]
         by_domain.add(domain, block.tokens, kept)
         domain_score_sums += np.bincount(domain, scores, len(domains))
         by_length[SAMPLE_TOKENS].add(_log2(block.tokens), block.tokens, kept)

@@ -14,8 +14,9 @@ from megakd.data.scores.sources import Source, open_sources
 from megakd.data.selection import Selection
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.report.config import ReportConfig
-from megakd.pipeline.select.domains import read_pieces
-from megakd.pipeline.select.threshold import Keys, Piece, Rule, share_of
+from megakd.pipeline.select.domains import read_ranges
+from megakd.pipeline.select.keys import Rule
+from megakd.pipeline.select.threshold import DomainRange, Keys, share_of
 
 TEACHER, REFERENCE, SCORE, OTHER = "NLL of the teacher", "NLL of the reference", "score", "other score"
 _AT_ONCE = 1 << 18
@@ -38,7 +39,7 @@ class Scoring:
 
     source: Source
     selection: Selection | None
-    pieces: list[Piece]
+    ranges: list[DomainRange]
     """Ranges of samples, in order, each of one domain."""
     keys: dict[str, Keys]
     """By SCORE and, with a second scoring, OTHER."""
@@ -80,7 +81,7 @@ class Scoring:
         begin, end = int(block.ids[0]), int(block.ids[-1]) + 1
         parts: list[NDArray[np.int64]] = []
         if threshold is not None:
-            self.keys[column].keep(Piece(0, begin, end, ""), threshold, lambda ids: parts.append(ids.copy()))
+            self.keys[column].keep(DomainRange(0, begin, end, ""), threshold, parts.append)
         elif self.selection is not None:
             first, last = np.searchsorted(self.selection.ids, (begin, end))
             parts.append(np.asarray(self.selection.ids[first:last]))
@@ -91,7 +92,7 @@ class Scoring:
 
     def threshold(self, num_candidates: int, column: str = SCORE) -> int:
         """The key above which the ratio of all candidates lies."""
-        whole = [Piece(0, 0, self.source.num_samples, "")]
+        whole = [DomainRange(0, 0, self.source.num_samples, "")]
         return self.keys[column].threshold(whole, share_of(self.ratio, num_candidates), by_tokens=False)
 
     def _refuse(self, column: str, ids: NDArray[np.int64]) -> None:
@@ -141,7 +142,7 @@ def open_scoring(config: ReportConfig) -> Scoring:
     return Scoring(
         source=source,
         selection=selection,
-        pieces=read_pieces(config.domains, [source]),
+        ranges=read_ranges(config.domains, [source]),
         # One thread: what is heavy here is not what these read, and no figure may depend on their number.
         keys={column: Keys([source], Rule(weights, seed), threads=1) for column, weights in rules.items()},
         teacher_scale=scale,

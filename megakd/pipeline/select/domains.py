@@ -13,7 +13,7 @@ from megakd.data.samples.concat import Samples
 from megakd.data.scores.sources import Source
 from megakd.errors import UsageError
 from megakd.pipeline.select.config import REST, read_numbers
-from megakd.pipeline.select.threshold import Keys, Piece, share_of
+from megakd.pipeline.select.threshold import DomainRange, Keys, share_of
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Share:
-    """Pieces that one threshold is for, and how many samples or tokens of them to keep."""
+    """Domains that share one threshold, and how many samples or tokens of them to keep."""
 
     domains: tuple[str, ...]
     budget: int
 
 
-def read_pieces(domains: str | None, sources: Sequence[Source]) -> list[Piece]:
-    """All samples of all sources, in pieces of one domain; those of a source in order.
+def read_ranges(domains: str | None, sources: Sequence[Source]) -> list[DomainRange]:
+    """All samples of all sources, in ranges of one domain; those of a source in order.
 
     domains: a file of ranges of documents, for one source; None: each source is a domain, by its output's name.
 
@@ -52,20 +52,20 @@ def read_pieces(domains: str | None, sources: Sequence[Source]) -> list[Piece]:
         if len(set(names)) != len(names):
             outputs = " ".join(str(source.output) for source in sources)
             raise UsageError(f"--output {outputs}: the folders name the domains: give them other names")
-        return [Piece(index, 0, source.num_samples, names[index]) for index, source in enumerate(sources)]
+        return [DomainRange(index, 0, source.num_samples, names[index]) for index, source in enumerate(sources)]
     samples = sources[0].samples
     assert samples is not None  # --domains needs --data-path
-    pieces, at = [], 0
-    for name, first, stop in _read_ranges(Path(domains), samples):
+    ranges, at = [], 0
+    for name, first, stop in _read_lines(Path(domains), samples):
         begin, end = (first_sample_from(samples, _token_position(samples, document)) for document in (first, stop))
         if begin > at:
-            pieces.append(Piece(0, at, begin, REST))
+            ranges.append(DomainRange(0, at, begin, REST))
         if end > begin:
-            pieces.append(Piece(0, begin, end, name))
+            ranges.append(DomainRange(0, begin, end, name))
         at = max(at, end)
     if at < samples.num_samples:
-        pieces.append(Piece(0, at, samples.num_samples, REST))
-    return pieces
+        ranges.append(DomainRange(0, at, samples.num_samples, REST))
+    return ranges
 
 
 def first_sample_from(samples: Samples, token_position: int) -> int:
@@ -83,13 +83,13 @@ def first_sample_from(samples: Samples, token_position: int) -> int:
 def allocate(
     allocation: Allocation,
     keys: Keys,
-    pieces: Sequence[Piece],
+    ranges: Sequence[DomainRange],
     amounts: Mapping[str, int],
-    find: Callable[[Sequence[Piece], int], int],
+    find: Callable[[Sequence[DomainRange], int], int],
 ) -> list[Share]:
     """How much of which domains is kept, under one threshold each.
 
-    amounts: candidates of each domain, samples or tokens as the ratio counts. find: the threshold of pieces for a
+    amounts: candidates of each domain, samples or tokens as the ratio counts. find: the threshold of ranges for a
     budget.
 
     Raises UsageError for unknown domains and for bounds that no selection keeps.
@@ -117,16 +117,16 @@ def allocate(
             f"--ratio {allocation.ratio} keeps {budget} {allocation.ratio_of}; with --floor and --cap it is between "
             f"{sum(low.values())} and {sum(high.values())}"
         )
-    return _bounded(keys, pieces, budget, low, high, find, by_tokens=allocation.ratio_of == "tokens")
+    return _bounded(keys, ranges, budget, low, high, find, by_tokens=allocation.ratio_of == "tokens")
 
 
 def _bounded(
     keys: Keys,
-    pieces: Sequence[Piece],
+    ranges: Sequence[DomainRange],
     budget: int,
     low: Mapping[str, int],
     high: Mapping[str, int],
-    find: Callable[[Sequence[Piece], int], int],
+    find: Callable[[Sequence[DomainRange], int], int],
     *,
     by_tokens: bool,
 ) -> list[Share]:
@@ -140,11 +140,11 @@ def _bounded(
     fixed: dict[str, int] = {}
     while free := [name for name in low if name not in fixed]:
         left = max(0, budget - sum(fixed.values()))
-        threshold = find([piece for piece in pieces if piece.domain in free], left)
+        threshold = find([within for within in ranges if within.domain in free], left)
         kept = dict.fromkeys(free, 0)
-        for piece in pieces:
-            if piece.domain in kept:
-                kept[piece.domain] += keys.keep(piece, threshold)[by_tokens]
+        for within in ranges:
+            if within.domain in kept:
+                kept[within.domain] += keys.keep(within, threshold)[by_tokens]
         lacking = {name: low[name] - kept[name] for name in free if kept[name] < low[name]}
         exceeding = {name: kept[name] - high[name] for name in free if kept[name] > high[name]}
         if not lacking and not exceeding:
@@ -168,7 +168,7 @@ def _known(entries: Sequence[str], flag: str, domains: Mapping[str, int]) -> dic
     return numbers
 
 
-def _read_ranges(path: Path, samples: Samples) -> list[tuple[str, int, int]]:
+def _read_lines(path: Path, samples: Samples) -> list[tuple[str, int, int]]:
     """The lines of a file of domains, in the order of their documents."""
     if not path.is_file():
         raise UsageError(f"--domains {path}: no such file")

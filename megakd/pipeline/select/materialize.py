@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd._csrc import gather_bytes
 from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.data.indexed.dataset import IndexedWriter
@@ -34,19 +33,16 @@ def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifes
     if done is not None:
         say_complete(prefix)
         return done
-    size = dataset.dtype.itemsize
-    source = dataset.tokens.view(np.uint8)
-    at_once = max(1, _COPY_BYTES // (size * (samples.seq_length + 1)))
-    buffer = np.empty(at_once * (samples.seq_length + 1), dataset.dtype)
+    source = np.asarray(dataset.tokens)  # slices of a memmap are slower
+    at_once = max(1, _COPY_BYTES // (dataset.dtype.itemsize * (samples.seq_length + 1)))
     with IndexedWriter(prefix, dataset.dtype) as writer:
         for first in range(0, len(selection), at_once):
             ids = np.asarray(selection.ids[first : first + at_once + 1])  # one more, to see whether it is a neighbour
             starts, lengths = document_ranges(samples, ids, at_once)
-            tokens = buffer[: int(lengths.sum())]
             runs = np.flatnonzero(np.concatenate(([True], starts[1:] != starts[:-1] + lengths[:-1])))
-            sizes = np.add.reduceat(lengths, runs) * size
-            gather_bytes(source, starts[runs] * size, sizes, tokens.view(np.uint8))
-            writer.add_documents(tokens, lengths.astype(np.int32))
+            ends = starts[runs] + np.add.reduceat(lengths, runs)
+            tokens = [source[start:end] for start, end in zip(starts[runs].tolist(), ends.tolist())]
+            writer.add_documents(np.concatenate(tokens), lengths.astype(np.int32))
         return writer.finish(parameters=parameters, parents=parents, tokenizer=recorded)
 
 

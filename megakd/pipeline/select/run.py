@@ -18,8 +18,9 @@ from megakd.data.scores.sources import Source
 from megakd.data.selection import FORMAT, MANIFEST, VERSION, SelectionWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.select.config import SelectConfig
-from megakd.pipeline.select.domains import Allocation, Share, allocate, read_pieces
-from megakd.pipeline.select.threshold import NOTHING, Keys, Piece, Ranks, Rule, Survey, score_at, share_of
+from megakd.pipeline.select.domains import Allocation, Share, allocate, read_ranges
+from megakd.pipeline.select.keys import NOTHING, Rule, score_at
+from megakd.pipeline.select.threshold import DomainRange, Keys, Survey, share_of
 
 _RECORDED = (
     "normalise",
@@ -72,35 +73,32 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     rules = [_recorded_rule(recorded, sources, source) for source in sources]
     for source, recorded_rule in zip(sources, rules):
         _find_selection(source, recorded_rule)
-    pieces = read_pieces(config.domains, sources)
+    ranges = read_ranges(config.domains, sources)
     by_tokens = config.ratio_of == "tokens"
     threads = config.threads or len(os.sched_getaffinity(0))
     # In the order of the names: the last bit of a sum of three depends on it, and must not on the order of the flags.
     rule = Rule(dict(sorted(weights.items())), config.seed)
     keys = Keys(sources, rule, threads=threads)
-    surveys, counts = _survey(keys, pieces, by_tokens=by_tokens, weights_flag=config.weights_given)
-    ranks: Ranks | None = None
+    surveys, counts = _survey(keys, ranges, by_tokens=by_tokens, weights_flag=config.weights_given)
     if config.rank_difference:
-        ranks = keys.rank_tables(pieces)
-        keys = Keys(sources, rule, threads=threads, ranks=ranks)
-        surveys, counts = _survey(keys, pieces, by_tokens=by_tokens, weights_flag=config.weights_given)
-    whole = Survey.sum(surveys)
-    uniform = [Survey.sum(s for s, p in zip(surveys, pieces) if p.source == index) for index in range(len(sources))]
-    keys = Keys(sources, rule, threads=threads, ranks=ranks, uniform=uniform)
+        rule = replace(rule, nll_ranks=keys.nll_ranks(ranges))
+        keys = Keys(sources, rule, threads=threads)
+        surveys, counts = _survey(keys, ranges, by_tokens=by_tokens, weights_flag=config.weights_given)
+    total = Survey.sum(surveys)
     final = replace(rule, drop_negative=config.drop_negative, gumbel_temperature=config.gumbel_temperature)
     if config.drop_top_fraction:
-        budget = share_of(config.drop_top_fraction, whole.candidates)
-        final = replace(final, below=keys.threshold(pieces, budget, by_tokens=False))
+        budget = share_of(config.drop_top_fraction, total.candidates)
+        final = replace(final, below=keys.threshold(ranges, budget, by_tokens=False))
     if final != rule:
-        keys = Keys(sources, final, threads=threads, ranks=ranks, uniform=uniform)
+        keys = Keys(sources, final, threads=threads)
 
-    def find(some: Sequence[Piece], budget: int) -> int:
-        known = final == rule and len(some) == len(pieces)
+    def find(some: Sequence[DomainRange], budget: int) -> int:
+        known = final == rule and len(some) == len(ranges)
         return keys.threshold(some, budget, by_tokens=by_tokens, counts=counts if known else None)
 
     domains: dict[str, Domain] = {}
-    for piece, survey in zip(pieces, surveys):
-        domain = domains.setdefault(piece.domain, Domain())
+    for within, survey in zip(ranges, surveys):
+        domain = domains.setdefault(within.domain, Domain())
         domain.candidates += survey.candidates
         domain.candidate_tokens += survey.tokens
     amounts = {name: d.candidate_tokens if by_tokens else d.candidates for name, d in domains.items()}
@@ -112,39 +110,32 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
         floor=config.floor,
         cap=config.cap,
     )
-    shares = allocate(allocation, keys, pieces, amounts, find)
-    thresholds = _thresholds(allocation, shares, pieces, find, num_candidates=whole.candidates)
-    manifests = _write(sources, rules, keys, pieces, thresholds, domains)
-    correlations = {name: whole.correlation(index) for index, name in enumerate(rule.weights)}
-    return Outcome(manifests, domains, correlations, whole)
+    shares = allocate(allocation, keys, ranges, amounts, find)
+    thresholds = _thresholds(allocation, shares, ranges, find, num_candidates=total.candidates)
+    manifests = _write(sources, rules, keys, ranges, thresholds, domains)
+    correlations = {name: total.correlation(index) for index, name in enumerate(rule.weights)}
+    return Outcome(manifests, domains, correlations, total)
 
 
 def _survey(
-    keys: Keys, pieces: Sequence[Piece], *, by_tokens: bool, weights_flag: str
-) -> tuple[list[Survey], NDArray[np.uint64]]:
-    """A survey of each piece, and the counts of the first digit of all."""
-    counts = np.zeros(1 << 16, np.uint64)
+    keys: Keys, ranges: Sequence[DomainRange], *, by_tokens: bool, weights_flag: str
+) -> tuple[list[Survey], NDArray[np.int64]]:
+    """A survey of each range, and the counts of the first digit of all."""
+    counts = np.zeros(1 << 16, np.int64)
     surveys = []
-    for piece in pieces:
-        survey = keys.survey(piece, by_tokens=by_tokens, counts=counts)
+    for within in ranges:
+        survey = keys.survey(within, by_tokens=by_tokens, counts=counts)
         if survey.num_bad:
-            _refuse_bad(keys, piece, survey, weights_flag)
+            _refuse_bad(keys.sources[within.source], survey, weights_flag)
         surveys.append(survey)
     return surveys, counts
 
 
-def _refuse_bad(keys: Keys, piece: Piece, survey: Survey, weights_flag: str) -> None:
-    source = keys.sources[piece.source]
-    bad: list[int] = []
-    for begin in range(survey.first_bad, piece.end, 1 << 16):
-        scores = keys.scores(piece.source, begin, min(begin + (1 << 16), piece.end))
-        ids = begin + np.flatnonzero(~np.isfinite(scores))
-        bad.extend(ids[(source.counts[ids] > 0) & ~np.isin(ids, source.excluded)].tolist())
-        if len(bad) >= min(5, survey.num_bad):
-            break
+def _refuse_bad(source: Source, survey: Survey, weights_flag: str) -> None:
+    bad = list(survey.bad)
     folders = " and ".join(str(scores.folder) for scores in source.scores.values())
-    shown = ", ".join(map(str, bad[:5]))
-    more = ", ..." if survey.num_bad > 5 else ""
+    shown = ", ".join(map(str, bad))
+    more = ", ..." if survey.num_bad > len(bad) else ""
     if all(np.isfinite(scores.log_probs[bad]).all() for scores in source.scores.values()):
         raise UsageError(
             f"{weights_flag}: it takes the score of {survey.num_bad} samples beyond what float32 holds, ids "
@@ -157,7 +148,7 @@ def _refuse_bad(keys: Keys, piece: Piece, survey: Survey, weights_flag: str) -> 
 
 
 def _thresholds(
-    allocation: Allocation, shares: Sequence[Share], pieces: Sequence[Piece], find: Any, *, num_candidates: int
+    allocation: Allocation, shares: Sequence[Share], ranges: Sequence[DomainRange], find: Any, *, num_candidates: int
 ) -> dict[str, int]:
     if not num_candidates:
         raise UsageError(
@@ -170,7 +161,7 @@ def _thresholds(
         )
     thresholds = {}
     for share in shares:
-        own = [piece for piece in pieces if piece.domain in share.domains]
+        own = [within for within in ranges if within.domain in share.domains]
         threshold = find(own, share.budget) if share.budget else NOTHING
         thresholds.update(dict.fromkeys(share.domains, threshold))
     return thresholds
@@ -180,15 +171,15 @@ def _write(
     sources: Sequence[Source],
     rules: Sequence[dict[str, Any]],
     keys: Keys,
-    pieces: Sequence[Piece],
+    ranges: Sequence[DomainRange],
     thresholds: Mapping[str, int],
     domains: dict[str, Domain],
 ) -> list[Manifest]:
     with ExitStack() as stack:
         writers = [stack.enter_context(SelectionWriter(source.output)) for source in sources]
-        for piece in pieces:
-            domain, threshold = domains[piece.domain], thresholds[piece.domain]
-            samples, tokens = keys.keep(piece, threshold, writers[piece.source].append)
+        for within in ranges:
+            domain, threshold = domains[within.domain], thresholds[within.domain]
+            samples, tokens = keys.keep(within, threshold, writers[within.source].append)
             domain.kept += samples
             domain.kept_tokens += tokens
             domain.threshold = score_at(threshold)

@@ -1,48 +1,34 @@
-"""The exact threshold of "the k with the largest scores", by radix histograms over scores that stay on disk.
+"""The exact threshold of "the k samples with the largest scores", by histograms of 16 bits over scores on disk.
 
-A sample's key is a number of 96 bits: the order-preserving image of its float32 score, above a keyed hash of its id.
-No two samples of a dataset share one, so a threshold cuts exactly anywhere, ties included, whatever the order of the
-datasets.
+Memory does not grow with the number of samples. Each pass makes the keys anew, a block of samples at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, TypeVar
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from megakd._csrc import ScoreSweep
 from megakd.data.scores.sources import Source
+from megakd.pipeline.select.keys import NOTHING, RANK_BINS, NllRanks, Rule, SampleKeys, images_of, rank_bins
 
-NOTHING = 1 << 96
-"""The threshold above every key."""
-EVERYTHING = 0
-_DIGITS = 6
-_RANK_BINS = 1 << 20
-_AT_ONCE = 1 << 19
+_DIGITS = 1 << 16
+_AT_ONCE = 1 << 15  # temporaries of a block stay in the second cache
 _COLLECTED = 1 << 19
-"""So few keys are sorted in memory rather than counted by further sweeps."""
+"""So few keys are sorted in memory rather than counted by further passes."""
+_SHOWN = 5
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How keys are made of scores, and what is out of question."""
-
-    weights: dict[str, float]
-    seed: int
-    drop_negative: bool = False
-    gumbel_temperature: float = 0.0
-    below: int = NOTHING
-    """Only samples whose key, before Gumbel noise, is smaller."""
-
-
-@dataclass(frozen=True)
-class Piece:
+class DomainRange:
     """A range of the samples of one source, all of one domain."""
 
     source: int
@@ -53,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over all scores tells. The sums are over candidates: not excluded, with tokens to divide by."""
+    """Figures of one pass over scores. The sums are over candidates: not excluded, with tokens and a divisor."""
 
     candidates: int
     tokens: int
@@ -61,13 +47,14 @@ class Survey:
     empty: int
     negative: int
     num_bad: int
-    first_bad: int
-    divisors: tuple[int, int]
-    token_counts: tuple[int, int]
+    """Candidates whose score is not finite."""
+    bad: tuple[int, ...]
+    """Ids of the first few of them."""
     moments: NDArray[np.float64]
+    """``[2 + 3 * models]``: sums of s and s^2 over scores s, then for each model of x, x^2 and s x over terms x."""
 
     def correlation(self, model: int) -> float:
-        """Pearson's, of the score with one model's term; NaN where either is the same for all."""
+        """Pearson's correlation of the score with one model's term; NaN where either is the same for all."""
         n, (s, ss), (x, xx, sx) = self.candidates, self.moments[:2], self.moments[2 + 3 * model : 5 + 3 * model]
         if not n:
             return math.nan
@@ -76,130 +63,157 @@ class Survey:
 
     @staticmethod
     def sum(parts: Iterable[Survey]) -> Survey:
-        """Of pieces together."""
-        several = list(parts)
+        """The survey of several parts together."""
+        surveys = list(parts)
         return Survey(
-            candidates=sum(p.candidates for p in several),
-            tokens=sum(p.tokens for p in several),
-            excluded=sum(p.excluded for p in several),
-            empty=sum(p.empty for p in several),
-            negative=sum(p.negative for p in several),
-            num_bad=sum(p.num_bad for p in several),
-            first_bad=-1,
-            divisors=_range([p.divisors for p in several]),
-            token_counts=_range([p.token_counts for p in several]),
-            moments=np.sum([p.moments for p in several], axis=0),
+            candidates=sum(survey.candidates for survey in surveys),
+            tokens=sum(survey.tokens for survey in surveys),
+            excluded=sum(survey.excluded for survey in surveys),
+            empty=sum(survey.empty for survey in surveys),
+            negative=sum(survey.negative for survey in surveys),
+            num_bad=sum(survey.num_bad for survey in surveys),
+            bad=tuple(itertools.islice((sample for survey in surveys for sample in survey.bad), _SHOWN)),
+            moments=np.sum([survey.moments for survey in surveys], axis=0),
         )
 
 
-Ranks = dict[str, NDArray[np.float64]]
-"""Per model, samples below each bin of its NLL's image, and all of them at the end."""
-
-
 class Keys:
-    """The keys of all sources under one rule.
+    """The keys of the samples of all sources under one rule. threads: they read blocks; no result depends on them."""
 
-    uniform: the survey of each source, where there is one: what is the same for all its samples is not read again.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        rule: Rule,
-        *,
-        threads: int,
-        ranks: Ranks | None = None,
-        uniform: Sequence[Survey] | None = None,
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], rule: Rule, *, threads: int) -> None:
         self.sources, self.rule, self.threads = sources, rule, threads
-        self._sweeps = [
-            _sweep(source, rule, ranks, None if uniform is None else uniform[index])
-            for index, source in enumerate(sources)
-        ]
+        self._samples = [SampleKeys(source, rule) for source in sources]
 
-    def survey(self, piece: Piece, *, by_tokens: bool, counts: NDArray[np.uint64]) -> Survey:
-        """One pass over a piece; ``counts`` gains those of its first digit."""
-        found = self._sweeps[piece.source].survey(piece.begin, piece.end, by_tokens, counts, self.threads)
-        return Survey(**{**found, "moments": np.array(found["moments"])})
+    def survey(self, within: DomainRange, *, by_tokens: bool, counts: NDArray[np.int64]) -> Survey:
+        """Read a range once. ``counts`` ``[65536]`` gains its candidates, or their tokens, by a key's first 16 bits."""
+
+        def read(samples: SampleKeys, begin: int, end: int) -> tuple[Survey, NDArray[np.int64]]:
+            terms = samples.terms(begin, end)
+            scores = samples.scores(terms)
+            allowed, scored = samples.not_excluded(begin, end), samples.not_empty(begin, end)
+            places = np.flatnonzero(allowed & scored)
+            tokens = samples.counts[begin:end][places]
+            scores = scores[places]
+            bad = begin + places[~np.isfinite(scores)]
+            survey = Survey(
+                candidates=len(places),
+                tokens=int(tokens.sum(dtype=np.int64)),
+                excluded=int(np.count_nonzero(~allowed)),
+                empty=int(np.count_nonzero(allowed & ~scored)),
+                negative=int(np.count_nonzero(scores < 0)),
+                num_bad=len(bad),
+                bad=tuple(bad[:_SHOWN].tolist()),
+                moments=_moments(scores, [term[places] for term in terms.values()]),
+            )
+            return survey, _count(images_of(scores) >> np.uint32(16), tokens if by_tokens else None)
+
+        surveys = []
+        for survey, found in self._read([within], read):
+            surveys.append(survey)
+            counts += found
+        return Survey.sum(surveys)
 
     def threshold(
-        self, pieces: Sequence[Piece], budget: int, *, by_tokens: bool, counts: NDArray[np.uint64] | None = None
+        self, ranges: Sequence[DomainRange], budget: int, *, by_tokens: bool, counts: NDArray[np.int64] | None = None
     ) -> int:
-        """The least key at which the samples of ``pieces`` with that key or a larger one do not exceed ``budget``.
+        """The least key at which the samples of ``ranges`` with that key or a larger one do not exceed ``budget``.
 
-        budget: samples, or scored tokens. counts: of the first digit, where they are known.
+        budget: samples, or scored tokens. counts: those of the key's first 16 bits, where a survey has made them.
         """
-        prefix, left = 0, budget
-        for digit in range(_DIGITS):
+        low, left = 0, budget
+        for shift in range(80, -16, -16):
             if counts is None:
-                counts = np.zeros(1 << 16, np.uint64)
-                for piece in pieces:
-                    sweep = self._sweeps[piece.source]
-                    sweep.count(piece.begin, piece.end, digit, _pair(prefix), by_tokens, counts, self.threads)
+                counts = self._count_digits(ranges, low, shift, by_tokens)
             from_top = np.cumsum(counts[::-1])
             over = int(np.searchsorted(from_top, left, side="right"))  # the first bucket that does not fit whole
-            shift = 16 * (_DIGITS - 1 - digit)
             if over == len(from_top):
-                return prefix
+                return low
             left -= int(from_top[over - 1]) if over else 0
-            bucket = len(from_top) - 1 - over
-            if left == 0 or digit == _DIGITS - 1:
-                return prefix + ((bucket + 1) << shift)
-            if digit < 2 and counts[bucket] <= _COLLECTED:
-                return self._cut(pieces, prefix + (bucket << shift), 1 << shift, int(counts[bucket]), left, by_tokens)
-            prefix += bucket << shift
+            low += (_DIGITS - 1 - over) << shift
+            if left == 0:
+                return low + (1 << shift)
+            if counts[_DIGITS - 1 - over] <= _COLLECTED:
+                break
             counts = None
-        raise AssertionError("the last digit returns")
+        return self._cut(ranges, low, low + (1 << shift), left, by_tokens)
 
-    def _cut(self, pieces: Sequence[Piece], first: int, span: int, room: int, budget: int, by_tokens: bool) -> int:
-        """The threshold among ``span`` keys from ``first`` on, which at most ``room`` samples have."""
-        images, hashes, tokens = np.empty(room, np.uint32), np.empty(room, np.uint64), np.empty(room, np.int32)
-        found = 0
-        between = first >> 64, (first + span - 1) >> 64
-        for piece in pieces:
-            sweep = self._sweeps[piece.source]
-            found += sweep.collect(piece.begin, piece.end, between, images[found:], hashes[found:], tokens[found:])
-        order = np.lexsort((hashes[:found], images[:found]))[::-1]
-        amounts = tokens[order] if by_tokens else np.ones(found, np.int64)
-        fitting = int(np.searchsorted(np.cumsum(amounts, dtype=np.int64), budget, side="right"))
+    def _count_digits(self, ranges: Sequence[DomainRange], low: int, shift: int, by_tokens: bool) -> NDArray[np.int64]:
+        """Count 16 bits of the keys, those from bit ``shift`` on, where the bits above are those of ``low``."""
+
+        def read(samples: SampleKeys, begin: int, end: int) -> NDArray[np.int64]:
+            ids, images = samples.between(begin, end, low, low + (_DIGITS << shift))
+            digits = images >> np.uint32(shift - 64) if shift >= 64 else samples.hashes(ids) >> np.uint64(shift)
+            return _count(digits & digits.dtype.type(_DIGITS - 1), samples.counts[ids] if by_tokens else None)
+
+        return sum(self._read(ranges, read), np.zeros(_DIGITS, np.int64))
+
+    def _cut(self, ranges: Sequence[DomainRange], low: int, high: int, budget: int, by_tokens: bool) -> int:
+        """The threshold among the keys in ``[low, high)``, of which there are few enough to sort."""
+
+        def read(samples: SampleKeys, begin: int, end: int) -> tuple[NDArray[Any], ...]:
+            """Images, hashes, and what each sample takes of the budget."""
+            ids, images = samples.between(begin, end, low, high)
+            return images, samples.hashes(ids), samples.counts[ids] if by_tokens else np.ones(len(ids), np.int32)
+
+        images, hashes, amounts = (np.concatenate(parts) for parts in zip(*self._read(ranges, read)))
+        order = np.lexsort((hashes, images))[::-1]
+        fitting = int(np.searchsorted(np.cumsum(amounts[order], dtype=np.int64), budget, side="right"))
         last = order[max(0, fitting - 1)]
         return (int(images[last]) << 64 | int(hashes[last])) + (fitting == 0)
 
     def keep(
-        self, piece: Piece, threshold: int, take: Callable[[NDArray[np.int64]], object] | None = None
+        self, within: DomainRange, threshold: int, take: Callable[[NDArray[np.int64]], object] | None = None
     ) -> tuple[int, int]:
-        """Samples and scored tokens at or above a threshold; their ids go, ascending, to ``take``."""
-        samples = tokens = 0
+        """Samples and scored tokens of a range at or above a threshold; their ids go, ascending, to ``take``."""
+        num_samples = num_tokens = 0
         if threshold >= NOTHING:
             return 0, 0
-        ids = np.empty(min(_AT_ONCE, piece.end - piece.begin), np.int64)
-        for begin in range(piece.begin, piece.end, _AT_ONCE):
-            end = min(begin + _AT_ONCE, piece.end)
-            found, their_tokens = self._sweeps[piece.source].keep(begin, end, _pair(threshold), ids)
-            samples, tokens = samples + found, tokens + their_tokens
+
+        def read(samples: SampleKeys, begin: int, end: int) -> tuple[NDArray[np.int64], int]:
+            ids, _ = samples.between(begin, end, threshold, NOTHING)
+            return ids, int(samples.counts[ids].sum(dtype=np.int64))
+
+        for ids, tokens in self._read([within], read):
+            num_samples, num_tokens = num_samples + len(ids), num_tokens + tokens
             if take is not None:
-                take(ids[:found])
-        return samples, tokens
+                take(ids)
+        return num_samples, num_tokens
 
     def scores(self, source: int, begin: int, end: int) -> NDArray[np.float32]:
-        """``[end - begin]``: the scores themselves."""
-        scores = np.empty(end - begin, np.float32)
-        self._sweeps[source].scores(begin, end, scores)
-        return scores
+        """``[end - begin]``: the scores of samples, before noise."""
+        samples = self._samples[source]
+        return samples.scores(samples.terms(begin, end))
 
-    def rank_tables(self, pieces: Sequence[Piece]) -> Ranks:
-        """What turns NLLs into ranks, from the candidates of ``pieces``.
+    def nll_ranks(self, ranges: Sequence[DomainRange]) -> NllRanks:
+        """Tables that turn NLLs into ranks, counted over the candidates of ``ranges``.
 
-        2^20 bins of the float's first 20 bits, linear inside a bin: memory that does not grow, and for an NLL about 2
-        bins of a thousandth.
+        2^20 bins of the float's first 20 bits, linear inside a bin: memory that does not grow, and for an NLL of about
+        2 bins of a thousandth.
         """
-        tables = {}
-        for model, name in enumerate(self.rule.weights):
-            counts = np.zeros(_RANK_BINS, np.uint64)
-            for piece in pieces:
-                self._sweeps[piece.source].count_ranks(piece.begin, piece.end, model, counts)
-            tables[name] = np.concatenate(([0.0], np.cumsum(counts).astype(np.float64)))
-        return tables
+
+        def read(samples: SampleKeys, begin: int, end: int) -> dict[str, NDArray[np.uint32]]:
+            candidate = samples.not_excluded(begin, end) & samples.not_empty(begin, end)
+            return {name: rank_bins(term[candidate]) for name, term in samples.terms(begin, end).items()}
+
+        counts = {name: np.zeros(RANK_BINS, np.int64) for name in self.rule.weights}
+        for bins in self._read(ranges, read):
+            for name, of_model in bins.items():
+                np.add.at(counts[name], of_model, 1)
+        return {name: np.concatenate(([0.0], np.cumsum(bins).astype(np.float64))) for name, bins in counts.items()}
+
+    def _read(self, ranges: Iterable[DomainRange], read: Callable[[SampleKeys, int, int], Result]) -> Iterator[Result]:
+        """``read(samples, begin, end)`` for each block of the ranges, in order; a few blocks at a time, on threads."""
+        blocks = (
+            (self._samples[within.source], begin, min(begin + _AT_ONCE, within.end))
+            for within in ranges
+            for begin in range(within.begin, max(within.end, within.begin + 1), _AT_ONCE)
+        )
+        if self.threads == 1:
+            yield from itertools.starmap(read, blocks)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            while some := list(itertools.islice(blocks, 2 * self.threads)):
+                yield from pool.map(lambda block: read(*block), some)
 
 
 def share_of(share: float, amount: int) -> int:
@@ -207,43 +221,16 @@ def share_of(share: float, amount: int) -> int:
     return math.floor(Fraction(repr(share)) * amount)
 
 
-def score_at(threshold: int) -> float | None:
-    """The score of a threshold; None where it keeps everything or nothing."""
-    image = threshold >> 64
-    if not 0 < image < 1 << 32:
-        return None
-    bits = image ^ 0x80000000 if image >> 31 else image ^ 0xFFFFFFFF
-    score = float(np.array(bits, np.uint32).view(np.float32))
-    return score if math.isfinite(score) else None
+def _count(digits: NDArray[np.uint32] | NDArray[np.uint64], tokens: NDArray[np.int32] | None) -> NDArray[np.int64]:
+    """``[65536]``: how many samples, or how many tokens of samples, have each digit; exact below 2^53 tokens."""
+    return np.bincount(digits.astype(np.int64), tokens, _DIGITS).astype(np.int64)
 
 
-def _sweep(source: Source, rule: Rule, ranks: Ranks | None, uniform: Survey | None) -> ScoreSweep:
-    divisor: NDArray[np.int32] | int = source.divisor
-    tokens: NDArray[np.int32] | int = source.counts
-    if uniform is not None and uniform.empty == 0:
-        divisor = uniform.divisors[0] if uniform.divisors[0] == uniform.divisors[1] else divisor
-        tokens = uniform.token_counts[0] if uniform.token_counts[0] == uniform.token_counts[1] else tokens
-    return ScoreSweep(
-        [scores.log_probs for scores in (source.scores[name] for name in rule.weights)],
-        list(rule.weights.values()),
-        divisor=divisor,
-        tokens=tokens,
-        excluded=source.excluded,
-        tie_key=_hash_key("tie", rule.seed, source.dataset),
-        gumbel=(_hash_key("gumbel", rule.seed, source.dataset), rule.gumbel_temperature),
-        drop_negative=rule.drop_negative,
-        below=None if rule.below >= NOTHING else _pair(rule.below),
-        ranks=[] if ranks is None else [ranks[name] for name in rule.weights],
-    )
-
-
-def _hash_key(purpose: str, seed: int, dataset: str) -> int:
-    return xxhash.xxh3_64_intdigest(f"{purpose} {seed} {dataset}".encode())
-
-
-def _pair(key: int) -> tuple[int, int]:
-    return key >> 64, key & ((1 << 64) - 1)
-
-
-def _range(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    return min(low for low, _ in pairs), max(high for _, high in pairs)
+def _moments(scores: NDArray[np.float32], terms: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    s = scores.astype(np.float64)
+    with np.errstate(all="ignore"):  # callers refuse what is not finite
+        sums = [s.sum(), (s * s).sum()]
+        for term in terms:
+            x = term.astype(np.float64)
+            sums += [x.sum(), (x * x).sum(), (s * x).sum()]
+    return np.array(sums)
