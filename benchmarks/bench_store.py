@@ -115,11 +115,11 @@ def measure(teacher: Teacher, work: Path, repeats: int) -> list[dict[str, Any]]:
         met = goal is None or (value <= goal if at_most else value >= goal)
         return {"name": name, "value": float(value), "unit": unit, "goal": goal, "met": bool(met)}
 
-    entropy, listed = float(teacher.entropy_T.mean()), float(mass.sum(1).mean())
+    entropy, kept_mass = float(teacher.entropy_T.mean()), float(mass.sum(1).mean())
     table = [
         row("teacher: vocabulary", len(teacher.counts_V), "ids"),
         row("teacher: entropy", entropy, "nats"),
-        row("teacher: mass of the top 100", listed, ""),
+        row("teacher: mass of the top 100", kept_mass, ""),
         row("teacher: unique ids of 50 draws", float(unique.mean()), "ids"),
         row("teacher: ids of top-p 0.95, k 50", float((nucleus > -np.inf).sum(1).mean()), "ids"),
     ]

@@ -1,6 +1,6 @@
 """The inputs that bench_loss.py times losses on, and float64's word on the gradients that come out.
 
-Axes: ``T`` tokens, ``H`` hidden, ``V`` vocabulary, ``v`` this rank's slice of it, ``K`` listed ids, ``R`` rows.
+Axes: ``T`` tokens, ``H`` hidden, ``V`` vocabulary, ``v`` this rank's slice of it, ``K`` kept ids, ``R`` rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.targets import DenseTargets, SparseTargets
 
-HIDDEN, TEACHER_HIDDEN, LISTED = 512, 1024, 100
+HIDDEN, TEACHER_HIDDEN, KEPT_IDS = 512, 1024, 100
 LM, DISTIL = 0.5, 0.5
 """What the two losses weigh on a head."""
 
@@ -96,7 +96,7 @@ class LogitInputs:
 
     student_Tv: Tensor
     teacher_Tv: Tensor | None
-    listed: SparseTargets
+    sparse: SparseTargets
     labels_T: Tensor
     distinct: tuple[Tensor, Tensor]
     gradient_Tv: Tensor | None = None
@@ -114,7 +114,7 @@ class LogitInputs:
         student_RV, teacher_RV = (logits_RV[rows % _DISTINCT_ROWS].double() for logits_RV in self.distinct)
         student_RV.requires_grad_()
         if self.teacher_Tv is None:
-            ids_RK, log_p_RK = self.listed.ids_TK[rows], self.listed.log_probs_TK[rows].double()
+            ids_RK, log_p_RK = self.sparse.ids_TK[rows], self.sparse.log_probs_TK[rows].double()
             loss = _ghost_kl(student_RV, ids_RK, log_p_RK)
         else:
             loss = forward_kl(student_RV, teacher_RV)
@@ -137,7 +137,7 @@ def logit_inputs(problem: Problem, *, with_teacher: bool = True) -> Callable[[],
     teacher_RV[:, :64] += 6  # a teacher that is sure of few ids, and a student that is near it
     student_RV = torch.randn(size, generator=random, device=problem.device).add_(teacher_RV).bfloat16()
     teacher_RV = teacher_RV.bfloat16()
-    best = teacher_RV.float().log_softmax(-1).topk(min(LISTED, problem.vocab), dim=-1)
+    best = teacher_RV.float().log_softmax(-1).topk(min(KEPT_IDS, problem.vocab), dim=-1)
     labels_T = torch.zeros(problem.tokens, dtype=torch.int64, device=problem.device)
     own = slice(problem.shard.start, problem.shard.start + problem.shard.num_rows)
 
@@ -147,11 +147,11 @@ def logit_inputs(problem: Problem, *, with_teacher: bool = True) -> Callable[[],
             part.copy_(distinct_RX[: part.shape[0]])
         return rows_TX
 
-    listed = SparseTargets(all_rows(best.indices), all_rows(best.values))
+    sparse = SparseTargets(all_rows(best.indices), all_rows(best.values))
     return lambda: LogitInputs(
         all_rows(student_RV[:, own]),
         all_rows(teacher_RV[:, own]) if with_teacher else None,
-        listed,
+        sparse,
         labels_T,
         (student_RV, teacher_RV),
     )
@@ -186,10 +186,10 @@ def _product_fp64(hidden_RH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def _ghost_kl(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> Tensor:
-    """Forward KL over the listed ids and one bucket for all others."""
+    """Forward KL over the kept ids and one bucket for all others."""
     log_q_RV = student_RV.log_softmax(-1)
-    is_listed_RV = torch.zeros_like(student_RV, dtype=torch.bool).scatter_(1, ids_RK, True)
-    log_q_rest_R = log_q_RV.masked_fill(is_listed_RV, -torch.inf).logsumexp(-1, keepdim=True)
+    is_kept_RV = torch.zeros_like(student_RV, dtype=torch.bool).scatter_(1, ids_RK, True)
+    log_q_rest_R = log_q_RV.masked_fill(is_kept_RV, -torch.inf).logsumexp(-1, keepdim=True)
     log_p_rest_R = (1 - log_p_RK.exp().sum(-1, keepdim=True)).log()
     log_p, log_q = torch.cat([log_p_RK, log_p_rest_R], -1), torch.cat([log_q_RV.gather(1, ids_RK), log_q_rest_R], -1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()

@@ -107,7 +107,7 @@ def dense_megakd_one_chunk(problem: Problem) -> Run:
 
 def sparse_megakd(problem: Problem) -> Run:
     def run(inputs: LogitInputs) -> Tensor:
-        return _ours(problem, inputs, KD(KDTerm(tail="ghost"), inputs.listed, _each(problem)))
+        return _ours(problem, inputs, KD(KDTerm(tail="ghost"), inputs.sparse, _each(problem)))
 
     return run
 
@@ -169,7 +169,7 @@ def sparse_megatron(problem: Problem) -> Run:
     topk_kl_div = _cached_logits_loss(problem.megatron_training).topk_kl_div
 
     def run(inputs: LogitInputs) -> Tensor:
-        log_p, ids = inputs.listed.log_probs_TK.unsqueeze(1), inputs.listed.ids_TK.unsqueeze(1)
+        log_p, ids = inputs.sparse.log_probs_TK.unsqueeze(1), inputs.sparse.ids_TK.unsqueeze(1)
         found: Tensor = topk_kl_div(inputs.logits().unsqueeze(1), log_p, ids, 1, 0, None, True).mean()
         return found
 

@@ -101,26 +101,26 @@ void sweep_lm(const std::string& sweep, const py::array& student, int64_t num_va
   else lm_sweep(a, static_cast<float*>(s.data));
 }
 
-const PairKernel& pair_kernel_of(const std::string& divergence) {
-  for (const PairKernel* kernels : {kDivergenceKernels, kMixtureKernels}) {
-    for (const PairKernel* kernel = kernels; kernel->name != nullptr; kernel++) {
+const DenseKernel& dense_kernel_of(const std::string& divergence) {
+  for (const DenseKernel* kernels : {kDivergenceKernels, kMixtureKernels}) {
+    for (const DenseKernel* kernel = kernels; kernel->name != nullptr; kernel++) {
       if (divergence == kernel->name) return *kernel;
     }
   }
   throw std::invalid_argument("sweep: divergence " + divergence + " has no native kernel");
 }
 
-void sweep_pair(const std::string& sweep, const py::array& student, int64_t num_valid, const py::array& labels,
+void sweep_dense(const std::string& sweep, const py::array& student, int64_t num_valid, const py::array& labels,
                 const py::array& lm_weight, const std::optional<py::array>& z_weight, const py::array& statistics,
                 int threads, const py::array& teacher, const py::array& kd_weight, const std::string& divergence,
                 std::pair<float, float> parameters, float student_temperature, float teacher_temperature,
                 float kd_scale) {
-  auto a = with<PairArguments>(chunk_arguments(student, num_valid, labels, lm_weight, z_weight, threads));
+  auto a = with<DenseArguments>(chunk_arguments(student, num_valid, labels, lm_weight, z_weight, threads));
   a.sweep = sweep_of(sweep, {{"statistics", Sweep::kStatistics},
                              {"second", Sweep::kSecond},
                              {"gradient", Sweep::kGradient},
                              {"both", Sweep::kBoth}});
-  const PairKernel& kernel = pair_kernel_of(divergence);
+  const DenseKernel& kernel = dense_kernel_of(divergence);
   require(!kernel.second_elsewhere || a.sweep == Sweep::kStatistics || a.sweep == Sweep::kGradient,
           "it is " + sweep + ", but the second sums of " + divergence + " are not made here");
   set_statistics(a, statistics, kOwn + kernel.first + (a.sweep == Sweep::kStatistics ? 0 : kernel.second));
@@ -135,12 +135,12 @@ void sweep_pair(const std::string& sweep, const py::array& student, int64_t num_
   kernel.run[s.is_bf16][t.is_bf16](a, s.data, t.data);
 }
 
-void sweep_listed(const std::string& sweep, const py::array& student, int64_t num_valid, const py::array& labels,
+void sweep_sparse(const std::string& sweep, const py::array& student, int64_t num_valid, const py::array& labels,
                   const py::array& lm_weight, const std::optional<py::array>& z_weight, const py::array& statistics,
                   int threads, const py::array& columns, float student_temperature, bool spread,
                   const std::optional<py::array>& factor, const std::optional<py::array>& shift,
                   const std::optional<py::array>& listed) {
-  auto a = with<ListedArguments>(chunk_arguments(student, num_valid, labels, lm_weight, z_weight, threads));
+  auto a = with<SparseArguments>(chunk_arguments(student, num_valid, labels, lm_weight, z_weight, threads));
   a.sweep = sweep_of(sweep, {{"statistics", Sweep::kStatistics}, {"gradient", Sweep::kGradient}});
   require(columns.ndim() == 2, "columns: expected [rows, listed]");
   a.num_listed = columns.shape(1);
@@ -156,8 +156,8 @@ void sweep_listed(const std::string& sweep, const py::array& student, int64_t nu
   }
   const Logits s = student_logits(a, student);
   py::gil_scoped_release unlocked;
-  if (s.is_bf16) listed_sweep(a, static_cast<BFloat16*>(s.data));
-  else listed_sweep(a, static_cast<float*>(s.data));
+  if (s.is_bf16) sparse_sweep(a, static_cast<BFloat16*>(s.data));
+  else sparse_sweep(a, static_cast<float*>(s.data));
 }
 
 }  // namespace
@@ -168,12 +168,12 @@ PYBIND11_MODULE(_csrc, m) {
   m.def("sweep_lm", &megakd::sweep_lm, py::arg("sweep"), py::arg("student"), py::arg("num_valid"), py::arg("labels"),
         py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
         "A sweep over a chunk of logits for the LM loss alone.");
-  m.def("sweep_pair", &megakd::sweep_pair, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
+  m.def("sweep_dense", &megakd::sweep_dense, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
         py::arg("labels"), py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
         py::kw_only(), py::arg("teacher"), py::arg("kd_weight"), py::arg("divergence"), py::arg("parameters"),
         py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("kd_scale"),
         "A sweep over a chunk of logits of student and teacher.");
-  m.def("sweep_listed", &megakd::sweep_listed, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
+  m.def("sweep_sparse", &megakd::sweep_sparse, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
         py::arg("labels"), py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
         py::kw_only(), py::arg("columns"), py::arg("student_temperature"), py::arg("spread"),
         py::arg("factor") = py::none(), py::arg("shift") = py::none(), py::arg("listed") = py::none(),

@@ -23,7 +23,7 @@ def sweep_lm(
 ) -> None:
     """The LM loss alone."""
 
-def sweep_pair(
+def sweep_dense(
     sweep: Literal["statistics", "second", "gradient", "both"],
     student: NDArray[Any],
     num_valid: int,
@@ -44,7 +44,7 @@ def sweep_pair(
     """With the logits of a teacher, which are only read. All but ``"statistics"`` have the second columns behind the
     first; ``"second"`` reads those and fills these."""
 
-def sweep_listed(
+def sweep_sparse(
     sweep: Literal["statistics", "gradient"],
     student: NDArray[Any],
     num_valid: int,
@@ -62,7 +62,7 @@ def sweep_listed(
     listed: NDArray[np.float32] | None = None,
 ) -> None:
     """With a teacher that lists ids, ``columns`` ``[rows, K]``, whose logits stand behind the named columns. The
-    gradient needs ``kernels.ListedSlope``."""
+    gradient needs ``kernels.SparseSlope``."""
 
 def sentence_cuts(tokens: NDArray[Any], classes: NDArray[np.uint8], window: int, starts: NDArray[np.int64]) -> int:
     """Not a sweep: csrc/data/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are

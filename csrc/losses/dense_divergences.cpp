@@ -3,11 +3,11 @@
 
 namespace megakd {
 
-const PairKernel kDivergenceKernels[] = {
-    pair_kernel<ForwardKL>("forward_kl"),   pair_kernel<ReverseKL>("reverse_kl"),
-    pair_kernel<SymmetricKL>("symmetric_kl"), pair_kernel<AdaptiveKL>("adaptive_kl"),
-    pair_kernel<LogitMSE>("logit_mse"),     pair_kernel<CentredLogitMSE>("centred_logit_mse"),
-    pair_kernel<Decoupled>("decoupled"),    {},
+const DenseKernel kDivergenceKernels[] = {
+    dense_kernel<ForwardKL>("forward_kl"),   dense_kernel<ReverseKL>("reverse_kl"),
+    dense_kernel<SymmetricKL>("symmetric_kl"), dense_kernel<AdaptiveKL>("adaptive_kl"),
+    dense_kernel<LogitMSE>("logit_mse"),     dense_kernel<CentredLogitMSE>("centred_logit_mse"),
+    dense_kernel<Decoupled>("decoupled"),    {},
 };
 
 }  // namespace megakd

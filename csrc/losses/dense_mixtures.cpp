@@ -4,12 +4,12 @@
 
 namespace megakd {
 
-const PairKernel kMixtureKernels[] = {
-    pair_kernel<Pointwise<GeneralisedJSD>>("generalised_jsd"),
-    pair_kernel<Pointwise<SkewForwardKL>>("skew_forward_kl"),
-    pair_kernel<Pointwise<SkewReverseKL>>("skew_reverse_kl"),
-    pair_kernel<Pointwise<TotalVariation>>("total_variation"),
-    pair_kernel<Pointwise<AlphaBeta>>("alpha_beta"),
+const DenseKernel kMixtureKernels[] = {
+    dense_kernel<Pointwise<GeneralisedJSD>>("generalised_jsd"),
+    dense_kernel<Pointwise<SkewForwardKL>>("skew_forward_kl"),
+    dense_kernel<Pointwise<SkewReverseKL>>("skew_reverse_kl"),
+    dense_kernel<Pointwise<TotalVariation>>("total_variation"),
+    dense_kernel<Pointwise<AlphaBeta>>("alpha_beta"),
     {},
 };
 

@@ -6,9 +6,9 @@
 
 namespace megakd {
 
-enum PairColumn { kStudentMax = kLMColumns, kStudentSum, kTeacherMax, kTeacherSum, kTeacherSelf, kAgree, kOwn };
+enum DenseColumn { kStudentMax = kLMColumns, kStudentSum, kTeacherMax, kTeacherSum, kTeacherSelf, kAgree, kOwn };
 
-struct PairArguments : ChunkArguments {
+struct DenseArguments : ChunkArguments {
   const float* kd_weight;  // [rows]
   float student_temperature, teacher_temperature;
   float kd_scale;  // on the divergence
@@ -38,7 +38,7 @@ inline float larger(float a, float b) { return b > a ? b : a; }  // a where b is
 
 // kTempered: the student's softmax in the divergence is not the one in the LM loss.
 template <class Divergence, bool kTempered, class Student, class Teacher>
-void pair_statistics(const PairArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
+void dense_statistics(const DenseArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
   constexpr bool kTwoSoftmaxes = kTempered || Divergence::kLabelApart;
   const int64_t n = a.num_valid, label = a.labels[row];
   const bool apart = Divergence::kLabelApart && a.owns_label(row);
@@ -99,7 +99,7 @@ struct Merged {
   static constexpr int kColumns = kFirstColumns<Divergence> + Divergence::kSecond;
 
   // second: whether those columns are there already.
-  Merged(const PairArguments& a, int64_t row, bool second)
+  Merged(const DenseArguments& a, int64_t row, bool second)
       : own(columns(a, row, second)),
         sums{a.at(kStudentSum, row),
              a.at(kTeacherSum, row),
@@ -133,7 +133,7 @@ struct Merged {
   struct Columns {
     float values[kColumns + 1];  // one at least
   };
-  static Columns columns(const PairArguments& a, int64_t row, bool second) {
+  static Columns columns(const DenseArguments& a, int64_t row, bool second) {
     Columns own{};
     const int there = second ? kColumns : kFirstColumns<Divergence>;
     for (int k = 0; k < there; k++) own.values[k] = a.at(kOwn + k, row);
@@ -145,7 +145,7 @@ struct Merged {
 };
 
 template <class Divergence, class Student, class Teacher>
-void pair_second(const PairArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
+void dense_second(const DenseArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
   const Merged<Divergence> merged(a, row, false);
   const auto unit = merged.unit(1.0f);
   float totals[Divergence::kSecond];
@@ -157,7 +157,7 @@ void pair_second(const PairArguments& a, int64_t row, const Student* student, co
 }
 
 template <class Divergence, bool kTempered, class Student, class Teacher>
-void pair_gradient(const PairArguments& a, int64_t row, Student* student, const Teacher* teacher) {
+void dense_gradient(const DenseArguments& a, int64_t row, Student* student, const Teacher* teacher) {
   constexpr bool kTwoSoftmaxes = kTempered || Divergence::kLabelApart;
   const Merged<Divergence> merged(a, row, true);
   const float lm_pivot = pivot(a.at(kLMMax, row)), on_lm = lm_factor(a, row);
@@ -181,28 +181,28 @@ void pair_gradient(const PairArguments& a, int64_t row, Student* student, const 
 }
 
 template <class Divergence, bool kTempered, class Student, class Teacher>
-void pair_rows(const PairArguments& a, Student* student, const Teacher* teacher) {
+void dense_rows(const DenseArguments& a, Student* student, const Teacher* teacher) {
   constexpr bool kSecond = Divergence::kSecond > 0 && !Divergence::kSecondElsewhere;
   const bool both = a.sweep == Sweep::kBoth;
   for_rows(a, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       Student* const s = student + row * a.row_stride;
       const Teacher* const t = teacher + row * a.row_stride;
-      if (both || a.sweep == Sweep::kStatistics) pair_statistics<Divergence, kTempered>(a, row, s, t);
+      if (both || a.sweep == Sweep::kStatistics) dense_statistics<Divergence, kTempered>(a, row, s, t);
       if constexpr (kSecond) {
-        if (both || a.sweep == Sweep::kSecond) pair_second<Divergence>(a, row, s, t);
+        if (both || a.sweep == Sweep::kSecond) dense_second<Divergence>(a, row, s, t);
       }
       if (!both && a.sweep != Sweep::kGradient) continue;
       // A row without KD weight: nothing of the teacher may reach the gradient, be it NaN.
       if (a.kd_weight[row] == 0.0f) lm_gradient(a, row, s);
-      else pair_gradient<Divergence, kTempered>(a, row, s, t);
+      else dense_gradient<Divergence, kTempered>(a, row, s, t);
     }
   });
 }
 
 // A divergence as the bindings see it: how many columns of its own it has, and its sweep for every pair of types.
-struct PairKernel {
-  using Run = void (*)(const PairArguments&, void* student, const void* teacher);
+struct DenseKernel {
+  using Run = void (*)(const DenseArguments&, void* student, const void* teacher);
   const char* name;
   int first, second;
   bool second_elsewhere;
@@ -210,24 +210,24 @@ struct PairKernel {
 };
 
 template <class Divergence, class Student, class Teacher>
-void run_pair(const PairArguments& a, void* student, const void* teacher) {
+void run_dense(const DenseArguments& a, void* student, const void* teacher) {
   const auto s = static_cast<Student*>(student);
   const auto t = static_cast<const Teacher*>(teacher);
-  if (a.student_temperature == 1.0f) pair_rows<Divergence, false>(a, s, t);
-  else pair_rows<Divergence, true>(a, s, t);
+  if (a.student_temperature == 1.0f) dense_rows<Divergence, false>(a, s, t);
+  else dense_rows<Divergence, true>(a, s, t);
 }
 
 template <class Divergence>
-constexpr PairKernel pair_kernel(const char* name) {
+constexpr DenseKernel dense_kernel(const char* name) {
   return {name,
           kFirstColumns<Divergence>,
           Divergence::kSecond,
           Divergence::kSecondElsewhere,
-          {{run_pair<Divergence, float, float>, run_pair<Divergence, float, BFloat16>},
-           {run_pair<Divergence, BFloat16, float>, run_pair<Divergence, BFloat16, BFloat16>}}};
+          {{run_dense<Divergence, float, float>, run_dense<Divergence, float, BFloat16>},
+           {run_dense<Divergence, BFloat16, float>, run_dense<Divergence, BFloat16, BFloat16>}}};
 }
 
 // Every divergence is in one of these, compiled on their own; the end of a list has no name.
-extern const PairKernel kDivergenceKernels[], kMixtureKernels[];
+extern const DenseKernel kDivergenceKernels[], kMixtureKernels[];
 
 }  // namespace megakd

@@ -1,4 +1,4 @@
-// The divergences' formulas for sixteen vocabulary entries at a time; the sweep in pair_sweep.h is generic over them.
+// The divergences' formulas for sixteen vocabulary entries at a time; the sweep in dense_sweep.h is generic over them.
 // Those that need the probabilities for their value are in mixtures.h. Derivations are in docs/numerics.md.
 //
 // A divergence is a struct with

@@ -8,9 +8,9 @@
 
 namespace megakd {
 
-enum ListedColumn { kRestMax = kLMColumns, kRestSum, kListedColumns, kTotal = kListedColumns, kCount, kSpreadColumns };
+enum SparseColumn { kRestMax = kLMColumns, kRestSum, kSparseColumns, kTotal = kSparseColumns, kCount, kSpreadColumns };
 
-struct ListedArguments : ChunkArguments {
+struct SparseArguments : ChunkArguments {
   int64_t num_listed;
   const int64_t* columns;  // [rows, num_listed] columns in this slice, or outside [0, num_valid); each at most once
   float student_temperature;
@@ -18,17 +18,17 @@ struct ListedArguments : ChunkArguments {
   const float *factor, *shift;  // [rows], for the gradient: at an id not listed factor exp((s - rest_max) / tau) - shift
   const float* listed;          // [num_listed, rows], for the gradient: at the listed ids
 
-  int first_line() const { return spread ? kSpreadColumns : kListedColumns; }
+  int first_line() const { return spread ? kSpreadColumns : kSparseColumns; }
 };
 
 // The listed ids of one row that this slice holds: their logits, and marks for walking past them.
 template <class Student>
-class ListedRow {
+class SparseRow {
  public:
-  ListedRow(int64_t num_valid, int64_t num_listed)
+  SparseRow(int64_t num_valid, int64_t num_listed)
       : marks_((num_valid + kLanes - 1) / kLanes, 0), slots_(num_listed), logits_(num_listed + kLanes) {}
 
-  void read(const ListedArguments& a, int64_t row, const Student* student) {
+  void read(const SparseArguments& a, int64_t row, const Student* student) {
     const int64_t* const columns = columns_ = a.columns + row * a.num_listed;
     size_ = 0;
     for (int64_t k = 0; k < a.num_listed; k++) {
@@ -71,7 +71,7 @@ class ListedRow {
 
 // kTempered: the student's softmax in the divergence is not the one in the LM loss.
 template <bool kTempered, class Student>
-void listed_statistics(const ListedArguments& a, int64_t row, const Student* student, ListedRow<Student>& listed) {
+void sparse_statistics(const SparseArguments& a, int64_t row, const Student* student, SparseRow<Student>& listed) {
   const int64_t n = a.num_valid;
   listed.mark();
   const float rest_max = max_row(n, [&](int64_t i, int64_t count) { return listed.rest(student, i, count); });
@@ -104,7 +104,7 @@ void listed_statistics(const ListedArguments& a, int64_t row, const Student* stu
 }
 
 template <bool kTempered, class Student>
-void listed_gradient(const ListedArguments& a, int64_t row, Student* student, ListedRow<Student>& listed) {
+void sparse_gradient(const SparseArguments& a, int64_t row, Student* student, SparseRow<Student>& listed) {
   const float lm_pivot = pivot(a.at(kLMMax, row)), on_lm = lm_factor(a, row);
   const float rest_max = a.at(kRestMax, row), rest_pivot = pivot(rest_max);
   const float scale = kLog2E / a.student_temperature, shift = a.shift[row];
@@ -130,22 +130,22 @@ void listed_gradient(const ListedArguments& a, int64_t row, Student* student, Li
 }
 
 template <bool kTempered, class Student>
-void listed_rows(const ListedArguments& a, Student* student) {
+void sparse_rows(const SparseArguments& a, Student* student) {
   for_rows(a, [&](int64_t begin, int64_t end) {
-    ListedRow<Student> listed(a.num_valid, a.num_listed);
+    SparseRow<Student> listed(a.num_valid, a.num_listed);
     for (int64_t row = begin; row < end; row++) {
       Student* const s = student + row * a.row_stride;
       listed.read(a, row, s);
-      if (a.sweep == Sweep::kStatistics) listed_statistics<kTempered>(a, row, s, listed);
-      else listed_gradient<kTempered>(a, row, s, listed);
+      if (a.sweep == Sweep::kStatistics) sparse_statistics<kTempered>(a, row, s, listed);
+      else sparse_gradient<kTempered>(a, row, s, listed);
     }
   });
 }
 
 template <class Student>
-void listed_sweep(const ListedArguments& a, Student* student) {
-  if (a.student_temperature == 1.0f) listed_rows<false>(a, student);
-  else listed_rows<true>(a, student);
+void sparse_sweep(const SparseArguments& a, Student* student) {
+  if (a.student_temperature == 1.0f) sparse_rows<false>(a, student);
+  else sparse_rows<true>(a, student);
 }
 
 }  // namespace megakd

@@ -21,7 +21,7 @@ from megakd.losses.vocab_parallel import RowStatistics, pivot
 
 
 @dataclass(frozen=True)
-class Pair:
+class DenseEntries:
     """Entries of a row slice, for slopes: logits relative to the row's maximum after temperature, and probabilities.
 
     is_label_Rv: bool. s_Rv, t_Rv, p_Rv and q_Rv are those of the row without its label where the divergence treats it
@@ -48,7 +48,7 @@ class Divergence:
     first: tuple[str, ...]
     second: tuple[str, ...]
     value: Callable[[RowStatistics, KDTerm], Tensor]
-    gradient: Callable[[Pair, RowStatistics, KDTerm], Tensor]
+    gradient: Callable[[DenseEntries, RowStatistics, KDTerm], Tensor]
 
 
 def column(values_R: Tensor) -> Tensor:
@@ -132,48 +132,48 @@ def second_value(rows: RowStatistics, term: KDTerm) -> Tensor:
     return rows["value"]
 
 
-def forward_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def forward_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """q - p."""
-    return pair.q_Rv - pair.p_Rv
+    return dense.q_Rv - dense.p_Rv
 
 
-def reverse_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def reverse_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """q ((s' - t') - E_q[s' - t'])."""
     mean_R1 = column(rows["reverse"] / rows["student_sum"])
-    return product(pair.q_Rv, pair.s_Rv - pair.t_Rv - mean_R1)
+    return product(dense.q_Rv, dense.s_Rv - dense.t_Rv - mean_R1)
 
 
-def symmetric_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
-    reverse = reverse_kl_gradient(pair, rows, term)
-    return (1 - term.reverse_weight) * forward_kl_gradient(pair, rows, term) + term.reverse_weight * reverse
+def symmetric_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
+    reverse = reverse_kl_gradient(dense, rows, term)
+    return (1 - term.reverse_weight) * forward_kl_gradient(dense, rows, term) + term.reverse_weight * reverse
 
 
-def adaptive_kl_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def adaptive_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """The weights count as constants, as in the paper."""
     weight_R1 = column(adaptive_reverse_weight(rows))
-    reverse = reverse_kl_gradient(pair, rows, term)
-    return (1 - weight_R1) * forward_kl_gradient(pair, rows, term) + weight_R1 * reverse
+    reverse = reverse_kl_gradient(dense, rows, term)
+    return (1 - weight_R1) * forward_kl_gradient(dense, rows, term) + weight_R1 * reverse
 
 
-def logit_difference(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def logit_difference(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """s / tau_s - t / tau_t, and 0 for an id that both models rule out."""
     offset_R1 = column(
         pivot(rows["student_max"]) / term.student_temperature - pivot(rows["teacher_max"]) / term.temperature
     )
-    both = (pair.s_Rv == -math.inf) & (pair.t_Rv == -math.inf)
-    return torch.where(both, 0.0, pair.s_Rv - pair.t_Rv + offset_R1)
+    both = (dense.s_Rv == -math.inf) & (dense.t_Rv == -math.inf)
+    return torch.where(both, 0.0, dense.s_Rv - dense.t_Rv + offset_R1)
 
 
-def logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def logit_mse_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """2 d / n."""
-    return 2 / column(rows["count"]) * logit_difference(pair, rows, term)
+    return 2 / column(rows["count"]) * logit_difference(dense, rows, term)
 
 
-def centred_difference(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def centred_difference(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """d - mean d, the mean without differences that are infinite: those make the sum of squares infinite anyway."""
-    both = (pair.s_Rv == -math.inf) & (pair.t_Rv == -math.inf)
+    both = (dense.s_Rv == -math.inf) & (dense.t_Rv == -math.inf)
     mean_R1 = column(rows["difference"] / rows["count"])
-    return torch.where(both, 0.0, logit_difference(pair, rows, term) - mean_R1)
+    return torch.where(both, 0.0, logit_difference(dense, rows, term) - mean_R1)
 
 
 def finite_difference(difference_Rv: Tensor) -> Tensor:
@@ -181,32 +181,32 @@ def finite_difference(difference_Rv: Tensor) -> Tensor:
     return torch.where(difference_Rv.isinf(), 0.0, difference_Rv)
 
 
-def centred_logit_mse_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def centred_logit_mse_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """2 (d - mean d) / n."""
-    return 2 / column(rows["count"]) * centred_difference(pair, rows, term)
+    return 2 / column(rows["count"]) * centred_difference(dense, rows, term)
 
 
-def decoupled_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def decoupled_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """At the label alpha (q_y - p_y); elsewhere beta (q' - p') - alpha (q_y - p_y) q', both among the other ids."""
     teacher_odds_R, student_odds_R = label_log_odds(rows, term)
     label_R1 = term.dkd_alpha * column(student_odds_R.sigmoid() - teacher_odds_R.sigmoid())
-    others_Rv = term.dkd_beta * (pair.q_Rv - pair.p_Rv) - label_R1 * pair.q_Rv
-    return torch.where(pair.is_label_Rv, label_R1, others_Rv)
+    others_Rv = term.dkd_beta * (dense.q_Rv - dense.p_Rv) - label_R1 * dense.q_Rv
+    return torch.where(dense.is_label_Rv, label_R1, others_Rv)
 
 
-def pair_entries(pair: Pair, rows: RowStatistics) -> Entries:
+def pointwise_entries(dense: DenseEntries, rows: RowStatistics) -> Entries:
     return Entries(
-        log_p=pair.t_Rv - column(rows["teacher_sum"].log()),
-        log_q=pair.s_Rv - column(rows["student_sum"].log()),
-        p=pair.p_Rv,
-        q=pair.q_Rv,
+        log_p=dense.t_Rv - column(rows["teacher_sum"].log()),
+        log_q=dense.s_Rv - column(rows["student_sum"].log()),
+        p=dense.p_Rv,
+        q=dense.q_Rv,
     )
 
 
-def pointwise_gradient(pair: Pair, rows: RowStatistics, term: KDTerm) -> Tensor:
+def pointwise_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
     """w - q · sum(w)."""
-    slope_Rv = POINTWISE[term.formula].slope(pair_entries(pair, rows), term)
-    return slope_Rv - product(pair.q_Rv, column(rows["slope"]).expand_as(slope_Rv))
+    slope_Rv = POINTWISE[term.formula].slope(pointwise_entries(dense, rows), term)
+    return slope_Rv - product(dense.q_Rv, column(rows["slope"]).expand_as(slope_Rv))
 
 
 _MIXTURE = Divergence((), ("value", "slope"), second_value, pointwise_gradient)

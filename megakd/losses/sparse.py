@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.divergences import column
-from megakd.losses.kernels.protocol import ListedSlope
+from megakd.losses.kernels.protocol import SparseSlope
 from megakd.losses.pointwise import POINTWISE, Entries, product
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
@@ -81,15 +81,15 @@ def _onto_label(ids_RK: Tensor, log_p_RK: Tensor, labels_R: Tensor, log_mass_R: 
 
 
 @dataclass(frozen=True)
-class ListedValues:
+class SparseValues:
     """value_R: the divergence. agree_R: bool, the student's top-1 is the teacher's. slope: its weighted gradient."""
 
     value_R: Tensor
     agree_R: Tensor
-    slope: ListedSlope
+    slope: SparseSlope
 
 
-def listed_values(rows: RowStatistics, buckets: Buckets, term: KDTerm, weight_R: Tensor) -> ListedValues:
+def sparse_values(rows: RowStatistics, buckets: Buckets, term: KDTerm, weight_R: Tensor) -> SparseValues:
     """The divergence and its gradient from merged statistics. ``weight_R``: what each row's divergence weighs."""
     tau, empty_RK = term.student_temperature, buckets.ids_RK < 0
     listed_RK = torch.where(empty_RK, -math.inf, rows.listed_KR.t().double())
@@ -115,8 +115,8 @@ def listed_values(rows: RowStatistics, buckets: Buckets, term: KDTerm, weight_R:
     listed_KR = (sums.slope_RK - product(listed_q_RK, column(sums.total_R).expand_as(listed_q_RK))).t()
     by_logit_R = weight_R.double() * (term.scale / tau)
     weighted = (_weighted(by_logit_R, x) for x in (factor_R, sums.shift_R, listed_KR))
-    slope = ListedSlope(*(x.to(rows.values_kR.dtype) for x in weighted))
-    return ListedValues(sums.value_R, _agree(rows, buckets), slope)
+    slope = SparseSlope(*(x.to(rows.values_kR.dtype) for x in weighted))
+    return SparseValues(sums.value_R, _agree(rows, buckets), slope)
 
 
 @dataclass(frozen=True)

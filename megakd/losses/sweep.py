@@ -18,9 +18,9 @@ from torch import Tensor
 from megakd.losses.adaptive_kl import head_and_tail_gap
 from megakd.losses.divergences import DIVERGENCES, teacher_entropy
 from megakd.losses.kernels.choose import Implementation, kernels_for
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, ListedSlope, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, SparseSlope, SparseTeacher
 from megakd.losses.logit_sources import Logits, Student
-from megakd.losses.sparse import Buckets, listed_values
+from megakd.losses.sparse import Buckets, sparse_values
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import LM_COLUMNS, Gather, RowStatistics, VocabShard, merge_statistics
 
@@ -103,7 +103,7 @@ class _Part:
     term: Term | None
     statistics: RowStatistics
     gradient_Rv: Tensor | None = None
-    slope: ListedSlope | None = None
+    slope: SparseSlope | None = None
 
 
 @dataclass
@@ -216,18 +216,18 @@ class _Walk:
 
     def _teacher(
         self, term: Term, rows: slice, student_Rv: Tensor, buffer: Tensor | None
-    ) -> DenseTeacher | ListedTeacher:
+    ) -> DenseTeacher | SparseTeacher:
         if isinstance(term.teacher, Buckets):
             ids_RK = term.teacher.ids_RK[rows]
             columns_RK = torch.where(ids_RK < 0, -1, ids_RK - self._shard.start)
-            return ListedTeacher(columns_RK, term.term)
+            return SparseTeacher(columns_RK, term.term)
         teacher_Rv = term.teacher.logits(rows, buffer)
         if term.term.divergence == "taid":
             teacher_Rv = _intermediate(student_Rv, teacher_Rv, term.term.taid_t)
         return DenseTeacher(teacher_Rv, term.weight_R[rows], term.term)
 
     def _at_once(self, part: _Part) -> bool:
-        if self._split or isinstance(part.chunk.teacher, ListedTeacher):
+        if self._split or isinstance(part.chunk.teacher, SparseTeacher):
             return False
         return part.term is None or part.term.term.formula != "adaptive_kl"
 
@@ -252,7 +252,7 @@ class _Walk:
         assert part.term is not None
         term = part.term.term
         if isinstance(part.term.teacher, Buckets):
-            values = listed_values(part.statistics, part.term.teacher[rows], term, part.term.weight_R[rows])
+            values = sparse_values(part.statistics, part.term.teacher[rows], term, part.term.weight_R[rows])
             part.slope = values.slope
             result.value_R[rows], result.agree_R[rows] = values.value_R * term.scale, values.agree_R
             return

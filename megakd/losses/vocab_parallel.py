@@ -21,11 +21,11 @@ from torch import Tensor
 LM_COLUMNS = ("lm_max", "lm_sum", "label")
 """What the LM loss needs of a row: max s, sum of exp(s - max), the label's logit (0 on ranks that lack the label)."""
 
-PAIR_COLUMNS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
+DENSE_COLUMNS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
 """What every divergence from dense targets needs. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) /
 tau_t: the sums of exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1)."""
 
-LISTED_COLUMNS = ("rest_max", "rest_sum")
+SPARSE_COLUMNS = ("rest_max", "rest_sum")
 """What sparse targets need: maximum and sum as above over the ids that are not listed. The logits of those that are
 travel behind, see ``RowStatistics.listed_KR``."""
 

@@ -27,7 +27,7 @@ from worlds import Worlds
 
 from megakd.losses.head import KDTerm
 from megakd.losses.kernels import choose as implementations
-from megakd.losses.kernels.protocol import Chunk, ListedSlope
+from megakd.losses.kernels.protocol import Chunk, SparseSlope
 from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.vocab_parallel import RowStatistics
 
@@ -135,7 +135,7 @@ def _scaled_by_world_size(problem: Problem) -> Result:
 class _UnmergedGradient(ReferenceKernels):
     """The mistake of an all-reduce that autograd does not see: each slice's softmax gradient by its own sums alone."""
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         own = self.statistics(chunk)
         shift = (own["student_max"] - rows["student_max"]).exp() * own["student_sum"] / rows["student_sum"]
         names = dict(zip(rows.columns, rows.values_kR.clone()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megakd import _csrc
 from megakd.losses.divergences import DIVERGENCES
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, ListedSlope, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, SparseTeacher
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
 
@@ -44,7 +44,7 @@ class NativeKernels:
 
     def statistics(self, chunk: Chunk) -> RowStatistics:
         lines = len(chunk.columns)
-        if isinstance(chunk.teacher, ListedTeacher):
+        if isinstance(chunk.teacher, SparseTeacher):
             lines += chunk.teacher.columns_RK.shape[1]
         rows = RowStatistics(chunk.columns, _empty(lines, chunk))
         _sweep("statistics", chunk, rows.values_kR)
@@ -56,7 +56,7 @@ class NativeKernels:
         _sweep("second", chunk, values_kR)
         return RowStatistics(columns, values_kR[-len(columns) :])
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         _sweep("gradient", chunk, rows.values_kR, slope)
         return chunk.student_Rv
 
@@ -75,7 +75,7 @@ def _empty(lines: int, chunk: Chunk) -> Tensor:
     return torch.empty(lines, chunk.student_Rv.shape[0])
 
 
-def _sweep(sweep: Any, chunk: Chunk, statistics_kR: Tensor, slope: ListedSlope | None = None) -> None:
+def _sweep(sweep: Any, chunk: Chunk, statistics_kR: Tensor, slope: SparseSlope | None = None) -> None:
     """The sweep of this name with the chunk's teacher, if any; what it means: ``_csrc.pyi``."""
     arguments: tuple[Any, ...] = (
         sweep,
@@ -90,8 +90,8 @@ def _sweep(sweep: Any, chunk: Chunk, statistics_kR: Tensor, slope: ListedSlope |
     teacher = chunk.teacher
     if teacher is None:
         _csrc.sweep_lm(*arguments)
-    elif isinstance(teacher, ListedTeacher):
-        _csrc.sweep_listed(
+    elif isinstance(teacher, SparseTeacher):
+        _csrc.sweep_sparse(
             *arguments,
             columns=_array(teacher.columns_RK.contiguous()),
             student_temperature=teacher.term.student_temperature,
@@ -102,7 +102,7 @@ def _sweep(sweep: Any, chunk: Chunk, statistics_kR: Tensor, slope: ListedSlope |
         )
     else:
         term = teacher.term
-        _csrc.sweep_pair(
+        _csrc.sweep_dense(
             *arguments,
             teacher=_array(teacher.logits_Rv),
             kd_weight=_floats(teacher.weight_R),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.terms import KDTerm
-from megakd.losses.vocab_parallel import LISTED_COLUMNS, LM_COLUMNS, PAIR_COLUMNS, SPREAD_COLUMNS, RowStatistics
+from megakd.losses.vocab_parallel import DENSE_COLUMNS, LM_COLUMNS, SPARSE_COLUMNS, SPREAD_COLUMNS, RowStatistics
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class DenseTeacher:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return PAIR_COLUMNS + DIVERGENCES[self.term.formula].first
+        return DENSE_COLUMNS + DIVERGENCES[self.term.formula].first
 
 
 @dataclass(frozen=True)
-class ListedTeacher:
+class SparseTeacher:
     """Ids that a sparse target lists, as columns of this slice: int64 ``[R, K]``, negative or >= num_valid where the
     slot is empty or another rank holds the id. Each column at most once in a row."""
 
@@ -39,7 +39,7 @@ class ListedTeacher:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return LISTED_COLUMNS + (SPREAD_COLUMNS if self.term.tail == "spread" else ())
+        return SPARSE_COLUMNS + (SPREAD_COLUMNS if self.term.tail == "spread" else ())
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Chunk:
     label_R: Tensor
     lm_weight_R: Tensor
     z_weight_R: Tensor | None = None
-    teacher: DenseTeacher | ListedTeacher | None = None
+    teacher: DenseTeacher | SparseTeacher | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class ListedSlope:
+class SparseSlope:
     """The gradient of a sparse target's weighted divergence by the student's logits (tau_s included).
 
     At an id that is not listed: factor_R · exp((s - rest_max) / tau_s) - shift_R. At the listed ids: listed_KR.
@@ -86,15 +86,15 @@ class Kernels(Protocol):
         """Whether this implementation can do the chunk: device, dtypes, divergence."""
 
     def statistics(self, chunk: Chunk) -> RowStatistics:
-        """``chunk.columns`` of this slice of every row; with a listed teacher the logits of its ids behind them, a
+        """``chunk.columns`` of this slice of every row; with a sparse teacher the logits of its ids behind them, a
         line an id, 0 where this rank lacks it."""
 
     def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
         """This slice's share of the divergence's ``second`` columns, from merged first statistics. Plain sums."""
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         """``[R, v]``, the student's dtype: derivative of the chunk's weighted loss by its logits, from merged
-        statistics; ``slope`` is the divergence's share where the teacher is a listed one."""
+        statistics; ``slope`` is the divergence's share where the teacher is sparse."""
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
-        """All at once where the slice is the whole vocabulary; not for listed teachers nor adaptive_kl."""
+        """All at once where the slice is the whole vocabulary; not for sparse teachers nor adaptive_kl."""

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megakd.losses.divergences import (
     DIVERGENCES,
-    Pair,
+    DenseEntries,
     centred_difference,
     column,
     finite_difference,
     logit_difference,
-    pair_entries,
+    pointwise_entries,
 )
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, ListedSlope, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, SparseTeacher
 from megakd.losses.pointwise import POINTWISE, product
 from megakd.losses.vocab_parallel import RowStatistics, pivot
 
@@ -35,36 +35,36 @@ class ReferenceKernels:
             "lm_sum": (student_Rv - column(pivot(lm_max_R))).exp().sum(1),
             "label": _at_label(student_Rv, _is_label(chunk)),
         }
-        if isinstance(chunk.teacher, ListedTeacher):
-            return _listed_statistics(chunk, chunk.teacher, student_Rv, values)
+        if isinstance(chunk.teacher, SparseTeacher):
+            return _sparse_statistics(chunk, chunk.teacher, student_Rv, values)
         if chunk.teacher is not None:
-            values |= _pair_statistics(chunk, chunk.teacher, student_Rv)
+            values |= _dense_statistics(chunk, chunk.teacher, student_Rv)
         return RowStatistics(chunk.columns, torch.stack([values[name] for name in chunk.columns]))
 
     def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
         assert isinstance(chunk.teacher, DenseTeacher)
         term = chunk.teacher.term
-        pair = _pair(chunk, chunk.teacher, rows)
+        dense = _dense_entries(chunk, chunk.teacher, rows)
         if term.formula == "centred_logit_mse":
-            square_Rv = centred_difference(pair, rows, term)[:, : chunk.num_valid].square()
+            square_Rv = centred_difference(dense, rows, term)[:, : chunk.num_valid].square()
             return RowStatistics(("square",), square_Rv.sum(1).unsqueeze(0))
-        entries, pointwise = pair_entries(pair, rows), POINTWISE[term.formula]
+        entries, pointwise = pointwise_entries(dense, rows), POINTWISE[term.formula]
         sums = [function(entries, term)[:, : chunk.num_valid].sum(1) for function in (pointwise.value, pointwise.slope)]
         return RowStatistics(("value", "slope"), torch.stack(sums))
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         student_Rv, is_label_Rv = _masked(chunk.student_Rv, chunk.num_valid), _is_label(chunk)
         softmax_Rv = (student_Rv - column(pivot(rows["lm_max"]))).exp() / column(rows["lm_sum"])
         gradient_Rv = _weighted(chunk.lm_weight_R, softmax_Rv - is_label_Rv.to(softmax_Rv.dtype))
         if chunk.z_weight_R is not None:
             log_z_R = rows["lm_max"] + rows["lm_sum"].log()
             gradient_Rv += _weighted(chunk.z_weight_R, 2 * column(log_z_R) * softmax_Rv)
-        if isinstance(chunk.teacher, ListedTeacher):
+        if isinstance(chunk.teacher, SparseTeacher):
             assert slope is not None
-            gradient_Rv += _listed_gradient(chunk, chunk.teacher, student_Rv, rows, slope)
+            gradient_Rv += _sparse_gradient(chunk, chunk.teacher, student_Rv, rows, slope)
         elif chunk.teacher is not None:
             term = chunk.teacher.term
-            slope_Rv = DIVERGENCES[term.formula].gradient(_pair(chunk, chunk.teacher, rows), rows, term)
+            slope_Rv = DIVERGENCES[term.formula].gradient(_dense_entries(chunk, chunk.teacher, rows), rows, term)
             gradient_Rv += _weighted(chunk.teacher.weight_R, slope_Rv * (term.scale / term.student_temperature))
         gradient_Rv[:, chunk.num_valid :] = 0.0  # also where the row is NaN
         return gradient_Rv.to(chunk.student_Rv.dtype)
@@ -76,7 +76,7 @@ class ReferenceKernels:
         return rows, self.gradient(chunk, rows)
 
 
-def _pair_statistics(chunk: Chunk, teacher: DenseTeacher, student_Rv: Tensor) -> dict[str, Tensor]:
+def _dense_statistics(chunk: Chunk, teacher: DenseTeacher, student_Rv: Tensor) -> dict[str, Tensor]:
     term = teacher.term
     first = DIVERGENCES[term.formula].first
     teacher_Rv = _masked(teacher.logits_Rv, chunk.num_valid).to(student_Rv.dtype)
@@ -106,18 +106,18 @@ def _pair_statistics(chunk: Chunk, teacher: DenseTeacher, student_Rv: Tensor) ->
     if "reverse" in first:
         values["reverse"] = product(exp_s_Rv, s_Rv - t_Rv).sum(1)
     if "count" in first:
-        pair = Pair(s_Rv, t_Rv, exp_t_Rv, exp_s_Rv, exp_s_Rv.bool())
+        dense = DenseEntries(s_Rv, t_Rv, exp_t_Rv, exp_s_Rv, exp_s_Rv.bool())
         maxima = RowStatistics(
             ("student_max", "teacher_max"), torch.stack([values["student_max"], values["teacher_max"]])
         )
-        difference_Rv = logit_difference(pair, maxima, term)
+        difference_Rv = logit_difference(dense, maxima, term)
         values["difference"] = finite_difference(difference_Rv).sum(1)
         values["square"] = difference_Rv.square().sum(1)
         values["count"] = ((s_Rv > -math.inf) | (t_Rv > -math.inf)).sum(1).to(s_Rv.dtype)
     return values
 
 
-def _pair(chunk: Chunk, teacher: DenseTeacher, rows: RowStatistics) -> Pair:
+def _dense_entries(chunk: Chunk, teacher: DenseTeacher, rows: RowStatistics) -> DenseEntries:
     term, is_label_Rv = teacher.term, _is_label(chunk)
     student_Rv = _masked(chunk.student_Rv, chunk.num_valid)
     teacher_Rv = _masked(teacher.logits_Rv, chunk.num_valid).to(student_Rv.dtype)
@@ -126,7 +126,7 @@ def _pair(chunk: Chunk, teacher: DenseTeacher, rows: RowStatistics) -> Pair:
     s_Rv = (student_Rv - column(pivot(rows["student_max"]))) / term.student_temperature
     t_Rv = (teacher_Rv - column(pivot(rows["teacher_max"]))) / term.temperature
     p_Rv, q_Rv = _shares(t_Rv.exp(), rows["teacher_sum"]), _shares(s_Rv.exp(), rows["student_sum"])
-    return Pair(s_Rv, t_Rv, p_Rv, q_Rv, is_label_Rv)
+    return DenseEntries(s_Rv, t_Rv, p_Rv, q_Rv, is_label_Rv)
 
 
 def _shares(mass_Rv: Tensor, sum_R: Tensor) -> Tensor:
@@ -135,8 +135,8 @@ def _shares(mass_Rv: Tensor, sum_R: Tensor) -> Tensor:
     return torch.where(mass_Rv == 0, 0.0, mass_Rv / column(sum_R))
 
 
-def _listed_statistics(
-    chunk: Chunk, teacher: ListedTeacher, student_Rv: Tensor, values: dict[str, Tensor]
+def _sparse_statistics(
+    chunk: Chunk, teacher: SparseTeacher, student_Rv: Tensor, values: dict[str, Tensor]
 ) -> RowStatistics:
     owned_RK, index_RK = _owned(chunk, teacher)
     listed_RK = torch.where(owned_RK, student_Rv.gather(1, index_RK), 0.0)
@@ -151,8 +151,8 @@ def _listed_statistics(
     return RowStatistics(chunk.columns, torch.cat([lines, listed_RK.t()]))
 
 
-def _listed_gradient(
-    chunk: Chunk, teacher: ListedTeacher, student_Rv: Tensor, rows: RowStatistics, slope: ListedSlope
+def _sparse_gradient(
+    chunk: Chunk, teacher: SparseTeacher, student_Rv: Tensor, rows: RowStatistics, slope: SparseSlope
 ) -> Tensor:
     s_Rv = (student_Rv - column(pivot(rows["rest_max"]))) / teacher.term.student_temperature
     is_listed_Rv = _is_listed(chunk, teacher)
@@ -162,13 +162,13 @@ def _listed_gradient(
     return gradient_Rv.scatter_add_(1, index_RK, torch.where(owned_RK, slope.listed_KR.t(), 0.0).to(gradient_Rv.dtype))
 
 
-def _owned(chunk: Chunk, teacher: ListedTeacher) -> tuple[Tensor, Tensor]:
+def _owned(chunk: Chunk, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
     """``[R, K]`` which listed ids this slice holds, and columns that are safe to index with."""
     owned_RK = (teacher.columns_RK >= 0) & (teacher.columns_RK < chunk.num_valid)
     return owned_RK, torch.where(owned_RK, teacher.columns_RK, 0)
 
 
-def _is_listed(chunk: Chunk, teacher: ListedTeacher) -> Tensor:
+def _is_listed(chunk: Chunk, teacher: SparseTeacher) -> Tensor:
     owned_RK, index_RK = _owned(chunk, teacher)
     hits_Rv = torch.zeros(chunk.student_Rv.shape, dtype=torch.int32, device=chunk.student_Rv.device)
     return hits_Rv.scatter_add_(1, index_RK, owned_RK.to(torch.int32)) > 0

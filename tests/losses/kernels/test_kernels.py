@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.kernels.choose import IMPLEMENTATIONS, kernels_for
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, ListedTeacher
-from megakd.losses.sparse import Buckets, listed_values
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, SparseTeacher
+from megakd.losses.sparse import Buckets, sparse_values
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics, VocabShard, merge_statistics
 from megakd.targets import SparseTargets
@@ -55,11 +55,11 @@ def _run(
 
     chunks = []
     for start in range(0, width * slices, width):
-        side: DenseTeacher | ListedTeacher | None = None
+        side: DenseTeacher | SparseTeacher | None = None
         if isinstance(teacher, Tensor):
             side = DenseTeacher(cut(teacher, start), kd_weight_R.float(), term)
         elif buckets is not None:
-            side = ListedTeacher(torch.where(buckets.ids_RK < 0, -1, buckets.ids_RK - start), term)
+            side = SparseTeacher(torch.where(buckets.ids_RK < 0, -1, buckets.ids_RK - start), term)
         num_valid = min(max(vocab_size - start, 0), width)
         chunks.append(Chunk(cut(student_RV, start), num_valid, labels_R - start, lm_weight_R.float(), teacher=side))
     kernels = [kernels_for(chunk, name if _can(name, chunk) else "reference") for chunk in chunks]  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def _run(
     else:
         merged = _merged(chunks, kernels, term)
         if buckets is not None:
-            found = listed_values(merged, buckets, term, kd_weight_R.float())
+            found = sparse_values(merged, buckets, term, kd_weight_R.float())
             slope, value_R, rows = found.slope, found.value_R * term.scale, merged
         else:
             rows = _with_second(merged, chunks, kernels, term)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megakd import _csrc
 from megakd.losses.kernels.native import NativeKernels
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseTeacher
 from megakd.losses.logits import logits_loss
 from megakd.losses.rows import KD, HeadOutput
 from megakd.losses.terms import KDTerm
@@ -114,7 +114,7 @@ def test_statistics_of_listed_ids_only_look() -> None:
     columns = torch.tensor([[34, 0, 16, 15], [-1, 40, 33, 32], [1, -1, 2, 35]])
     student = _logits(3, 35, 23)
     before = student.clone()
-    chunk = Chunk(student, 35, torch.zeros(3).long(), torch.ones(3), teacher=ListedTeacher(columns, KDTerm()))
+    chunk = Chunk(student, 35, torch.zeros(3).long(), torch.ones(3), teacher=SparseTeacher(columns, KDTerm()))
     rows = NATIVE.statistics(chunk)
     assert torch.equal(student, before)
     for row, ids in enumerate(([34, 0, 16, 15], [33, 32], [1, 2])):
@@ -124,7 +124,7 @@ def test_statistics_of_listed_ids_only_look() -> None:
         torch.testing.assert_close(rows["rest_sum"][row], (rest - rest.max()).exp().sum())
         torch.testing.assert_close(rows["lm_sum"][row], (before[row] - before[row].max()).exp().sum())
     everything = torch.arange(35).repeat(3, 1)
-    rows = NATIVE.statistics(replace(chunk, teacher=ListedTeacher(everything, KDTerm())))
+    rows = NATIVE.statistics(replace(chunk, teacher=SparseTeacher(everything, KDTerm())))
     assert rows["rest_max"].tolist() == [-torch.inf] * 3
     assert rows["rest_sum"].tolist() == [0.0] * 3
     assert torch.equal(rows.listed_KR.t(), before)
@@ -153,7 +153,7 @@ def _arrays() -> dict[str, Any]:
     }
 
 
-PAIR = {
+DENSE_ARGUMENTS = {
     "statistics": np.zeros((10, 2), np.float32),
     "teacher": np.zeros((2, 8), np.float32),
     "kd_weight": np.zeros(2, np.float32),
@@ -163,7 +163,7 @@ PAIR = {
     "teacher_temperature": 1.0,
     "kd_scale": 1.0,
 }
-LISTED = {
+SPARSE_ARGUMENTS = {
     "statistics": np.zeros((8, 2), np.float32),
     "columns": np.zeros((2, 3), np.int64),
     "student_temperature": 1.0,
@@ -187,17 +187,21 @@ LISTED = {
         ("sweep_lm", {}, {"lm_weight": np.zeros(2, np.float64)}),
         ("sweep_lm", {}, {"z_weight": np.zeros(3, np.float32)}),
         ("sweep_lm", {}, {"statistics": np.zeros((2, 2), np.float32)}),
-        ("sweep_pair", PAIR, {"teacher": np.zeros((2, 7), np.float32)}),
-        ("sweep_pair", PAIR, {"kd_weight": np.zeros(1, np.float32)}),
-        ("sweep_pair", PAIR, {"divergence": "hearsay"}),
-        ("sweep_pair", PAIR, {"divergence": "symmetric_kl"}),  # which has a column more
-        ("sweep_pair", PAIR, {"divergence": "adaptive_kl", "sweep": "both"}),  # whose second sums are made elsewhere
-        ("sweep_listed", LISTED, {"columns": np.zeros((2, 4), np.int64)}),
-        ("sweep_listed", LISTED, {"columns": np.zeros((3, 3), np.int64)}),
-        ("sweep_listed", LISTED, {"columns": np.zeros((2, 3), np.int32)}),
-        ("sweep_listed", LISTED, {"spread": True}),  # which has two columns more
-        ("sweep_listed", LISTED, {"sweep": "gradient"}),  # which needs a slope
-        ("sweep_listed", LISTED, {"sweep": "both"}),
+        ("sweep_dense", DENSE_ARGUMENTS, {"teacher": np.zeros((2, 7), np.float32)}),
+        ("sweep_dense", DENSE_ARGUMENTS, {"kd_weight": np.zeros(1, np.float32)}),
+        ("sweep_dense", DENSE_ARGUMENTS, {"divergence": "hearsay"}),
+        ("sweep_dense", DENSE_ARGUMENTS, {"divergence": "symmetric_kl"}),  # which has a column more
+        (
+            "sweep_dense",
+            DENSE_ARGUMENTS,
+            {"divergence": "adaptive_kl", "sweep": "both"},
+        ),  # whose second sums are made elsewhere
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"columns": np.zeros((2, 4), np.int64)}),
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"columns": np.zeros((3, 3), np.int64)}),
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"columns": np.zeros((2, 3), np.int32)}),
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"spread": True}),  # which has two columns more
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"sweep": "gradient"}),  # which needs a slope
+        ("sweep_sparse", SPARSE_ARGUMENTS, {"sweep": "both"}),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(function: str, extra: dict[str, Any], wrong: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.kernels.gpu.launch import DTYPES, TritonKernels
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, ListedSlope, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, SparseTeacher
 from megakd.losses.sparse import Buckets
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
@@ -64,11 +64,11 @@ def _launches() -> _Recorder:
     every += [(KDTerm(), "dense", student, teacher) for student in DTYPES for teacher in DTYPES]
     for term, kind, student_dtype, teacher_dtype in every:
         teacher = torch.randn(2, 64, dtype=teacher_dtype)
-        side: DenseTeacher | ListedTeacher = DenseTeacher(teacher, weight, term)
+        side: DenseTeacher | SparseTeacher = DenseTeacher(teacher, weight, term)
         slope = None
         if kind != "dense":
-            side = ListedTeacher(Buckets.of(sparse_targets(kind, teacher.float()), labels, term, 64).ids_RK, term)
-            slope = ListedSlope(weight, weight, torch.ones(side.columns_RK.shape[1], 2))
+            side = SparseTeacher(Buckets.of(sparse_targets(kind, teacher.float()), labels, term, 64).ids_RK, term)
+            slope = SparseSlope(weight, weight, torch.ones(side.columns_RK.shape[1], 2))
         chunk = Chunk(torch.zeros(2, 64, dtype=student_dtype), 64, labels, weight, weight, side)
         rows = recorder.statistics(chunk)
         if isinstance(side, DenseTeacher) and DIVERGENCES[term.formula].second == ("value", "slope"):

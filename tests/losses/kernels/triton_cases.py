@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.kernels.gpu.launch import TritonKernels
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, SparseTeacher
 from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.logits import logits_loss
 from megakd.losses.rows import KD
-from megakd.losses.sparse import Buckets, listed_values
+from megakd.losses.sparse import Buckets, sparse_values
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics, VocabShard, merge_statistics
 from megakd.targets import LogitTargets, SparseTargets
@@ -43,8 +43,8 @@ def _family(case: Case) -> tuple[object, ...]:
 
 UNSCALED = [case for case in CASES if case.term.scale_by_temperature_squared]  # the scale is a factor, not a kernel
 EVERY = list({(_family(case), case.term.temperature): case for case in UNSCALED}.values())
-LISTED = [Case(KDTerm(tail="spread"), "top_p_k"), Case(KDTerm(temperature=2.5, tail="renormalise"), "top_p_k")]
-"""What differs between kinds and tails of listed targets happens outside the kernels."""
+SPARSE = [Case(KDTerm(tail="spread"), "top_p_k"), Case(KDTerm(temperature=2.5, tail="renormalise"), "top_p_k")]
+"""What differs between kinds and tails of sparse targets happens outside the kernels."""
 DENSE = [
     case for case in {_family(c): c for c in EVERY if c.kind == "dense"}.values() if case.term.divergence != "taid"
 ]
@@ -124,11 +124,11 @@ def _chunks(
 
     chunks = []
     for start in range(0, VOCAB_SIZE + width, width):
-        side: DenseTeacher | ListedTeacher
+        side: DenseTeacher | SparseTeacher
         if buckets is None:
             side = DenseTeacher(cut(teacher, start), weight, case.term)
         else:
-            side = ListedTeacher(torch.where(buckets.ids_RK < 0, -1, buckets.ids_RK - start), case.term)
+            side = SparseTeacher(torch.where(buckets.ids_RK < 0, -1, buckets.ids_RK - start), case.term)
         num_valid = min(max(VOCAB_SIZE - start, 0), width)
         chunks.append(Chunk(cut(student, start), num_valid, labels - start, weight, 0.1 * weight, side))
     return chunks, buckets
@@ -149,7 +149,7 @@ def _walk(kernels: Kernels, case: Case, chunks: list[Chunk], buckets: Buckets | 
     )
     slope = None
     if buckets is not None:
-        slope = listed_values(rows, buckets, case.term, chunks[0].lm_weight_R).slope
+        slope = sparse_values(rows, buckets, case.term, chunks[0].lm_weight_R).slope
     elif case.term.formula == "adaptive_kl":  # its head needs a group: here two numbers that stand for it
         gaps = torch.tensor([[0.3], [0.9]], dtype=rows.values_kR.dtype, device=DEVICE)
         rows = rows.extended(RowStatistics(("head_gap", "tail_gap"), gaps.expand(2, rows.values_kR.shape[1])))
@@ -172,12 +172,12 @@ def _compare(case: Case, student: Tensor, teacher: Tensor, width: int, weights: 
     _assert_close(gradient, expected, WRITTEN[student.dtype])
 
 
-@pytest.mark.parametrize("case", DENSE + LISTED, ids=str)
+@pytest.mark.parametrize("case", DENSE + SPARSE, ids=str)
 def test_a_split_vocabulary(case: Case) -> None:
     _compare(case, _logits(3), _logits(4), width=126)
 
 
-@pytest.mark.parametrize("case", [case for case in DENSE + LISTED if case.term.ab_beta >= 0], ids=str)
+@pytest.mark.parametrize("case", [case for case in DENSE + SPARSE if case.term.ab_beta >= 0], ids=str)
 def test_huge_logits(case: Case) -> None:
     student, teacher = (_logits(seed, scale=1e4) for seed in (5, 6))
     student[:, ::3] = 4e4 + _logits(7)[:, ::3].round()
@@ -185,7 +185,7 @@ def test_huge_logits(case: Case) -> None:
     _compare(case, student, teacher if case.kind == "dense" else teacher / 1e4, width=VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("case", DENSE + LISTED, ids=str)
+@pytest.mark.parametrize("case", DENSE + SPARSE, ids=str)
 def test_ids_that_are_ruled_out(case: Case) -> None:
     """By both in a whole block and in a row's first one, by the teacher alone, by the student alone."""
     student, teacher = _logits(9), _logits(10)

@@ -65,11 +65,11 @@ def student_gradient(
     width,
     stride,
     inverse_tau,
-    LISTED: tl.constexpr,
+    SPARSE: tl.constexpr,
     HAS_Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LM and z-loss; with LISTED the sparse target's share too, as it is for ids that are not listed."""
+    """LM and z-loss; with SPARSE the sparse target's share too, as it is for ids that are not listed."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride
     rows += row
@@ -77,20 +77,20 @@ def student_gradient(
     label_weight = tl.load(lm_weight + row)
     on_softmax = softmax_weight(rows, lm_weight + row, z_weight + row, num_rows, HAS_Z)
     lm_pivot = pivot(tl.load(rows + num_rows * LM_MAX))
-    if LISTED:
+    if SPARSE:
         rest_pivot = pivot(tl.load(rows + num_rows * REST_MAX))
         row_factor, row_shift = tl.load(factor + row), tl.load(shift + row)
     for start in range(0, width, BLOCK):
         s = load_logits(student, start, num_valid, width, BLOCK)
         gradient = weighted(on_softmax, tl.exp(s - lm_pivot))
         gradient -= tl.where(start + tl.arange(0, BLOCK) == label_at, label_weight, 0.0)
-        if LISTED:
+        if SPARSE:
             gradient += weighted(row_factor, tl.exp((s - rest_pivot) * inverse_tau)) - row_shift
         store_gradient(student, start, gradient, num_valid, width, BLOCK)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
-def listed_gradient(
+def sparse_gradient(
     student,
     columns,
     rows,
@@ -137,7 +137,7 @@ def sigmoid(x):
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
-def pair_gradient(
+def dense_gradient(
     student,
     teacher,
     rows,

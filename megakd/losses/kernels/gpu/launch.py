@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.divergences import DIVERGENCES
-from megakd.losses.kernels.protocol import Chunk, DenseTeacher, ListedSlope, ListedTeacher
+from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, SparseTeacher
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
 
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Formula:
     """What tells the device functions of ``triton_formulas.py`` a divergence and its numbers.
 
-    slope: the FORMULA of second sums and gradient. sums: the SUMS of ``pair_statistics``. log_on_p, log_on_q: logs of
+    slope: the FORMULA of second sums and gradient. sums: the SUMS of ``dense_statistics``. log_on_p, log_on_q: logs of
     what the two models weigh in the mixture.
     """
 
@@ -103,13 +103,13 @@ class TritonKernels:
     def statistics(self, chunk: Chunk) -> RowStatistics:
         student_Rv, teacher = chunk.student_Rv, chunk.teacher
         num_rows, width = student_Rv.shape
-        num_lines = len(chunk.columns) + (teacher.columns_RK.shape[1] if isinstance(teacher, ListedTeacher) else 0)
+        num_lines = len(chunk.columns) + (teacher.columns_RK.shape[1] if isinstance(teacher, SparseTeacher) else 0)
         values_kR = _new(student_Rv, num_lines, num_rows)
         sizes = (num_rows, chunk.num_valid, width)
         if isinstance(teacher, DenseTeacher):
             formula, tau_s, tau_t = _settings(teacher)
             self._launch(
-                "pair_statistics",
+                "dense_statistics",
                 chunk,
                 *(student_Rv, teacher.logits_Rv, chunk.label_R.contiguous(), values_kR, *sizes),
                 *(student_Rv.stride(0), teacher.logits_Rv.stride(0), 1 / tau_s, 1 / tau_t),
@@ -122,7 +122,7 @@ class TritonKernels:
         label_R = chunk.label_R.contiguous()
         columns_RK, hits_Rw, term = label_R, label_R, KDTerm()  # stand-ins where nothing is listed
         num_listed, num_words = 0, 0
-        if isinstance(teacher, ListedTeacher):
+        if isinstance(teacher, SparseTeacher):
             columns_RK, term, num_listed = teacher.columns_RK.contiguous(), teacher.term, teacher.columns_RK.shape[1]
             num_words = -(-width // 32)
             hits_Rw = torch.zeros(num_rows, num_words, dtype=torch.int32, device=student_Rv.device)
@@ -134,7 +134,7 @@ class TritonKernels:
             chunk,
             *(student_Rv, label_R, columns_RK, hits_Rw, values_kR, *sizes, student_Rv.stride(0)),
             *(num_listed, num_words, 1 / tau),
-            LISTED=isinstance(teacher, ListedTeacher),
+            SPARSE=isinstance(teacher, SparseTeacher),
             SPREAD="total" in chunk.columns,
             TEMPERED=tau != 1,
             BLOCK=self._block,
@@ -149,7 +149,7 @@ class TritonKernels:
         columns = DIVERGENCES[teacher.term.formula].second
         values_kR = _new(student_Rv, len(columns), student_Rv.shape[0])
         self._launch(
-            "pair_second",
+            "dense_second",
             chunk,
             *(student_Rv, teacher.logits_Rv, _lines(chunk, rows), values_kR),
             *(student_Rv.shape[0], chunk.num_valid, student_Rv.shape[1]),
@@ -160,7 +160,7 @@ class TritonKernels:
         )
         return RowStatistics(columns, values_kR)
 
-    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: ListedSlope | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         student_Rv, teacher = chunk.student_Rv, chunk.teacher
         values_kR, label_R = _lines(chunk, rows), chunk.label_R.contiguous()
         lm_weight_R = chunk.lm_weight_R.float().contiguous()
@@ -170,7 +170,7 @@ class TritonKernels:
         if isinstance(teacher, DenseTeacher):
             formula, tau_s, tau_t = _settings(teacher)
             self._launch(
-                "pair_gradient",
+                "dense_gradient",
                 chunk,
                 *(student_Rv, teacher.logits_Rv, values_kR, label_R, lm_weight_R, z_weight_R),
                 *(teacher.weight_R.float().contiguous(), *sizes),
@@ -184,7 +184,7 @@ class TritonKernels:
             return student_Rv
         factor_R = shift_R = lm_weight_R  # stand-ins where nothing is listed
         tau = 1.0
-        if isinstance(teacher, ListedTeacher):
+        if isinstance(teacher, SparseTeacher):
             assert slope is not None
             factor_R, shift_R = slope.factor_R.contiguous(), slope.shift_R.contiguous()
             tau = teacher.term.student_temperature
@@ -193,14 +193,14 @@ class TritonKernels:
             chunk,
             *(student_Rv, values_kR, label_R, lm_weight_R, z_weight_R, factor_R, shift_R, *sizes),
             *(student_Rv.stride(0), 1 / tau),
-            LISTED=isinstance(teacher, ListedTeacher),
+            SPARSE=isinstance(teacher, SparseTeacher),
             HAS_Z=has_z,
             BLOCK=self._block,
         )
-        if isinstance(teacher, ListedTeacher) and slope is not None:
+        if isinstance(teacher, SparseTeacher) and slope is not None:
             listed_KR, num_listed = slope.listed_KR.contiguous(), teacher.columns_RK.shape[1]
             self._launch(
-                "listed_gradient",
+                "sparse_gradient",
                 chunk,
                 *(student_Rv, teacher.columns_RK.contiguous(), values_kR, rows.listed_KR.contiguous(), listed_KR),
                 *(label_R, lm_weight_R, z_weight_R, *sizes[:2], student_Rv.stride(0), num_listed),

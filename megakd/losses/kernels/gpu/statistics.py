@@ -19,8 +19,8 @@ from megakd.losses.kernels.gpu.formulas import (
     value_and_slope,
 )
 
-# Where a column stands among the statistics of a row: LM_COLUMNS, then PAIR_COLUMNS and what the divergence adds, or
-# LISTED_COLUMNS, see vocab_parallel.py.
+# Where a column stands among the statistics of a row: LM_COLUMNS, then DENSE_COLUMNS and what the divergence adds, or
+# SPARSE_COLUMNS, see vocab_parallel.py.
 LM_MAX, LM_SUM, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 STUDENT_MAX, STUDENT_SUM = tl.constexpr(3), tl.constexpr(4)
 TEACHER_MAX, TEACHER_SUM, TEACHER_SELF, AGREE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
@@ -97,13 +97,13 @@ def student_statistics(
     num_listed,
     num_words,
     inverse_tau,
-    LISTED: tl.constexpr,
+    SPARSE: tl.constexpr,
     SPREAD: tl.constexpr,
     TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """LM_COLUMNS; with LISTED the columns of a sparse target too, from sums that leave the listed ids out."""
+    """LM_COLUMNS; with SPARSE the columns of a sparse target too, from sums that leave the listed ids out."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride
     out += row
@@ -115,7 +115,7 @@ def student_statistics(
     for start in range(0, num_valid, BLOCK):
         s = load_logits(student, start, num_valid, width, BLOCK)
         kept = s
-        if LISTED:
+        if SPARSE:
             word = tl.load(hits + row * num_words + (start + lanes) // 32, mask=start + lanes < width, other=0)
             kept = tl.where(((word >> (lanes % 32)) & 1) != 0, float("-inf"), s)  # a block starts with a word
         top = tl.max(kept, 0)
@@ -133,7 +133,7 @@ def student_statistics(
             total += by_group(tl.where(start + lanes < num_valid, s - pivot(maximum), 0.0), BLOCK)
     lm_max = maximum
     lm_all = tl.sum(lm_sum, 0)
-    if LISTED:
+    if SPARSE:
         tl.store(out + num_rows * REST_MAX, maximum)
         if TEMPERED:
             tl.store(out + num_rows * REST_SUM, tl.sum(rest_sum, 0))
@@ -161,7 +161,7 @@ def student_statistics(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
-def pair_statistics(
+def dense_statistics(
     student,
     teacher,
     label,
@@ -178,7 +178,7 @@ def pair_statistics(
     TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LM_COLUMNS, PAIR_COLUMNS and the divergence's first sums: SUMS is forward, reverse, both, difference, square or
+    """LM_COLUMNS, DENSE_COLUMNS and the divergence's first sums: SUMS is forward, reverse, both, difference, square or
     none. With LABEL_APART (decoupled) the sums leave the label out."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -280,7 +280,7 @@ def pair_statistics(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
-def pair_second(
+def dense_second(
     student,
     teacher,
     rows,
