@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runs import make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
-from megakd.data.selection import whole
+from megakd.data.samples.selected import unselected
 from megakd.logits.codec import identity_ranks
 from megakd.logits.spec import StoreSpec, finish_store, write_shard
 from megakd.targets import DenseTargets
@@ -94,7 +94,7 @@ def capture(
 
     config = make_config(make_tree(data, teacher={"load": teacher}))
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
-    samples = whole(plan.blend.datasets[0])
+    samples = unselected(plan.blend.datasets[0])
     assert plan.teacher is not None
     store = StoreSpec(
         **{

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.errors import UsageError
 from megakd.logits.codec import Rows, invert
 from megakd.logits.sparsify import top_p_k

@@ -10,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.samples.concat import Samples, permute
+from megakd.data.order import permute
+from megakd.data.samples.protocol import Samples
 from megakd.errors import UsageError
 
 _QUANTA = 1 << 32

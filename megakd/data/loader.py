@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megakd.data.batch_sizes import BatchSizes, Ramp
 from megakd.data.blend import Blend, Draws
 from megakd.data.samples.boundaries import begins_document
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.errors import MismatchError, UsageError
 
 

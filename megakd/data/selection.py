@@ -1,4 +1,4 @@
-"""The selection: the ids of the samples that are kept of a dataset, and training on just those with no copy."""
+"""Selection: a folder with the ids of the samples of a dataset that are kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.durable_files import HashingWriter, fsync_directory, hash_file
 from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.concat import Samples
-from megakd.data.samples.split import PartSamples
-from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.errors import CorruptError, MismatchError
 
 FORMAT, VERSION = "megakd-selection", 1
 MANIFEST, IDS = "selection.json", "ids.i64"
@@ -73,76 +71,6 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-class SelectedSamples:
-    """The kept ones of ``samples``, as samples: sample *i* is sample ``selection.ids[i]`` of the source.
-
-    ``packing`` names the selection too: with it a data order cannot be continued with another selection.
-
-    Raises MismatchError for a selection from another dataset or packing, UsageError for one that keeps nothing.
-    """
-
-    def __init__(self, samples: Samples, selection: Selection) -> None:
-        selection.check(
-            samples.dataset,
-            packing=samples.packing,
-            seq_length=samples.seq_length,
-            num_samples=samples.num_samples,
-        )
-        if not len(selection):
-            raise UsageError(f"{selection.folder}: the selection keeps no sample of {samples.dataset.prefix}")
-        self.dataset = samples.dataset
-        self.seq_length = samples.seq_length
-        self.num_samples = len(selection)
-        self.packing = f"{samples.packing}, selection {selection.fingerprint}"
-        self.selection = selection
-        self.source = samples
-
-    def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
-        return self.source.read(self.source_ids(sample_ids))
-
-    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the tokens of each sample."""
-        return self.source.lengths(self.source_ids(sample_ids))
-
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the token position at which each sample starts."""
-        return self.source.starts(self.source_ids(sample_ids))
-
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
-        """Ask the kernel to have the samples in memory soon."""
-        self.source.prefetch(self.source_ids(sample_ids))
-
-    def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the ids of the samples in the source."""
-        ids = np.asarray(sample_ids, dtype=np.int64)
-        if len(ids) and ids.min() < 0:
-            raise IndexError(f"sample {ids.min()} of {self.num_samples}")
-        return np.asarray(self.selection.ids[ids])
-
-
-def whole(samples: Samples) -> Samples:
-    """All samples of the dataset, where these are a selection or a part: what is on disk is addressed by their ids."""
-    while isinstance(samples, SelectedSamples | PartSamples):
-        samples = samples.source
-    return samples
-
-
-def whole_ids(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``[n]`` int64: the ids that samples have among all of the dataset."""
-    while isinstance(samples, SelectedSamples | PartSamples):
-        sample_ids = samples.source_ids(sample_ids)
-        samples = samples.source
-    return sample_ids
-
-
-def selection_of(samples: Samples) -> Selection | None:
-    """The selection that these samples, or those they are a part of, were taken by."""
-    while isinstance(samples, PartSamples):
-        samples = samples.source
-    return samples.selection if isinstance(samples, SelectedSamples) else None
 
 
 class SelectionWriter:

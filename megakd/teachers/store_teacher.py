@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.blend import Blend
-from megakd.data.samples.concat import Samples
-from megakd.data.selection import selection_of, whole_ids
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.selected import ids_in_dataset, selection_of
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import empty_rows
 from megakd.logits.read_ahead import ReadAhead
@@ -120,7 +120,7 @@ class StoreTeacher:
         for dataset in np.unique(dataset_ids_B).tolist():
             store, here_B = self._stores[dataset], dataset_ids_B == dataset
             if store is not None:
-                ids = whole_ids(self._datasets[dataset], sample_ids_B[here_B])
+                ids = ids_in_dataset(self._datasets[dataset], sample_ids_B[here_B])
                 rows = store.read_batch(ids, tokens_BS[here_B])
                 if store.spec.vocab_size > self._vocab_size:  # weighted draws are of p itself, whatever a row lists
                     rows = rows.within(self._vocab_size, conditional=not store.spec.row_format.weighted)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megakd.data.blend import Blend
 from megakd.data.loader import Microbatch
-from megakd.data.selection import whole_ids
+from megakd.data.samples.selected import ids_in_dataset
 from megakd.errors import UsageError
 from megakd.logits.codec import Rows
 from megakd.logits.journal import SEGMENTS, JournalWriter, Segment, commit_steps, cut_back
@@ -159,7 +159,7 @@ class TrainingJournal:
         for dataset in np.unique(microbatch.dataset_ids_B).tolist():
             here_B, samples = microbatch.dataset_ids_B == dataset, self._datasets[dataset]
             own_ids = microbatch.sample_ids_B[here_B]
-            lengths_B[here_B], ids_B[here_B] = samples.lengths(own_ids), whole_ids(samples, own_ids)
+            lengths_B[here_B], ids_B[here_B] = samples.lengths(own_ids), ids_in_dataset(samples, own_ids)
         num_rows_B = np.minimum(lengths_B - 1, microbatch.tokens_BS.shape[1])
         rows_B = split_samples(self._reader.rows(reading), num_rows_B)
         for place, rows in enumerate(rows_B):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megakd.config.tree import option
 from megakd.data.blend import Blend
-from megakd.data.selection import whole
+from megakd.data.samples.selected import unselected
 from megakd.errors import UsageError
 from megakd.logits.journal import check_journal, segment_samples, training_spec
 from megakd.logits.spec import StoreSpec
@@ -77,7 +77,7 @@ def journal_specs(
         seed=config.seed,
     )
     found = []
-    for samples in map(whole, blend.datasets):
+    for samples in map(unselected, blend.datasets):
         spec = StoreSpec(
             vocab_size=vocab_size,
             packing=samples.packing,

@@ -18,10 +18,11 @@ from megakd.data.blend import Blend, parse_data_path
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.samples.boundaries import check_boundaries
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import Packing, open_samples
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.selected import SelectedSamples, selection_of
 from megakd.data.samples.split import PartSamples, Split
-from megakd.data.selection import SelectedSamples, Selection, selection_of
+from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.layout import padded_vocab_size

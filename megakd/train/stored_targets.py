@@ -7,8 +7,8 @@ from typing import Any
 
 from megakd.data.agreement import Side, true_vocabulary
 from megakd.data.blend import Blend
-from megakd.data.samples.concat import Samples
-from megakd.data.selection import whole
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.selected import unselected
 from megakd.data.tokenizers.recorded import recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.logits.store import LogitsStore
@@ -54,7 +54,7 @@ def open_stores(
 def _open_store(
     folder: str, samples: Samples, flag: str, tokenizer: Mapping[str, Any] | None, vocab_size: int
 ) -> LogitsStore:
-    all_samples = whole(samples)
+    all_samples = unselected(samples)
     try:
         store = LogitsStore(
             folder,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.data.blend import Blend, parse_data_path
-from megakd.data.samples.concat import permute
+from megakd.data.order import permute
 from megakd.errors import UsageError
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5)

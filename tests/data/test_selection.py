@@ -15,7 +15,8 @@ from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader
 from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.documents import DocumentSamples
-from megakd.data.selection import SelectedSamples, Selection, SelectionWriter, whole, whole_ids
+from megakd.data.samples.selected import SelectedSamples, ids_in_dataset, unselected
+from megakd.data.selection import Selection, SelectionWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.train.preflight import check_run
 
@@ -56,9 +57,9 @@ def test_a_selection_round_trips(tmp_path: Path, samples: ConcatSamples) -> None
 def test_samples_are_known_by_their_ids_in_the_dataset(tmp_path: Path, samples: ConcatSamples) -> None:
     """What is on disk for a sample is found by them, whether it is read through a selection or not."""
     selected = SelectedSamples(samples, write_selection(tmp_path / "s", samples, [3, 5, 77]))
-    assert whole(selected) is samples and whole(samples) is samples
+    assert unselected(selected) is samples and unselected(samples) is samples
     ids = np.array([2, 0])
-    assert whole_ids(selected, ids).tolist() == [77, 3] and whole_ids(samples, ids).tolist() == [2, 0]
+    assert ids_in_dataset(selected, ids).tolist() == [77, 3] and ids_in_dataset(samples, ids).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("ids", [[1, 1], [2, 1], [0, 1, 2, 3, 3, 4]])

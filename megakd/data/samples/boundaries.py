@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.errors import UsageError
 
 INDEX, INDEX_AND_IDS = "index", "index and end-of-document ids"

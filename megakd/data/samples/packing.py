@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.concat import ConcatSamples, Samples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.documents import DocumentSamples
+from megakd.data.samples.protocol import Samples
 from megakd.data.samples.sentences import open_sentences
 from megakd.data.tokenizer import Tokenizer
 

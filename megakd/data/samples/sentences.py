@@ -27,7 +27,7 @@ from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.file_lock import NoLocksError, lock_stream, open_to_lock
 from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.documents import RangeSamples
+from megakd.data.samples.ranges import RangeSamples
 from megakd.data.tokenizer import Tokenizer, same_tokenizer
 from megakd.data.tokenizers.recorded import recorded_tokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError

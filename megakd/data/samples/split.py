@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.errors import UsageError
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.boundaries import starts_between
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import COUNTS, Scores
 from megakd.data.scores.excluded import read_excluded
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer

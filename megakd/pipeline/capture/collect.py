@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from megakd.artefacts.durable_files import FileRecord, HashingWriter
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
 from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
 from megakd.logits.journal import STEPS, Journal, manifest_paths, run_folder

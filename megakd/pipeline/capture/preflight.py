@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from megakd.config.tree import option
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import check_vocabulary
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import COUNTS, LOG_PROBS
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples.boundaries import begins_document, ids_end_documents
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.model.checkpoint.record import CheckpointRecord
 from megakd.model.checkpoint.save import load_teacher
 from megakd.model.checkpoint.tensor_names import check_weights

@@ -24,7 +24,7 @@ from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import dump
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
-from megakd.data.samples.concat import permute
+from megakd.data.order import permute
 from megakd.errors import CorruptError, ExitStatus
 from megakd.model.checkpoint.record import TRACKER, checkpoint_path, read_record
 from megakd.model.checkpoint.save import CheckpointWriter, load_training_state, load_weights, record_parameters

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.config.tree import option
 from megakd.data.loader import check_vocabulary
-from megakd.data.samples.concat import Samples, permute
+from megakd.data.order import permute
 from megakd.data.samples.packing import Packing
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import Scores
 from megakd.data.scores.sources import open_sources, outdated
 from megakd.errors import CorruptError, MismatchError, UsageError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.tokenizer import Tokenizer
 
 NGRAMS = (1, 2, 3, 4)

@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.data.samples.concat import permute
+from megakd.data.order import permute
 
 
 def draw_sample(num_samples: int, *, fraction: float, seed: int) -> NDArray[np.int64]:

@@ -19,8 +19,8 @@ from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import check_vocabulary
 from megakd.data.samples.boundaries import boundaries_of, check_boundaries
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import UsageError

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores.sources import Source
 from megakd.errors import UsageError
 from megakd.pipeline.select.config import REST, read_numbers

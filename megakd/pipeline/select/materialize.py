@@ -11,7 +11,7 @@ from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
 from megakd.data.indexed.dataset import IndexedWriter
 from megakd.data.indexed.finished import find_dataset
-from megakd.data.samples.concat import Samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.selection import Selection
 
 _COPY_BYTES = 1 << 20  # stays in the cache while it is hashed, checked and written

@@ -20,9 +20,11 @@ from megakd.data.samples.boundaries import (
     check_boundaries,
     starts_between,
 )
-from megakd.data.samples.concat import ConcatSamples, Samples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.documents import DocumentSamples
-from megakd.data.selection import SelectedSamples, Selection, SelectionWriter
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.selected import SelectedSamples
+from megakd.data.selection import Selection, SelectionWriter
 from megakd.errors import UsageError
 
 EOD, SEQ = 0, 13  # 0 is what stands behind a short sample too

@@ -12,10 +12,11 @@ from runs import make_config, make_tree, write_dataset
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.indexed.writer import IndexedWriter
 from megakd.data.loader import Loader
-from megakd.data.samples.concat import Samples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.selected import SelectedSamples, ids_in_dataset, selection_of, unselected
 from megakd.data.samples.split import PartSamples, Split
-from megakd.data.selection import SelectedSamples, Selection, SelectionWriter, selection_of, whole, whole_ids
+from megakd.data.selection import Selection, SelectionWriter
 from megakd.errors import MismatchError, UsageError
 from megakd.train.preflight import check_run
 
@@ -76,8 +77,8 @@ def test_parts_share_no_document(packing: Any, selected: bool, dataset: IndexedD
         ids = np.arange(cut.num_samples)
         for row, length in zip(cut.read(ids), cut.lengths(ids)):
             assert first <= row[:length].min() and row[:length].max() < end
-        assert whole(cut) is every and (selection_of(cut) is not None) == selected
-        assert (every.starts(whole_ids(cut, ids)) == cut.starts(ids)).all()
+        assert unselected(cut) is every and (selection_of(cut) is not None) == selected
+        assert (every.starts(ids_in_dataset(cut, ids)) == cut.starts(ids)).all()
         with pytest.raises(IndexError):
             cut.read(np.array([cut.num_samples]))
     assert samples.num_samples - 2 <= seen <= samples.num_samples  # at most one across each seam

@@ -12,8 +12,9 @@ from pipeline.select.select_twin import ordered, scores_of, write
 
 from megakd.artefacts.manifest import verify_files
 from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
-from megakd.data.samples.concat import ConcatSamples, Samples
+from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.protocol import Samples
 from megakd.data.scores import sources as select_scores
 from megakd.data.selection import Selection
 from megakd.data.tokenizer import ByteTokenizer, NullTokenizer

@@ -1,0 +1,81 @@
+"""Samples that a selection keeps, read from where they lie, and the way back to all samples of the dataset."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.samples.protocol import Samples
+from megakd.data.samples.split import PartSamples
+from megakd.data.selection import Selection
+from megakd.errors import UsageError
+
+
+class SelectedSamples:
+    """The kept ones of ``samples``, as samples: sample *i* is sample ``selection.ids[i]`` of the source.
+
+    ``packing`` names the selection too: with it a data order cannot be continued with another selection.
+
+    Raises MismatchError for a selection from another dataset or packing, UsageError for one that keeps nothing.
+    """
+
+    def __init__(self, samples: Samples, selection: Selection) -> None:
+        selection.check(
+            samples.dataset,
+            packing=samples.packing,
+            seq_length=samples.seq_length,
+            num_samples=samples.num_samples,
+        )
+        if not len(selection):
+            raise UsageError(f"{selection.folder}: the selection keeps no sample of {samples.dataset.prefix}")
+        self.dataset = samples.dataset
+        self.seq_length = samples.seq_length
+        self.num_samples = len(selection)
+        self.packing = f"{samples.packing}, selection {selection.fingerprint}"
+        self.selection = selection
+        self.source = samples
+
+    def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
+        return self.source.read(self.source_ids(sample_ids))
+
+    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the tokens of each sample."""
+        return self.source.lengths(self.source_ids(sample_ids))
+
+    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the token position at which each sample starts."""
+        return self.source.starts(self.source_ids(sample_ids))
+
+    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
+        """Ask the kernel to have the samples in memory soon."""
+        self.source.prefetch(self.source_ids(sample_ids))
+
+    def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: the ids of the samples in the source."""
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        if len(ids) and ids.min() < 0:
+            raise IndexError(f"sample {ids.min()} of {self.num_samples}")
+        return np.asarray(self.selection.ids[ids])
+
+
+def unselected(samples: Samples) -> Samples:
+    """All samples of the dataset, where these are a selection or a part: what is on disk is addressed by their ids."""
+    while isinstance(samples, SelectedSamples | PartSamples):
+        samples = samples.source
+    return samples
+
+
+def ids_in_dataset(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[n]`` int64: the ids that samples have among all of the dataset."""
+    while isinstance(samples, SelectedSamples | PartSamples):
+        sample_ids = samples.source_ids(sample_ids)
+        samples = samples.source
+    return sample_ids
+
+
+def selection_of(samples: Samples) -> Selection | None:
+    """The selection that these samples, or those they are a part of, were taken by."""
+    while isinstance(samples, PartSamples):
+        samples = samples.source
+    return samples.selection if isinstance(samples, SelectedSamples) else None
