@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from megakd.config.tree import option
@@ -102,6 +103,16 @@ class ParallelConfig:
                 f"{self.pipeline_model_parallel_size} = {experts}"
             )
         return world_size // self.model_parallel_size
+
+
+def world_size() -> int:
+    """Number of ranks that torchrun, or another launcher, started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """True for rank 0 of the world, and for a process that no launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megakd import cpu
 from megakd.errors import UsageError
-from megakd.layout import ParallelConfig
+from megakd.layout import ParallelConfig, world_size
 from megakd.losses.vocab_parallel import VocabShard
 
 if cpu.needed():
@@ -96,9 +96,9 @@ def init_parallel(parallel: ParallelConfig, *, seed: int) -> Groups:
     Raises:
         UsageError: the world size does not fit the layout.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel.data_parallel_size(world_size)
-    device = _init_world(parallel, world_size)
+    num_ranks = world_size()
+    parallel.data_parallel_size(num_ranks)
+    device = _init_world(parallel, num_ranks)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -177,7 +177,7 @@ def close_parallel() -> None:
         dist.destroy_process_group()
 
 
-def _init_world(parallel: ParallelConfig, world_size: int) -> torch.device:
+def _init_world(parallel: ParallelConfig, num_ranks: int) -> torch.device:
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -192,11 +192,11 @@ def _init_world(parallel: ParallelConfig, world_size: int) -> torch.device:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if "MASTER_ADDR" in os.environ:
         _meet(backend, timeout)
-    elif world_size > 1:
-        raise UsageError(f"WORLD_SIZE is {world_size} and MASTER_ADDR is not set: {_LAUNCHERS}")
+    elif num_ranks > 1:
+        raise UsageError(f"WORLD_SIZE is {num_ranks} and MASTER_ADDR is not set: {_LAUNCHERS}")
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=num_ranks, timeout=timeout)
     return device
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from megakd.config.tree import list_leaves, parse
 from megakd.known_warnings import ignore_known_warnings
+from megakd.layout import world_size
 from megakd.losses.terms import legality_table
 from megakd.train.config import TrainConfig
 from megakd.train.megatron.dialect import MegatronFlags
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dialect=MegatronFlags(),
     )
     ignore_known_warnings()
-    plan = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_run(config, world_size())
     from megakd.train.loop import train  # late: torch and megatron load for seconds, a wrong flag should not
 
     return int(train(config, plan))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megakd.config.tree import parse
 from megakd.known_warnings import ignore_known_warnings
+from megakd.layout import world_size
 from megakd.pipeline.capture.preflight import CaptureConfig, check_capture
 
 HELP = "a teacher's output distribution over a dataset, to a logits store (under torchrun or alone)"
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Alone: megakd capture ...; on several ranks: torchrun --nproc-per-node N --no-python megakd capture ...",
     )
     ignore_known_warnings()
-    plan = check_capture(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_capture(config, world_size())
     from megakd.pipeline.capture.run import (
         capture,  # late: torch and megatron load for seconds, a wrong flag should not
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megakd.config.tree import parse
 from megakd.known_warnings import ignore_known_warnings
+from megakd.layout import world_size
 from megakd.pipeline.score.preflight import ScoreConfig, check_score
 
 HELP = "log-probabilities of a dataset's samples under a model (under torchrun or alone)"
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Alone: megakd score ...; on several ranks: torchrun --nproc-per-node N --no-python megakd score ...",
     )
     ignore_known_warnings()
-    plan = check_score(config, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = check_score(config, world_size())
     from megakd.pipeline.score.run import score  # late: torch and megatron load for seconds, a wrong flag should not
 
     return int(score(config, plan))
