@@ -24,9 +24,10 @@ from megakd.logits.spec import StoreSpec
 from megakd.model.checkpoint.record import CheckpointRecord, read_record
 from megakd.model.config import ModelShape
 from megakd.pipeline.capture.store_parts import StoreWork
+from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
 from megakd.pipeline.frozen.config import RangeRunConfig, precision
 from megakd.pipeline.score.parts import Parts
-from megakd.pipeline.score.preflight import agreed, masked_labels, skipped_token, unrecorded_vocabulary
+from megakd.pipeline.score.preflight import masked_labels, unrecorded_vocabulary
 
 _SHARD_TOKENS = 1 << 22  # a shard at most: hundreds of megabytes, and what a killed rank repeats
 _LEAST_SHARDS = 64  # of a dataset, so that many ranks find work
@@ -161,7 +162,9 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
 def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:
     """The same for a teacher that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
-    record, tokenizer = agreed(dataset, record, config)
+    record, tokenizer = common_tokenizer(
+        dataset, record, tokenizer_model=config.tokenizer_model, vocab_size=config.vocab_size
+    )
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load")
     selection = None if config.selection is None else Selection(config.selection)

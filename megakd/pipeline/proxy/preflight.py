@@ -26,7 +26,7 @@ from megakd.layout import ParallelConfig
 from megakd.model.checkpoint.record import CheckpointRecord, latest_iteration, read_record
 from megakd.model.config import ModelShape
 from megakd.model.proxy.artefact import FORMAT, MANIFEST, VERSION
-from megakd.pipeline.score.preflight import agreed, skipped_token
+from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
 
 _SETTINGS = (
     "teacher_scale", "held_out_fraction", "ratio", "epochs", "patience", "global_batch_size", "lr", "warmup_fraction",
@@ -152,7 +152,9 @@ def check_proxy(config: ProxyConfig) -> ProxyPlan:
     _check_scores(config, teacher, reference)
     if (warning := outdated(source)) is not None:
         raise MismatchError(f"{warning}: score anew")
-    record, tokenizer = agreed(samples.dataset, record, config)
+    record, tokenizer = common_tokenizer(
+        samples.dataset, record, tokenizer_model=config.tokenizer_model, vocab_size=config.vocab_size
+    )
     check_vocabulary([samples], record.vocab_size)
     shape = dataclasses.replace(
         record.shape,

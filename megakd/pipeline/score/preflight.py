@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config.tree import option
-from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import check_vocabulary
-from megakd.data.samples.boundaries import boundaries_of, check_boundaries
+from megakd.data.samples.boundaries import boundaries_of
 from megakd.data.samples.packing import open_samples
 from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import COUNTS, LOG_PROBS, TOKEN_ENTROPIES, TOKEN_LOG_PROBS
-from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
+from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import UsageError
 from megakd.model.checkpoint.record import CheckpointRecord, read_record
 from megakd.model.config import ModelShape
 from megakd.model.proxy.artefact import Proxy, read_proxy
+from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
 from megakd.pipeline.frozen.config import RangeRunConfig, precision
 from megakd.pipeline.score.draw_sample import draw_sample
 from megakd.pipeline.score.parts import Parts
-from megakd.work.console import tell
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,9 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
 def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
     """The same for a model that is known, wherever it lies."""
     dataset = IndexedDataset(config.data_path)
-    record, tokenizer = agreed(dataset, record, config)
+    record, tokenizer = common_tokenizer(
+        dataset, record, tokenizer_model=config.tokenizer_model, vocab_size=config.vocab_size
+    )
     shape = config.frozen_shape(record)
     shape.check_layout(config.parallel(), "--load" if proxy is None else "--proxy")
     find_tokenizer = partial(open_tokenizer, dataset, tokenizer_model=config.tokenizer_model)
@@ -157,16 +156,6 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     return ScorePlan(record, shape, samples, eod_token, parts, proxy)
 
 
-def skipped_token(mask_policy: str, dataset: IndexedDataset, tokenizer: Mapping[str, Any] | None) -> int | None:
-    """The input whose label is not scored under a mask policy, beside those that the index tells; None: none.
-
-    Raises UsageError where the policy needs an end-of-document id that nothing records.
-    """
-    if mask_policy == "all":
-        return None
-    return check_boundaries(dataset, tokenizer, f"--mask-policy {mask_policy}", instead="use --mask-policy all")
-
-
 def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
     """What scores record of the labels that they leave out, by parameter."""
     told_by = {} if mask_policy == "all" else {"boundaries": boundaries_of(dataset)}
@@ -176,45 +165,6 @@ def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
 def _columns(config: ScoreConfig) -> tuple[str, ...]:
     extra = [TOKEN_LOG_PROBS] * config.per_token_log_probs + [TOKEN_ENTROPIES] * config.per_token_entropy
     return (LOG_PROBS, COUNTS, *extra)
-
-
-class _Reader(Protocol):
-    """What a verb's flags say of the tokens that a model reads."""
-
-    @property
-    def tokenizer_model(self) -> str | None: ...
-
-    @property
-    def vocab_size(self) -> int | None: ...
-
-
-def agreed(
-    dataset: IndexedDataset, record: CheckpointRecord, config: _Reader
-) -> tuple[CheckpointRecord, dict[str, Any] | None]:
-    """The model as one of the true vocabulary, of whose rows those behind it are padding; and the tokenizer of dataset
-    and model. What is not recorded is said on stderr, by the first rank.
-
-    Raises MismatchError where the two, or the file of ``--tokenizer-model``, are known to differ.
-    """
-    sides = [
-        Side(f"dataset {dataset.prefix}", recorded_tokenizer(dataset)),
-        Side(f"the model {record.path}", record.tokenizer, record.vocab_size, padded=record.rows is not None),
-    ]
-    given = tokenizer_of_flags(None, config.tokenizer_model, sides)
-    if given is not None:  # what the dataset was made with, where nothing is recorded
-        sides = [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
-    vocab_size = true_vocabulary(sides, stated=config.vocab_size)
-    if vocab_size is None and record.rows is not None:
-        raise UsageError(
-            f"{record.path} tells {record.rows} rows of an embedding, padding among them, and {dataset.prefix} no "
-            f"tokenizer: `megakd verify --adopt {dataset.prefix} --tokenizer-type T --tokenizer-model FILE` records it"
-        )
-    warning = unknown_tokenizers(sides)
-    if warning is not None and os.environ.get("RANK", "0") == "0":
-        tell(warning)
-    if vocab_size is not None:
-        record = dataclasses.replace(record, vocab_size=vocab_size, rows=None)
-    return record, one_tokenizer(sides)
 
 
 def unrecorded_vocabulary(vocab_size: int, tokenizer: Mapping[str, Any] | None) -> dict[str, int]:
