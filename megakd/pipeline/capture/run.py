@@ -23,8 +23,7 @@ from megakd.pipeline.frozen.batches import Stretches
 from megakd.pipeline.frozen.config import padded_vocab
 from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
 from megakd.pipeline.frozen.run import work_through
-from megakd.pipeline.score.columns import log_prob_columns
-from megakd.pipeline.score.range_columns import RangeColumns
+from megakd.pipeline.score.columns import RangeColumns, log_prob_columns
 from megakd.targets import DenseTargets
 from megakd.teachers.head_rows import RowReader, draw_numbers, finite_samples, split_samples, token_positions
 from megakd.teachers.model_teacher import ModelTeacher

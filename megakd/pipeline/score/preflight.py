@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megakd.config.tree import option
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import check_vocabulary
+from megakd.data.order import permute
 from megakd.data.samples.boundaries import boundaries_of
 from megakd.data.samples.packing import open_samples
 from megakd.data.samples.protocol import Samples
@@ -26,7 +28,6 @@ from megakd.model.config import ModelShape
 from megakd.model.proxy.artefact import Proxy, read_proxy
 from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
 from megakd.pipeline.frozen.config import RangeRunConfig, precision
-from megakd.pipeline.score.draw_sample import draw_sample
 from megakd.pipeline.score.parts import Parts
 
 
@@ -154,6 +155,17 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
     )
     parts.check_all()
     return ScorePlan(record, shape, samples, eod_token, parts, proxy)
+
+
+def draw_sample(num_samples: int, *, fraction: float, seed: int) -> NDArray[np.int64]:
+    """``round(fraction * num_samples)`` ids, at least one, sorted: a pure function of the three.
+
+    A larger fraction holds every id of a smaller one with the same seed.
+    """
+    count = max(1, round(fraction * num_samples))
+    # A key of its own: with the plain seed these would be the samples that a training run sees first.
+    key = xxhash.xxh3_64_intdigest(f"scored sample {seed}".encode()) >> 2
+    return np.sort(permute(np.arange(count), num_samples=num_samples, seed=key, epoch=0))
 
 
 def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:

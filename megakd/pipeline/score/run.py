@@ -14,9 +14,8 @@ from megakd.errors import ExitStatus
 from megakd.parallel import Groups
 from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
 from megakd.pipeline.frozen.run import work_through
-from megakd.pipeline.score.columns import LogProbColumns, PredictedColumns
+from megakd.pipeline.score.columns import LogProbColumns, PredictedColumns, RangeColumns
 from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
-from megakd.pipeline.score.range_columns import RangeColumns
 from megakd.targets import DenseTargets
 from megakd.teachers.model_teacher import ModelTeacher
 from megakd.work.progress import RangeProgress

@@ -27,8 +27,7 @@ from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.model.checkpoint.record import latest_iteration
 from megakd.model.proxy.artefact import read_proxy
 from megakd.pipeline.proxy.preflight import ProxyConfig, check_proxy
-from megakd.pipeline.score.draw_sample import draw_sample
-from megakd.pipeline.score.preflight import ScoreConfig, check_score
+from megakd.pipeline.score.preflight import ScoreConfig, check_score, draw_sample
 from megakd.pipeline.select.main import main as select
 
 SEQ = 16

@@ -14,8 +14,7 @@ from worlds import Worlds
 from megakd.data.scores.artefact import Scores
 from megakd.errors import MismatchError, UsageError
 from megakd.pipeline.report.main import main as report
-from megakd.pipeline.score.draw_sample import draw_sample
-from megakd.pipeline.score.preflight import check_score
+from megakd.pipeline.score.preflight import check_score, draw_sample
 from megakd.pipeline.select.main import main as select
 
 SEQ = 16
