@@ -144,7 +144,7 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
         plan = check_score_of(record, config)
         scorer = Scorer(config, plan, ModelTeacher([model], head_vH, groups, groups), groups)
         while (claim := plan.parts.claim()) is not None:
-            plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), computed=scorer.computed)
+            plan.parts.commit(claim, scorer.make(*plan.parts.bounds(claim.index)), provenance=scorer.provenance)
         for path in (folder / "scores" / "parts").iterdir():
             path.unlink()
 
@@ -153,8 +153,8 @@ def _cases(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Calla
         plan = check_capture_of(record, store)
         capturer = Capturer(store, plan, ModelTeacher([model], head_vH, groups, groups), groups)
         while (claim := plan.work.claim()) is not None:
-            made = capturer.make(*plan.work.bounds(claim.index), ids=plan.work.ids_of(claim.index))
-            plan.work.commit(claim, made, computed=capturer.computed)
+            result = capturer.make(*plan.work.bounds(claim.index), ids=plan.work.ids_of(claim.index))
+            plan.work.commit(claim, result, provenance=capturer.provenance)
         shutil.rmtree(folder / "store")
 
     @torch.no_grad()

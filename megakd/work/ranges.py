@@ -58,10 +58,10 @@ class RangeWork(ABC, Generic[Result]):
         """Return whether the whole is there. Raises MismatchError for one of other inputs or settings."""
 
     @abstractmethod
-    def commit(self, claim: Claim, result: Result, *, computed: Mapping[str, Any]) -> None:
+    def commit(self, claim: Claim, result: Result, *, provenance: Mapping[str, Any]) -> None:
         """Make the result of a range durable, and release the claim.
 
-        computed: settings that only the last bits of the result depend on, recorded beside it.
+        provenance: settings, and the device, that only the last bits of the result depend on; recorded beside it.
         """
 
     @abstractmethod

@@ -102,7 +102,7 @@ def collect(collection: Collection, *, log_interval: float) -> ExitStatus:
                 return ExitStatus.STOPPED
             claim = work.claim()
             if claim is not None:
-                work.commit(claim, collection.make(claim.index, progress), computed={})
+                work.commit(claim, collection.make(claim.index, progress), provenance={})
             elif work.complete and (lock := work.claim_finish()) is not None:
                 manifest = work.finish(lock)
                 tell(

@@ -25,7 +25,7 @@ from megakd.model.checkpoint.record import CheckpointRecord, read_record
 from megakd.model.config import ModelShape
 from megakd.pipeline.capture.store_parts import StoreWork
 from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
-from megakd.pipeline.frozen.config import RangeRunConfig, precision
+from megakd.pipeline.frozen.config import FrozenConfig, precision
 from megakd.pipeline.score.parts import Parts
 from megakd.pipeline.score.preflight import masked_labels, unrecorded_vocabulary
 
@@ -35,7 +35,7 @@ _RANKED_TOKENS = 1 << 26  # tokens that are counted for the ranks of ids, at mos
 
 
 @dataclass(frozen=True)
-class CaptureConfig(RangeRunConfig):
+class CaptureConfig(FrozenConfig):
     """What ``megakd capture`` is asked to do."""
 
     load: str = option(..., "the teacher: a checkpoint folder of 'megakd train'", common=True)

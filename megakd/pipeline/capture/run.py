@@ -21,7 +21,7 @@ from megakd.pipeline.capture.preflight import CaptureConfig, CapturePlan
 from megakd.pipeline.capture.store_parts import Captured
 from megakd.pipeline.frozen.batches import Stretches
 from megakd.pipeline.frozen.config import padded_vocab
-from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
+from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of
 from megakd.pipeline.frozen.run import work_through
 from megakd.pipeline.score.columns import RangeColumns, log_prob_columns
 from megakd.targets import DenseTargets
@@ -52,7 +52,7 @@ class Capturer:
 
     def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._config, self._plan, self._groups = config, plan, groups
-        self._model = RangeModel(
+        self._model = FrozenModel(
             config,
             plan.samples,
             teacher,
@@ -68,7 +68,7 @@ class Capturer:
             implementation=config.loss_implementation,
             chunk_bytes=config.head_chunk_mbytes << 20,
         )
-        self.computed = computed_by(config, plan.work.range_samples)
+        self.provenance = provenance_of(config, plan.work.range_samples)
 
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64]

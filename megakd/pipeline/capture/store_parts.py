@@ -90,11 +90,11 @@ class StoreWork(RangeWork[Captured | None]):
         """To which the samples of range ``index`` are to be added, in rising order."""
         return write_shard(self.folder, self.spec, self.ranks, index)
 
-    def commit(self, claim: Claim, made: Captured | None, *, computed: Mapping[str, Any]) -> None:
-        assert made is not None  # by the leader
+    def commit(self, claim: Claim, result: Captured | None, *, provenance: Mapping[str, Any]) -> None:
+        assert result is not None  # the leader has one, and only it commits
         if self.scores is not None:
-            self.scores.write(claim.index, made.columns, computed=computed)
-        made.shard.commit()
+            self.scores.write(claim.index, result.columns, provenance=provenance)
+        result.shard.commit()
         self._done.add(claim.index)
         claim.release()
 

@@ -61,16 +61,16 @@ class Stretches:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicrobatchPlan:
     """One microbatch: the numbers of its stretches, and how many positions the model sees of each."""
 
     places: NDArray[np.int64]
     width: int
 
 
-def cut_range(
+def plan_microbatches(
     lengths: NDArray[np.int64], *, micro_batch_size: int, seq_length: int, tensor_size: int = 1
-) -> list[Piece]:
+) -> list[MicrobatchPlan]:
     """The microbatches of stretches of ``lengths`` tokens: each once, the last microbatch smaller where their number
     does not divide.
 
@@ -79,15 +79,17 @@ def cut_range(
     """
     order = np.argsort(lengths, kind="stable")
     multiple = math.lcm(_WIDTH_MULTIPLE, tensor_size)
-    pieces = []
+    plans = []
     for start in range(0, len(order), micro_batch_size):
         places = order[start : start + micro_batch_size]
         longest = max(1, int(lengths[places[-1]]) - 1)
-        pieces.append(Piece(places, min(-(-longest // multiple) * multiple, seq_length)))
-    return pieces
+        plans.append(MicrobatchPlan(places, min(-(-longest // multiple) * multiple, seq_length)))
+    return plans
 
 
-def read_piece(loader: Loader, ids_B: NDArray[np.int64], width: int, stretches: Stretches | None = None) -> Microbatch:
+def read_microbatch(
+    loader: Loader, ids_B: NDArray[np.int64], width: int, stretches: Stretches | None = None
+) -> Microbatch:
     """``width`` positions of the samples ``ids_B`` of the loader's dataset, or of a stretch of each.
 
     Behind the end of a stretch stands what follows it in the sample, of which no label counts: attention is causal.
@@ -106,8 +108,8 @@ def read_piece(loader: Loader, ids_B: NDArray[np.int64], width: int, stretches: 
     )
 
 
-def batch_pieces(pieces: Sequence[Piece], *, limit: int) -> Iterator[list[Piece]]:
-    """Runs of at most ``limit`` pieces of one shape, which a pipeline can take together."""
-    for _, alike in itertools.groupby(pieces, key=lambda piece: (len(piece.places), piece.width)):
+def alike_plans(plans: Sequence[MicrobatchPlan], *, limit: int) -> Iterator[list[MicrobatchPlan]]:
+    """Runs of at most ``limit`` plans of one shape, which a pipeline can take together."""
+    for _, alike in itertools.groupby(plans, key=lambda plan: (len(plan.places), plan.width)):
         run = list(alike)
         yield from (run[start : start + limit] for start in range(0, len(run), limit))

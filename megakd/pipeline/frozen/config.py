@@ -15,7 +15,7 @@ from megakd.model.config import ModelShape
 
 
 @dataclass(frozen=True)
-class RangeRunConfig:
+class FrozenConfig:
     """The samples, the model's layout and precision, and how work is cut and told."""
 
     data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
@@ -90,7 +90,7 @@ def precision(shape: ModelShape) -> str:
     return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide
 
 
-def padded_vocab(config: RangeRunConfig, record: CheckpointRecord, shape: ModelShape) -> int:
+def padded_vocab(config: FrozenConfig, record: CheckpointRecord, shape: ModelShape) -> int:
     """Rows of the output weight, over all ranks that share it."""
     size, divisible_by = config.tensor_model_parallel_size, shape.make_vocab_size_divisible_by
     return padded_vocab_size(record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size)

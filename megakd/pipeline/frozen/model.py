@@ -26,8 +26,8 @@ from megakd.model.checkpoint.tensor_names import check_weights
 from megakd.model.config import ModelShape
 from megakd.model.gpt import build_model
 from megakd.parallel import Groups
-from megakd.pipeline.frozen.batches import Stretches, batch_pieces, cut_range, read_piece
-from megakd.pipeline.frozen.config import RangeRunConfig, padded_vocab
+from megakd.pipeline.frozen.batches import Stretches, alike_plans, plan_microbatches, read_microbatch
+from megakd.pipeline.frozen.config import FrozenConfig, padded_vocab
 from megakd.targets import DenseTargets
 from megakd.teachers.model_teacher import ModelTeacher
 
@@ -35,7 +35,7 @@ _STAGE_MICROBATCHES = 8  # in flight for each pipeline stage: fills it, and boun
 _ROWS_AT_ONCE = 64
 
 
-class RangeModel:
+class FrozenModel:
     """One copy of a model over samples of a dataset.
 
     eod_mask_loss: the labels with which another document starts are masked; eod_token: what else ends one, beside the
@@ -44,7 +44,7 @@ class RangeModel:
 
     def __init__(
         self,
-        config: RangeRunConfig,
+        config: FrozenConfig,
         samples: Samples,
         teacher: ModelTeacher,
         *,
@@ -98,16 +98,16 @@ class RangeModel:
     def _batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[_Batch]:
         """The microbatches, as many at once as the pipeline likes."""
         config = self._config
-        pieces = cut_range(
+        plans = plan_microbatches(
             stretches.lengths,
             micro_batch_size=config.micro_batch_size,
             seq_length=config.seq_length,
             tensor_size=config.tensor_model_parallel_size,
         )
-        for batch in batch_pieces(pieces, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
-            parts = [stretches[piece.places] for piece in batch]
+        for batch in alike_plans(plans, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
+            parts = [stretches[plan.places] for plan in batch]
             microbatches = [
-                read_piece(self._loader, ids[part.places], piece.width, part) for part, piece in zip(parts, batch)
+                read_microbatch(self._loader, ids[part.places], plan.width, part) for part, plan in zip(parts, batch)
             ]
             yield _Batch(microbatches, parts)
 
@@ -131,7 +131,7 @@ class _Batch:
         return iter(self.microbatches)
 
 
-def build_frozen(config: RangeRunConfig, record: CheckpointRecord, shape: ModelShape, groups: Groups) -> ModelTeacher:
+def build_frozen(config: FrozenConfig, record: CheckpointRecord, shape: ModelShape, groups: Groups) -> ModelTeacher:
     """A checkpoint's model in the layout of ``groups``, ready to be read. All ranks call it."""
     check_weights(record.path, record.shape, "--load")
     chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=config.seq_length, with_head=False)
@@ -140,7 +140,7 @@ def build_frozen(config: RangeRunConfig, record: CheckpointRecord, shape: ModelS
     return ModelTeacher(chunks, head_weight_vH, groups, groups)
 
 
-def computed_by(config: RangeRunConfig, range_samples: int) -> dict[str, Any]:
+def provenance_of(config: FrozenConfig, range_samples: int) -> dict[str, Any]:
     """What the last bits of a model's answers depend on."""
     return {
         "tensor": config.tensor_model_parallel_size,

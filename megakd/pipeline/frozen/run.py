@@ -20,7 +20,7 @@ from megakd.artefacts.run_lock import RunLock
 from megakd.errors import ExitStatus
 from megakd.layout import Coordinates, rank_of
 from megakd.parallel import Groups, init_parallel
-from megakd.pipeline.frozen.config import RangeRunConfig
+from megakd.pipeline.frozen.config import FrozenConfig
 from megakd.work.console import tell
 from megakd.work.progress import RangeProgress
 from megakd.work.ranges import Claim, RangeWork
@@ -30,22 +30,22 @@ _POLL_SECONDS = 0.2
 # What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
 _WAIT, _COMPLETE, _STOP, _FOLLOW = -1, -2, -3, -4
 
-Made = TypeVar("Made")
-MadeCo = TypeVar("MadeCo", covariant=True)
+Result = TypeVar("Result")
+ResultCo = TypeVar("ResultCo", covariant=True)
 
 
-class Maker(Protocol[MadeCo]):
+class RangeMaker(Protocol[ResultCo]):
     """Makes a range's result with one copy of the model. computed: what the last bits of it depend on."""
 
     @property
-    def computed(self) -> Mapping[str, Any]: ...
+    def provenance(self) -> Mapping[str, Any]: ...
 
-    def make(self, start: int, stop: int, progress: RangeProgress | None, *, ids: NDArray[np.int64]) -> MadeCo:
+    def make(self, start: int, stop: int, progress: RangeProgress | None, *, ids: NDArray[np.int64]) -> ResultCo:
         """Of the samples ``ids`` of ``[start, stop)``. The copy's ranks all call it; what its leader gets counts."""
 
 
 def work_through(
-    work: RangeWork[Made], build: Callable[[Groups], Maker[Made]], config: RangeRunConfig, *, done: str
+    work: RangeWork[Result], build: Callable[[Groups], RangeMaker[Result]], config: FrozenConfig, *, done: str
 ) -> ExitStatus:
     """Make what is missing of ``work``, with all other ranks and jobs that do.
 
@@ -75,9 +75,9 @@ def work_through(
             if code == _WAIT:
                 time.sleep(_POLL_SECONDS)
             elif code >= 0:
-                made = maker.make(*work.bounds(code), progress, ids=work.ids_of(code))
+                result = maker.make(*work.bounds(code), progress, ids=work.ids_of(code))
                 if plans.claim is not None:
-                    work.commit(plans.claim, made, computed=maker.computed)
+                    work.commit(plans.claim, result, provenance=maker.provenance)
             else:
                 break
     if plans.claim is not None:

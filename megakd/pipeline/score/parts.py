@@ -86,18 +86,18 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         names = self._names()
         return names is not None and (not names or any(map(_OF_A_RANGE.match, names)))
 
-    def commit(self, claim: Claim, made: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
-        """Make a range durable, and release it. made: the wanted columns over its samples."""
-        self.write(claim.index, made, computed=computed)
+    def commit(self, claim: Claim, result: Mapping[str, NDArray[Any]], *, provenance: Mapping[str, Any]) -> None:
+        """Make a range durable, and release it. result: the wanted columns over its samples."""
+        self.write(claim.index, result, provenance=provenance)
         claim.release()
 
-    def write(self, index: int, made: Mapping[str, NDArray[Any]], *, computed: Mapping[str, Any]) -> None:
+    def write(self, index: int, result: Mapping[str, NDArray[Any]], *, provenance: Mapping[str, Any]) -> None:
         """Make a range durable that this process has claimed, here or elsewhere."""
         self._ranges.mkdir(parents=True, exist_ok=True)
         start, stop = self.bounds(index)
         with HashingWriter(self._path(index, ".part")) as writer:
             for name in self.columns:
-                array = np.ascontiguousarray(made[name], dtype=DTYPES[name])
+                array = np.ascontiguousarray(result[name], dtype=DTYPES[name])
                 assert array.size == (stop - start) * self._positions(name), (name, array.shape)
                 writer.write(array.data)
             files = [writer.commit()]
@@ -111,7 +111,7 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
                 "range_samples": self.range_samples,
                 "range": [start, stop],
                 "columns": list(self.columns),
-                "computed": dict(computed),
+                "computed": dict(provenance),
             },
             parents=self._parents,
             tokenizer=self._tokenizer,

@@ -27,12 +27,12 @@ from megakd.model.checkpoint.record import CheckpointRecord, read_record
 from megakd.model.config import ModelShape
 from megakd.model.proxy.artefact import Proxy, read_proxy
 from megakd.pipeline.frozen.checks import common_tokenizer, skipped_token
-from megakd.pipeline.frozen.config import RangeRunConfig, precision
+from megakd.pipeline.frozen.config import FrozenConfig, precision
 from megakd.pipeline.score.parts import Parts
 
 
 @dataclass(frozen=True)
-class ScoreConfig(RangeRunConfig):
+class ScoreConfig(FrozenConfig):
     """What ``megakd score`` is asked to do."""
 
     load: str | None = option(None, "the model: a checkpoint folder of 'megakd train'", common=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.errors import ExitStatus
 from megakd.parallel import Groups
-from megakd.pipeline.frozen.model import RangeModel, build_frozen, computed_by
+from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of
 from megakd.pipeline.frozen.run import work_through
 from megakd.pipeline.score.columns import LogProbColumns, PredictedColumns, RangeColumns
 from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
@@ -34,12 +34,12 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
 class Scorer:
     """One copy of the model, and what it says about samples.
 
-    teacher: the model, in the layout of ``groups``. computed: what the last bits of its answers depend on.
+    teacher: the model, in the layout of ``groups``. provenance: what the last bits of its answers depend on.
     """
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._names, self._seq_length = plan.parts.columns, config.seq_length
-        self._model = RangeModel(
+        self._model = FrozenModel(
             config,
             plan.samples,
             teacher,
@@ -50,7 +50,7 @@ class Scorer:
         )
         answer = PredictedColumns(plan, groups) if plan.proxy else LogProbColumns(config, plan, groups)
         self._answer: Callable[[DenseTargets, Microbatch], dict[str, NDArray[Any]]] = answer
-        self.computed = computed_by(config, plan.parts.range_samples)
+        self.provenance = provenance_of(config, plan.parts.range_samples)
 
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64] | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from draws import draw
-from pipeline.frozen.range_runs import make_some
+from pipeline.frozen.frozen_runs import make_some
 from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
 

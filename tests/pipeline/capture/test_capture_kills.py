@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.frozen.range_kills import RangeVerb, files
+from pipeline.frozen.frozen_kills import FrozenVerb, files
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -20,7 +20,7 @@ def call_main(argv: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def verb(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> RangeVerb:
+def verb(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> FrozenVerb:
     """A teacher, a dataset of a few seconds, and its store and scores by a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("capture-kills")
     data = write_dataset(folder / "data", num_tokens=30_000)
@@ -36,15 +36,15 @@ def verb(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> RangeVerb:
 
     assert run(folder / "whole") == 0
     whole: dict[str, Any] = files(folder / "whole")
-    return RangeVerb("capture", flags, run, whole, "shards", "store.json", NUM_SHARDS)
+    return FrozenVerb("capture", flags, run, whole, "shards", "store.json", NUM_SHARDS)
 
 
 @pytest.mark.slow
-def test_bytes_after_five_kills(verb: RangeVerb, tmp_path: Path) -> None:
+def test_bytes_after_five_kills(verb: FrozenVerb, tmp_path: Path) -> None:
     verb.kill_and_rerun(tmp_path / "s", 5)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_bytes_after_twenty_kills(verb: RangeVerb, tmp_path: Path) -> None:
+def test_bytes_after_twenty_kills(verb: FrozenVerb, tmp_path: Path) -> None:
     verb.kill_and_rerun(tmp_path / "s", 20)

@@ -116,7 +116,7 @@ def test_a_stopped_run_goes_on(data: str, tmp_path: Path) -> None:
     for _ in range(3):
         claim = part.work.claim()
         assert claim is not None
-        part.work.commit(claim, part.make(claim.index), computed={})
+        part.work.commit(claim, part.make(claim.index), provenance={})
     abandoned = part.work.claim()  # by a process that dies
     assert abandoned is not None
     abandoned.release()
@@ -129,7 +129,7 @@ def test_another_journal_does_not_go_on_with_a_store(data: str, tmp_path: Path) 
     part = opened(data, tmp_path / "s")
     claim = part.work.claim()
     assert claim is not None
-    part.work.commit(claim, part.make(claim.index), computed={})
+    part.work.commit(claim, part.make(claim.index), provenance={})
     cut_back(folder, 4)
     with pytest.raises(MismatchError, match="model"):
         run(data, tmp_path / "s")
@@ -229,7 +229,7 @@ def test_a_shard_that_another_process_left_damaged_is_made_anew(data: str, tmp_p
     assert run(data, tmp_path / "whole") == 0
     part = opened(data, tmp_path / "part")
     while (claim := part.work.claim()) is not None:
-        part.work.commit(claim, part.make(claim.index), computed={})
+        part.work.commit(claim, part.make(claim.index), provenance={})
     index = tmp_path / "part" / "shards" / "00000001.index"
     content = bytearray(index.read_bytes())
     content[30] ^= 1

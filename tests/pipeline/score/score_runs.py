@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from pipeline.frozen.range_runs import make_some
+from pipeline.frozen.frozen_runs import make_some
 
 from megakd.config.tree import from_dict, validate
 from megakd.pipeline.score.preflight import ScoreConfig, check_score

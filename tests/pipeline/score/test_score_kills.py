@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.frozen.range_kills import RangeVerb, files
+from pipeline.frozen.frozen_kills import FrozenVerb, files
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -35,7 +35,7 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     made["whole"] = files(folder / "whole")
     num_ranges = -(-len(made["whole"]["counts.i32"]) // 4 // 50)
     whole = partial(run, made)
-    made["verb"] = RangeVerb("score", flags, whole, made["whole"], "parts", "scores.json", num_ranges)
+    made["verb"] = FrozenVerb("score", flags, whole, made["whole"], "parts", "scores.json", num_ranges)
     return made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class RangeVerb:
+class FrozenVerb:
     """A verb that commits ranges. verb: its name. flags: all but ``--output``. run: the whole of it, where
     nothing must happen to it; its status. whole: the files it leaves. parts: the folder of ranges, in the output.
     manifest: what makes the whole whole. num_ranges: how many there are."""

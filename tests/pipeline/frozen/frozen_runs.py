@@ -10,5 +10,5 @@ def make_some(work: Any, maker: Any, count: int) -> None:
     for _ in range(count):
         claim = work.claim()
         assert claim is not None
-        made = maker.make(*work.bounds(claim.index), ids=work.ids_of(claim.index))
-        work.commit(claim, made, computed=maker.computed)
+        result = maker.make(*work.bounds(claim.index), ids=work.ids_of(claim.index))
+        work.commit(claim, result, provenance=maker.provenance)
