@@ -89,7 +89,7 @@ def plain_weights(run: str) -> dict[str, Any]:
 
 def own_weights(run: str) -> dict[str, Any]:
     """The weights that megakd's model reads of it, as lists."""
-    from megakd.model.checkpoint.save import load_weights
+    from megakd.model.checkpoint.load import load_weights
     from megakd.model.gpt import build_model
 
     groups, record = init_parallel(ParallelConfig(), seed=1), read_record(run)
@@ -101,7 +101,7 @@ def own_weights(run: str) -> dict[str, Any]:
 def _plain_model(record: CheckpointRecord, groups: Groups, *, filled: bool = True) -> Any:
     from megatron.core.models.gpt import GPTModel
 
-    from megakd.model.checkpoint.save import load_weights
+    from megakd.model.checkpoint.load import load_weights
     from megakd.model.gpt import build_model
 
     chunks = build_model(record.shape, groups, vocab_size=record.vocab_size, seq_length=16)

@@ -14,13 +14,8 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.data.tokenizer import build_tokenizer
 from megakd.logits.store import LogitsStore
-from megakd.model.checkpoint.save import (
-    CheckpointWriter,
-    load_teacher,
-    load_training_state,
-    load_weights,
-    record_parameters,
-)
+from megakd.model.checkpoint.load import load_teacher, load_training_state, load_weights
+from megakd.model.checkpoint.save import CheckpointWriter, record_parameters
 from megakd.model.gpt import build_model, resolve_transformer_impl
 from megakd.model.initial_weights import set_initial_weights
 from megakd.parallel import Groups, build_groups

@@ -15,24 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megakd.artefacts.manifest import FileRecord, atomic_write, hash_file, write_manifest
 from megakd.config.tree import to_dict
 from megakd.errors import NoSpaceError
-from megakd.model.checkpoint.checked_read import read_tree, read_weights, wanted_tensors
-from megakd.model.checkpoint.foreign import KeyForm
-from megakd.model.checkpoint.record import FORMAT, MANIFEST, TRACKER, VERSION, CheckpointRecord, checkpoint_path
+from megakd.model.checkpoint.record import FORMAT, MANIFEST, TRACKER, VERSION, checkpoint_path
 from megakd.model.checkpoint.save_failure import explained
-from megakd.model.checkpoint.tensor_names import read_tensor_names
+from megakd.model.checkpoint.state import layout_of, model_state, random_state, sharding_metadata, wanted_tensors
 from megakd.model.config import ModelShape
 from megakd.model.gpt import HiddenGPTModel
-from megakd.parallel import Groups, random_states, set_random_states
+from megakd.parallel import Groups
 from megakd.work.die_with_parent import die_with_parent
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -73,9 +70,9 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        tree = _model_state(chunks, groups)
-        tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=_metadata(groups))
-        tree["rng_state"] = _rng_state(groups)
+        tree = model_state(chunks, groups)
+        tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=sharding_metadata(groups))
+        tree["rng_state"] = random_state(groups)
         _check_space(tree, self.folder, groups)
 
         def announce() -> None:
@@ -126,64 +123,11 @@ def record_parameters(
         "loader_state": loader_state,
         "objective_state": objective_state,
         "journal": list(journal),
-        "layout": _layout(groups),
+        "layout": layout_of(groups),
         "use_distributed_optimizer": groups.parallel.use_distributed_optimizer,
         "rng_states": True,
         "torch": torch.__version__,
     }
-
-
-def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], optimizer: Any, groups: Groups) -> None:
-    """Weights, optimizer state and (in the same layout) random states of ``record``, in place."""
-    tree = _model_state(chunks, groups)
-    tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=True, metadata=_metadata(groups))
-    same_layout = record.layout == _layout(groups)
-    if same_layout:
-        tree["rng_state"] = _rng_state(groups)
-    loaded = read_tree(tree, record)
-    _set_model_state(chunks, loaded)
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
-    if same_layout:
-        set_random_states(loaded["rng_state"])
-
-
-def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
-    """The weights of ``record`` and nothing else, in place."""
-    form = KeyForm.of(read_tensor_names(record.path))
-    tree = _model_state(chunks, groups, layers_apart=form.layers_apart)
-    _set_model_state(chunks, read_weights(tree, record, form))
-
-
-def load_teacher(
-    record: CheckpointRecord,
-    chunks: list[HiddenGPTModel],
-    groups: Groups,
-    student: Groups,
-    *,
-    rows: int,
-) -> Tensor | None:
-    """The teacher's weights in its own layout, and its head's shard ``[rows, H]`` in the student's, on its last stage.
-
-    rows: the head's rows a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
-    """
-    form = KeyForm.of(read_tensor_names(record.path))
-    tree = _model_state(chunks, groups, layers_apart=form.layers_apart)
-    head = None
-    if student.is_last_stage:
-        config = chunks[0].config
-        head = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=student.device)
-        key = "embedding.word_embeddings.weight" if record.shape.tied else "output_layer.weight"
-        tree["head"] = ShardedTensor.from_rank_offsets(
-            key,
-            head,
-            (0, student.tensor_rank, student.parallel.tensor_model_parallel_size),
-            replica_id=(0, 0, student.collection.dp_cp.rank()),
-            allow_shape_mismatch=True,
-        )
-    loaded = read_weights(tree, record, form, reads_twice=True)
-    _set_model_state(chunks, loaded)
-    return loaded.get("head")
 
 
 def _use_mortal_results_queue() -> None:
@@ -195,22 +139,6 @@ def _use_mortal_results_queue() -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(die_with_parent)
         filesystem_async._results_queue = manager.Queue()
-
-
-def _model_state(chunks: list[HiddenGPTModel], groups: Groups, *, layers_apart: bool = False) -> dict[str, Any]:
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    metadata = _metadata(groups) | ({"non_homogeneous_layers": True} if layers_apart else {})
-    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks)}
-
-
-def _set_model_state(chunks: list[HiddenGPTModel], loaded: dict[str, Any]) -> None:
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    for name, chunk in zip(names, chunks):
-        chunk.load_state_dict(loaded[name])
-
-
-def _metadata(groups: Groups) -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.collection.dp_cp}
 
 
 def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
@@ -234,23 +162,6 @@ def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
             f"{folder}: a checkpoint needs {needed_bytes / 1e9:.3f} GB, {free_bytes / 1e9:.3f} GB are free; free some "
             "space and start again, the run continues from the checkpoint before"
         )
-
-
-def _layout(groups: Groups) -> dict[str, int]:
-    parallel = groups.parallel
-    return {
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "virtual": parallel.virtual_pipeline_model_parallel_size or 1,
-        "context": parallel.context_parallel_size,
-        "data": groups.data_size,
-    }
-
-
-def _rng_state(groups: Groups) -> ShardedObject:
-    """Every rank's generators. They matter only with dropout, and only in the layout that wrote them."""
-    place = (dist.get_world_size(),), (dist.get_rank(),)
-    return ShardedObject("rng_state", random_states(groups), *place, replica_id=0)
 
 
 def _commit(

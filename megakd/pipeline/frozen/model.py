@@ -20,8 +20,8 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples.boundaries import begins_document, ids_end_documents
 from megakd.data.samples.protocol import Samples
+from megakd.model.checkpoint.load import load_teacher
 from megakd.model.checkpoint.record import CheckpointRecord
-from megakd.model.checkpoint.save import load_teacher
 from megakd.model.checkpoint.tensor_names import check_weights
 from megakd.model.config import ModelShape
 from megakd.model.gpt import build_model

@@ -26,8 +26,9 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.order import permute
 from megakd.errors import CorruptError, ExitStatus
+from megakd.model.checkpoint.load import load_training_state, load_weights
 from megakd.model.checkpoint.record import TRACKER, checkpoint_path, read_record
-from megakd.model.checkpoint.save import CheckpointWriter, load_training_state, load_weights, record_parameters
+from megakd.model.checkpoint.save import CheckpointWriter, record_parameters
 from megakd.model.checkpoint.tensor_names import check_weights
 from megakd.model.gpt import build_model
 from megakd.model.proxy.artefact import read_proxy, write_proxy

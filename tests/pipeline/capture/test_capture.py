@@ -54,8 +54,8 @@ def run_capture(tree: dict[str, Any], only: int | None = None) -> int:
 def twin(load: str, data: str) -> np.ndarray:
     """log p of every id at every position, ``[num_samples, seq_length, V]`` float64, from whole logits."""
     from megakd.layout import ParallelConfig
+    from megakd.model.checkpoint.load import load_weights
     from megakd.model.checkpoint.record import read_record
-    from megakd.model.checkpoint.save import load_weights
     from megakd.model.gpt import build_model
     from megakd.parallel import init_parallel
 

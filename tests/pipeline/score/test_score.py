@@ -29,8 +29,8 @@ SAMPLES = 118  # of 1900 tokens: no multiple of the ranges' 13, nor these of the
 def build_twin(load: str) -> Any:
     """The model in float64, its head with it."""
     from megakd.layout import ParallelConfig
+    from megakd.model.checkpoint.load import load_weights
     from megakd.model.checkpoint.record import read_record
-    from megakd.model.checkpoint.save import load_weights
     from megakd.model.gpt import build_model
     from megakd.parallel import init_parallel
 

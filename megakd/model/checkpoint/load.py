@@ -1,12 +1,16 @@
-"""A checkpoint's files read into a model's tree: held against their hashes, complete, and without running a pickle."""
+"""Loading a checkpoint: held against its hashes, complete, and without running a pickle that someone else wrote.
+
+Any layout can be loaded in any other (the layers are stored stacked, and shards are cut anew).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.artefacts.manifest import faults_in_blocks
@@ -14,22 +18,80 @@ from megakd.errors import CorruptError, MismatchError
 from megakd.model.checkpoint.damage import damaged
 from megakd.model.checkpoint.foreign import KeyForm
 from megakd.model.checkpoint.record import CheckpointRecord
+from megakd.model.checkpoint.state import (
+    layout_of,
+    model_state,
+    random_state,
+    set_model_state,
+    sharding_metadata,
+    wanted_tensors,
+)
 from megakd.model.checkpoint.tensor_names import read_tensor_names
+from megakd.model.gpt import HiddenGPTModel
+from megakd.parallel import Groups, set_random_states
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    LocalNonpersistentObject,
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 
-def read_weights(
+def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], optimizer: Any, groups: Groups) -> None:
+    """Weights, optimizer state and (in the same layout) random states of ``record``, in place."""
+    tree = model_state(chunks, groups)
+    tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=True, metadata=sharding_metadata(groups))
+    same_layout = record.layout == layout_of(groups)
+    if same_layout:
+        tree["rng_state"] = random_state(groups)
+    loaded = _read_tree(tree, record)
+    set_model_state(chunks, loaded)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        set_random_states(loaded["rng_state"])
+
+
+def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
+    """The weights of ``record`` and nothing else, in place."""
+    form = KeyForm.of(read_tensor_names(record.path))
+    tree = model_state(chunks, groups, layers_apart=form.layers_apart)
+    set_model_state(chunks, _read_weights(tree, record, form))
+
+
+def load_teacher(
+    record: CheckpointRecord,
+    chunks: list[HiddenGPTModel],
+    groups: Groups,
+    student: Groups,
+    *,
+    rows: int,
+) -> Tensor | None:
+    """The teacher's weights in its own layout, and its head's shard ``[rows, H]`` in the student's, on its last stage.
+
+    rows: the head's rows a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
+    """
+    form = KeyForm.of(read_tensor_names(record.path))
+    tree = model_state(chunks, groups, layers_apart=form.layers_apart)
+    head = None
+    if student.is_last_stage:
+        config = chunks[0].config
+        head = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=student.device)
+        key = "embedding.word_embeddings.weight" if record.shape.tied else "output_layer.weight"
+        tree["head"] = ShardedTensor.from_rank_offsets(
+            key,
+            head,
+            (0, student.tensor_rank, student.parallel.tensor_model_parallel_size),
+            replica_id=(0, 0, student.collection.dp_cp.rank()),
+            allow_shape_mismatch=True,
+        )
+    loaded = _read_weights(tree, record, form, reads_twice=True)
+    set_model_state(chunks, loaded)
+    return loaded.get("head")
+
+
+def _read_weights(
     tree: dict[str, Any], record: CheckpointRecord, form: KeyForm, *, reads_twice: bool = False
 ) -> dict[str, Any]:
     """Tensors alone, under the checkpoint's own names; of a foreign one no pickled object is read."""
@@ -37,10 +99,10 @@ def read_weights(
         add_prefix_for_sharding(tree, form.prefix)
     if record.foreign:
         dict_list_map_inplace(_without_object, tree)
-    return read_tree(tree, record, common=_NoCommonState(), reads_twice=reads_twice)
+    return _read_tree(tree, record, common=_NoCommonState(), reads_twice=reads_twice)
 
 
-def read_tree(
+def _read_tree(
     tree: dict[str, Any],
     record: CheckpointRecord,
     *,
@@ -127,12 +189,3 @@ def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:
     merged = sorted({problem for rank in gathered for problem in rank})
     if merged:
         raise MismatchError(f"{role}: {path} does not fit the model: {'; '.join(merged[:5])} ({len(merged)} in all)")
-
-
-def wanted_tensors(tree: dict[str, Any]) -> Iterator[ShardedTensor]:
-    for value in nested_values(tree):
-        if isinstance(value, ShardedTensorFactory):
-            value = value.build()
-            yield from (part for part in nested_values(value) if isinstance(part, ShardedTensor))
-        elif isinstance(value, ShardedTensor):
-            yield value
