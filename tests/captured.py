@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from runs import make_config, make_tree, run_training, write_dataset
+from runs import build_parts, make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.data.samples.selected import unselected
@@ -90,7 +90,6 @@ def capture(
     from megakd.logits.sparsify import renormalised_samples, sampled_counts, top_p_k, uniform_numbers
     from megakd.losses.read import read_head
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_objective, build_teacher
 
     config = make_config(make_tree(data, teacher={"load": teacher}))
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
@@ -115,9 +114,10 @@ def capture(
     ids = np.arange(samples.num_samples)
     tokens_BS = samples.read(ids)[:, :-1]
     lengths = np.minimum(samples.lengths(ids) - 1, samples.seq_length)
-    (targets,) = build_teacher(config, plan, groups_of_one).targets(WholeDataset(tokens_BS))  # type: ignore[arg-type]
+    _, teacher_of_one, objective, _ = build_parts(config, plan, groups_of_one)
+    (targets,) = teacher_of_one.targets(WholeDataset(tokens_BS))  # type: ignore[arg-type]
     assert isinstance(targets, DenseTargets)
-    shard = build_objective(config, plan, groups_of_one).shard
+    shard = objective.shard
     hidden_BSH = targets.hidden_TH.reshape(samples.seq_length, samples.num_samples, -1).transpose(0, 1)
     positions_T = (samples.starts(ids)[:, None] + np.arange(samples.seq_length)).reshape(-1)
     read = read_head(

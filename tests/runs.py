@@ -8,14 +8,21 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megakd.config.tree import from_dict, validate
 from megakd.data.indexed.writer import IndexedWriter
+from megakd.data.loader import Loader
 from megakd.train.config import TrainConfig
-from megakd.train.preflight import check_run
+from megakd.train.preflight import Plan, check_run
+
+if TYPE_CHECKING:
+    from megakd.parallel import Groups
+    from megakd.teachers.model_teacher import Teacher
+    from megakd.train.objective.objective import Objective
+    from megakd.train.optim import Student
 
 VOCAB = 251
 TOKENIZER = {"type": "NullTokenizer", "hash": "0" * 32, "vocab_size": VOCAB, "eod": VOCAB - 1, "path": None}
@@ -70,23 +77,34 @@ def output_of_training(tree: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
+def build_parts(config: TrainConfig, plan: Plan, groups: Groups) -> tuple[Student, Teacher, Objective, Loader]:
+    """The parts of a run that a step is made from, as the training loop builds them."""
+    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
+
+    return (
+        build_student(config.training, plan, groups),
+        build_teacher(config.teacher, config.objective, plan, groups),
+        build_objective(config.objective, config.kd_schedule(), plan, groups, train_iters=config.training.train_iters),
+        build_loader(config.data, config.training, plan, groups),
+    )
+
+
 def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]:
     """The first step of a run: losses and gradient norm, before any update."""
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
+    from megakd.teachers.model_teacher import NoTeacher
     from megakd.train.optim import Optimizer
     from megakd.train.step import run_step
 
     config = make_config(tree)
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
     groups = init_parallel(config.parallel, seed=config.training.seed)
-    student = build_student(config, plan, groups)
-    teacher = build_teacher(config, plan, groups)
-    objective = build_objective(config, plan, groups)
+    student, teacher, objective, batches = build_parts(config, plan, groups)
+    objective = objective.at(1)
     optimizer = Optimizer(config.optim, student, train_iters=config.training.train_iters)
     optimizer.zero_grad()
-    batch = next(build_loader(config, plan, groups))
-    loss = run_step(student, batch, teacher, objective, groups, step=1, forward_only=forward_only)
+    asked = teacher if objective.needs_teacher else NoTeacher()
+    loss = run_step(student, next(batches), asked, objective, groups, step=1, forward_only=forward_only)
     result = {"loss": loss.loss, "lm": loss.lm, "kd": loss.kd, "agreement": loss.agreement, "tokens": loss.num_tokens}
     result["modelled_share"] = loss.modelled_share
     result |= {"entropy": loss.teacher_entropy, "z_loss": loss.z_loss, "kd_share": loss.kd_share, "t": loss.taid_t}

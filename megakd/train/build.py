@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.config.tree import dump
+from megakd.config.tree import dump, to_dict
+from megakd.data.batch_sizes import Ramp
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.data.tokenizer import build_tokenizer
@@ -22,148 +24,187 @@ from megakd.parallel import Groups, build_groups
 from megakd.teachers.mixed_teacher import MixedTeacher
 from megakd.teachers.model_teacher import ModelTeacher, NoTeacher, Teacher
 from megakd.teachers.store_teacher import StoreTeacher
-from megakd.train.config import TrainConfig
+from megakd.train.config import CheckpointConfig, DataConfig, EvaluateConfig, TrainConfig, TrainingConfig
 from megakd.train.evaluate import Evaluator
 from megakd.train.journal import TrainingJournal
+from megakd.train.journal_config import LogitsSaveConfig
+from megakd.train.objective.config import ObjectiveConfig
 from megakd.train.objective.objective import Objective, make_objective
+from megakd.train.objective.schedule import KDSchedule
 from megakd.train.optim import Optimizer, Student, wrap_student
 from megakd.train.preflight import Plan, student_rows
 from megakd.train.record.metrics import Cost, Metrics
 from megakd.train.settings import changed_settings, keep_configuration, settings_of
+from megakd.train.teacher_config import TeacherConfig
 
 
-def build_student(config: TrainConfig, plan: Plan, groups: Groups) -> Student:
-    """The student: weights from the seed, or from the checkpoint that ``--finetune`` starts from."""
-    chunks = build_model(plan.student, groups, vocab_size=plan.vocab_size, seq_length=config.data.seq_length)
+def build_student(training: TrainingConfig, plan: Plan, groups: Groups) -> Student:
+    """Build the student: weights from the seed, or from the checkpoint that ``--finetune`` starts from."""
+    chunks = build_model(plan.student, groups, vocab_size=plan.vocab_size, seq_length=plan.seq_length)
     if plan.resume is None:
-        set_initial_weights(chunks, plan.student, groups, vocab_size=plan.vocab_size, seed=config.training.seed)
+        set_initial_weights(chunks, plan.student, groups, vocab_size=plan.vocab_size, seed=training.seed)
     elif plan.weights_only:
         load_weights(plan.resume, chunks, groups)
-    return wrap_student(chunks, config.parallel, groups)
+    return wrap_student(chunks, groups.parallel, groups)
 
 
-def build_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> Teacher:
-    """What the training data has stored, a frozen model in its own layout for the rest, or either, or none."""
-    return _combine(config, plan, plan.stores, plan.blend, _build_model_teacher(config, plan, groups), groups)
+def build_teacher(teacher: TeacherConfig, objective: ObjectiveConfig, plan: Plan, groups: Groups) -> Teacher:
+    """Build the teacher: stored targets where the data has them, a frozen model in its own layout for the rest.
+
+    Either of them may be missing; without both the teacher says nothing.
+    """
+    model = _build_model_teacher(plan, groups)
+    return _combine(plan.stores, plan.blend, model, teacher, plan, groups, rho_keep=objective.rho_keep)
 
 
-def _build_model_teacher(config: TrainConfig, plan: Plan, groups: Groups) -> ModelTeacher | None:
+def _build_model_teacher(plan: Plan, groups: Groups) -> ModelTeacher | None:
     if plan.teacher is None or plan.teacher_shape is None:
         return None
-    own = build_groups(config.teacher_parallel(), groups)
+    teacher_groups = build_groups(plan.teacher_layout, groups)
     chunks = build_model(
-        plan.teacher_shape, own, vocab_size=plan.vocab_size, seq_length=config.data.seq_length, with_head=False
+        plan.teacher_shape, teacher_groups, vocab_size=plan.vocab_size, seq_length=plan.seq_length, with_head=False
     )
-    rows = student_rows(plan.student, plan.vocab_size, config) // config.parallel.tensor_model_parallel_size
-    head_weight_vH = load_teacher(plan.teacher, chunks, own, groups, rows=rows)
-    return ModelTeacher(chunks, head_weight_vH, own, groups)
+    padded = student_rows(plan.student, plan.vocab_size, groups.parallel)
+    rows = padded // groups.parallel.tensor_model_parallel_size
+    head_weight_vH = load_teacher(plan.teacher, chunks, teacher_groups, groups, rows=rows)
+    return ModelTeacher(chunks, head_weight_vH, teacher_groups, groups)
 
 
 def _combine(
-    config: TrainConfig,
-    plan: Plan,
     stores: Sequence[LogitsStore | None],
     blend: Blend,
     model: ModelTeacher | None,
+    teacher: TeacherConfig,
+    plan: Plan,
     groups: Groups,
+    *,
+    rho_keep: float,
 ) -> Teacher:
+    """Build the teacher of ``blend`` from its stores, one for each dataset, and from the model."""
     if not any(stores):
         return model or NoTeacher()
-    own = config.teacher
     stored = StoreTeacher(
         stores,
         blend,
         groups,
         vocab_size=plan.vocab_size,
-        threads=own.logits_load_decode_threads,
-        ahead=own.logits_load_prefetch_depth,
+        threads=teacher.logits_load_decode_threads,
+        ahead=teacher.logits_load_prefetch_depth,
     )
     if model is None:
         return stored
-    return MixedTeacher(stored, model, groups, always=config.objective.rho_keep < 1)
+    return MixedTeacher(stored, model, groups, always=rho_keep < 1)
 
 
-def build_objective(config: TrainConfig, plan: Plan, groups: Groups) -> Objective:
-    """The loss for this rank's slice of the vocabulary."""
+def build_objective(
+    objective: ObjectiveConfig, schedule: KDSchedule | None, plan: Plan, groups: Groups, *, train_iters: int
+) -> Objective:
+    """Build the loss for this rank's slice of the vocabulary."""
     return make_objective(
-        config.objective,
+        objective,
         groups,
         vocab_size=plan.vocab_size,
-        padded_vocab_size=student_rows(plan.student, plan.vocab_size, config),
-        with_teacher=config.teacher.is_there,
-        from_store=config.teacher.reads_stores,
-        train_iters=config.training.train_iters,
-        schedule=config.kd_schedule(),
+        padded_vocab_size=student_rows(plan.student, plan.vocab_size, groups.parallel),
+        with_teacher=plan.has_teacher,
+        from_store=plan.reads_stores,
+        train_iters=train_iters,
+        schedule=schedule,
     )
 
 
-def build_optimizer(config: TrainConfig, student: Student) -> Optimizer:
-    """The optimizer and its learning rate, which counts steps or samples as the run's length does."""
-    return Optimizer(
-        config.optim,
-        student,
-        train_iters=config.training.train_iters,
-        lengths=config.lr_lengths,
-    )
+def restore(
+    plan: Plan, student: Student, objective: Objective, optimizer: Optimizer, groups: Groups
+) -> tuple[int, Objective]:
+    """Load the weights and the optimizer's state of the run that this one continues, in place.
 
-
-def restore(plan: Plan, student: Student, objective: Objective, optimizer: Optimizer, groups: Groups) -> int:
-    """Load the state to continue from, in place; the step it was taken at, 0 for a new run."""
-    if plan.resume is None or plan.weights_only:
-        return 0
-    load_training_state(plan.resume, student.chunks, optimizer.inner, groups)
+    Returns the step that they were saved at, and the objective as it stood then; 0 and ``objective`` for a new run.
+    """
+    if plan.continued is None:
+        return 0, objective
+    load_training_state(plan.continued, student.chunks, optimizer.inner, groups)
     optimizer.give_weights()
-    objective.load_state(plan.resume.objective_state)
-    return plan.resume.iteration
+    return plan.continued.iteration, objective.restored(plan.continued.objective_state)
 
 
-def build_loader(config: TrainConfig, plan: Plan, groups: Groups) -> Loader:
-    """The batches of every step, continued where the checkpoint stopped."""
-    return Loader(
+def build_loader(data: DataConfig, training: TrainingConfig, plan: Plan, groups: Groups) -> Loader:
+    """Build the batches of every step, continued where the checkpoint stopped."""
+    return _load(
         plan.blend,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.global_batch_size,
+        data,
+        training,
+        plan,
+        groups,
+        rampup=training.rampup,
+        state=None if plan.continued is None else plan.continued.loader_state,
+    )
+
+
+def _load(
+    blend: Blend,
+    data: DataConfig,
+    training: TrainingConfig,
+    plan: Plan,
+    groups: Groups,
+    *,
+    rampup: Ramp | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Loader:
+    return Loader(
+        blend,
+        seq_length=plan.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
         data_parallel_rank=groups.data_rank,
         data_parallel_size=groups.data_size,
         eod_token=(plan.tokenizer or {}).get("eod"),
-        eod_mask_loss=config.data.eod_mask_loss,
+        eod_mask_loss=data.eod_mask_loss,  # in evaluation too: means over positions of the same kind as in training
         vocab_size=plan.vocab_size,
-        rampup=config.training.rampup,
-        state=plan.resume.loader_state if plan.resume is not None and not plan.weights_only else None,
+        rampup=rampup,
+        state=state,
     )
 
 
 def build_journal(
-    config: TrainConfig, plan: Plan, objective: Objective, groups: Groups, metrics: Metrics, start_step: int
+    logits_save: LogitsSaveConfig,
+    training: TrainingConfig,
+    checkpoint: CheckpointConfig,
+    plan: Plan,
+    objective: Objective,
+    groups: Groups,
+    metrics: Metrics,
+    start_step: int,
 ) -> TrainingJournal:
-    """What keeps the student's own rows; nothing where no ``--logits-save-dir`` is given, or nothing is trained."""
-    samples_a_step = config.training.global_batch_size // groups.data_size
-    resume = None if plan.weights_only else plan.resume
+    """Build the journal of the student's own rows; it keeps nothing without ``--logits-save-dir``."""
+    samples_a_step = training.global_batch_size // groups.data_size
     return TrainingJournal(
-        config.logits_save.dir or "",
-        () if config.evaluate.skip_train else plan.journal,
+        logits_save.dir or "",
+        plan.journal,
         plan.blend,
         objective,
         groups,
         start_step=start_step,
-        counted=() if resume is None else resume.journal,
-        from_step=config.logits_save.from_step,
-        num_records=samples_a_step * (config.checkpoint.save_interval or config.training.train_iters),
+        counted=() if plan.continued is None else plan.continued.journal,
+        from_step=logits_save.from_step,
+        num_records=samples_a_step * (checkpoint.save_interval or training.train_iters),
         say=metrics.say,
     )
 
 
 def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: int) -> Metrics:
-    """The record of the run; writes the resolved configuration beside it and says what runs where."""
-    cost = Cost.of(plan.student, plan.teacher_shape, seq_length=config.data.seq_length, vocab_size=plan.vocab_size)
+    """Build the record of the run, write the resolved configuration beside it, and say what runs where."""
+    skip_train, folder = config.evaluate.skip_train, config.checkpoint.save
     metrics = Metrics(
-        config,
-        cost,
+        config.training,
+        config.logging,
+        Cost.of(plan.student, plan.teacher_shape, seq_length=plan.seq_length, vocab_size=plan.vocab_size),
+        seq_length=plan.seq_length,
+        folder=None if folder is None else Path(folder),
+        settings=to_dict(config),
         rank=groups.rank,
         world_size=groups.world_size,
         start_step=start_step,
-        evaluated=plan.resume.fingerprint if config.evaluate.skip_train and plan.resume is not None else None,
+        trains=not skip_train,
+        evaluated=plan.resume.fingerprint if skip_train and plan.resume is not None else None,
     )
     parallel = config.parallel
     metrics.say(
@@ -185,26 +226,29 @@ def build_metrics(config: TrainConfig, plan: Plan, groups: Groups, start_step: i
         )
     for warning in plan.warnings:
         metrics.say(warning)
-    for change in () if config.evaluate.skip_train else plan.changed_teachers:
+    for change in () if skip_train else plan.changed_teachers:
         metrics.say(f"Warning: this run goes on with other targets than its checkpoint: {change}")
     schedule = config.kd_schedule()
-    if schedule is not None and plan.resume is not None and not plan.weights_only:
-        for change in schedule.changes(plan.resume.objective_state.get("schedule", {})):
-            metrics.say(f"Warning: this run goes on with another schedule than {plan.resume.path}: {change}")
-    if groups.rank > 0 or config.evaluate.skip_train:
+    if schedule is not None and plan.continued is not None:
+        for change in schedule.changes(plan.continued.objective_state.get("schedule", {})):
+            metrics.say(f"Warning: this run goes on with another schedule than {plan.continued.path}: {change}")
+    if groups.rank > 0 or skip_train:
         return metrics
-    if plan.resume is not None and not plan.weights_only:
-        for change in changed_settings(config, plan.student, plan.resume):
+    if plan.continued is not None:
+        for change in changed_settings(settings_of(config), plan.student, plan.continued):
             metrics.say(f"Warning: {change}")
-    if config.checkpoint.save is None:
+    if folder is None:
         metrics.say("Warning: without --save DIR nothing of this run is kept: no checkpoint, no record of its steps")
     elif start_step < config.training.train_iters:
-        keep_configuration(Path(config.checkpoint.save), dump(config), first_step=start_step + 1)
+        keep_configuration(Path(folder), dump(config), first_step=start_step + 1)
     return metrics
 
 
 def build_evaluator(
-    config: TrainConfig,
+    evaluate: EvaluateConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    teacher_config: TeacherConfig,
     plan: Plan,
     student: Student,
     teacher: Teacher,
@@ -212,46 +256,57 @@ def build_evaluator(
     groups: Groups,
     metrics: Metrics,
 ) -> Evaluator | None:
-    """Evaluation on the held-out data, or None where there is none."""
+    """Build the evaluation on the held-out data; None where there is none. teacher, objective: of the training."""
     if plan.valid_blend is None:
         return None
     model = teacher.model if isinstance(teacher, MixedTeacher) else teacher
-    teacher = _combine(
-        config, plan, plan.valid_stores, plan.valid_blend, model if isinstance(model, ModelTeacher) else None, groups
+    held_out_teacher = _combine(
+        plan.valid_stores,
+        plan.valid_blend,
+        model if isinstance(model, ModelTeacher) else None,
+        teacher_config,
+        plan,
+        groups,
+        rho_keep=objective.gates.rho_keep,
     )
+    held_out_objective = objective.held_out(with_teacher=not isinstance(held_out_teacher, NoTeacher))
+    num_samples = sum(samples.num_samples for samples in plan.valid_blend.datasets)
     return Evaluator(
         student,
-        teacher,
-        objective.held_out(with_teacher=not isinstance(teacher, NoTeacher)),
+        held_out_teacher if held_out_objective.needs_teacher else NoTeacher(),
+        held_out_objective,
         groups,
-        blend=plan.valid_blend,
-        config=config,
-        vocab_size=plan.vocab_size,
-        eod_token=(plan.tokenizer or {}).get("eod"),
-        token_bytes=_token_bytes(config, plan, metrics),
+        batches=partial(_load, plan.valid_blend, data, training, plan, groups),
+        # at most one pass: no sample is counted twice while another has not been seen
+        num_batches=max(1, min(evaluate.eval_iters, num_samples // training.global_batch_size)),
+        distils=objective.term is not None,
+        token_bytes=_token_bytes(data, plan, metrics),
         tokenizer=(plan.tokenizer or {}).get("hash"),
     )
 
 
 def build_writer(
-    config: TrainConfig,
+    checkpoint: CheckpointConfig,
+    settings: Mapping[str, Any],
     plan: Plan,
     student: Student,
-    objective: Objective,
     optimizer: Optimizer,
     batches: Loader,
     journal: TrainingJournal,
     groups: Groups,
     metrics: Metrics,
     start_step: int,
-) -> tuple[CheckpointWriter, Callable[[int], None]]:
-    """The checkpoint writer, and ``save(step)``: nothing for a step that is saved already, or without ``--save``."""
-    folder = config.checkpoint.save
-    saved, settings = start_step, settings_of(config)
-    background = config.checkpoint.async_save and folder is not None
+) -> tuple[CheckpointWriter, Callable[[int, Objective], None]]:
+    """Build the checkpoint writer, and ``save(step, objective)``, which a run without ``--save`` does nothing in.
+
+    A step that is saved already is not saved again. settings: `settings_of` the run, which a checkpoint records.
+    """
+    folder = checkpoint.save
+    saved = start_step
+    background = checkpoint.async_save and folder is not None
     writer = CheckpointWriter(folder or ".", background=background, saved=metrics.log_checkpoint)
 
-    def save(step: int) -> None:
+    def save(step: int, objective: Objective) -> None:
         nonlocal saved
         if folder is None or step == saved:
             return
@@ -262,11 +317,11 @@ def build_writer(
             groups,
             iteration=step,
             vocab_size=plan.vocab_size,
-            seq_length=config.data.seq_length,
+            seq_length=plan.seq_length,
             loader_state=batches.state(),
             objective_state=objective.state(),
             journal=journal.counted,
-        ) | {"settings": settings}
+        ) | {"settings": dict(settings)}
         writer.save(
             step,
             student.whole(),
@@ -280,11 +335,11 @@ def build_writer(
     return writer, save
 
 
-def _token_bytes(config: TrainConfig, plan: Plan, metrics: Metrics) -> NDArray[np.int32] | None:
+def _token_bytes(data: DataConfig, plan: Plan, metrics: Metrics) -> NDArray[np.int32] | None:
     """UTF-8 bytes of each token, for bits per byte; None, with a word why, where the tokenizer cannot be opened."""
     recorded = plan.tokenizer or {}
-    kind: Any = config.data.tokenizer_type or recorded.get("type")
-    model = config.data.tokenizer_model or recorded.get("path")
+    kind: Any = data.tokenizer_type or recorded.get("type")
+    model = data.tokenizer_model or recorded.get("path")
     if kind is None:
         return None
     if model is not None and not Path(model).exists():

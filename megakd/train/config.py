@@ -376,7 +376,7 @@ class TrainConfig:
 
     def check_given(self, given: frozenset[str]) -> None:
         """Refuse what was asked for and would do nothing. given: places in the tree of what somebody chose."""
-        check_given(self, given)
+        check_given(self.training, self.teacher, self.objective, given)
 
     @property
     def trains_taid(self) -> bool:

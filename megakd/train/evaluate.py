@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,9 @@ import torch.distributed as dist
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.data.blend import Blend
 from megakd.data.loader import Loader
 from megakd.parallel import Groups
 from megakd.teachers.model_teacher import Teacher
-from megakd.train.config import TrainConfig
 from megakd.train.objective.calibration import NUM_BINS, calibration_error
 from megakd.train.objective.objective import Objective
 from megakd.train.optim import Student
@@ -79,21 +78,20 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs ``eval_iters`` global batches from the beginning of the held-out order.
+    """Evaluation of the student on the same ``num_batches`` global batches every time it is called.
 
-    eod_token: what ends a document beside the index, for ``--eod-mask-loss``. token_bytes: ``[V]``, UTF-8 bytes of
-    each token, for bits per byte; None leaves it out. tokenizer: hash of the tokenizer that made the data, None where
-    it is not known.
+    teacher, objective: for held-out data. batches: opens these batches from their beginning. distils: the training has
+    a KD term. token_bytes: int32 ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out. tokenizer:
+    hash of the tokenizer that made the data, None where it is not known.
     """
 
     student: Student
     teacher: Teacher
     objective: Objective
     groups: Groups
-    blend: Blend
-    config: TrainConfig
-    vocab_size: int
-    eod_token: int | None
+    batches: Callable[[], Loader]
+    num_batches: int
+    distils: bool
     token_bytes: NDArray[np.int32] | None
     tokenizer: str | None = None
 
@@ -106,8 +104,8 @@ class Evaluator:
         sums: dict[str, float] = {}
         calibration = torch.zeros(2, NUM_BINS, dtype=torch.float64)
         num_tokens, num_kd_tokens, num_bytes = 0, 0, 0
-        batches = self._batches()
-        for _ in range(self._num_batches()):
+        batches = self.batches()
+        for _ in range(self.num_batches):
             batch = next(batches)
             result = run_step(
                 self.student, batch, self.teacher, self.objective, self.groups, step=step, forward_only=True
@@ -128,24 +126,6 @@ class Evaluator:
         held_out = self._held_out(batches, num_tokens, self._over_ranks(num_bytes))
         return self._result(sums, held_out, num_kd_tokens, error)
 
-    def _num_batches(self) -> int:
-        """``eval_iters``, or fewer: no sample is counted twice while another has not been seen."""
-        available = sum(samples.num_samples for samples in self.blend.datasets)
-        return max(1, min(self.config.evaluate.eval_iters, available // self.config.training.global_batch_size))
-
-    def _batches(self) -> Loader:
-        return Loader(
-            self.blend,
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            global_batch_size=self.config.training.global_batch_size,
-            data_parallel_rank=self.groups.data_rank,
-            data_parallel_size=self.groups.data_size,
-            eod_token=self.eod_token,
-            eod_mask_loss=self.config.data.eod_mask_loss,  # means over the same kind of positions as in training
-            vocab_size=self.vocab_size,
-        )
-
     def _held_out(self, batches: Loader, num_tokens: int, num_bytes: int) -> HeldOut:
         """What ``batches``, read so far, came to."""
         state = batches.state()
@@ -164,12 +144,11 @@ class Evaluator:
     ) -> Evaluation:
         counts = dict.fromkeys(sums, held_out.num_tokens) | dict.fromkeys(_OF_KD, num_kd_tokens)
         means = {key: total / max(counts[key], 1) for key, total in sums.items()}
-        distils = self.config.teacher.is_there and self.config.objective.kd_alpha > 0
         knows = self.objective.term is not None
         return Evaluation(
             lm_loss=means["lm"],
             kd_loss=means.get("kd"),
-            total_loss=means["loss"] if knows or not distils else None,
+            total_loss=means["loss"] if knows or not self.distils else None,
             alpha=self.objective.alpha if knows else None,
             lm_weight=self.objective.lm_share if knows else None,
             agreement=means.get("agreement"),

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from megakd.errors import UsageError
 
 if TYPE_CHECKING:
-    from megakd.train.config import TrainConfig
+    from megakd.train.config import TrainingConfig
+    from megakd.train.objective.config import ObjectiveConfig
+    from megakd.train.teacher_config import TeacherConfig
 
 _OF_A_MODEL = ("iteration", "transformer_impl", "bf16", "fp8_format", "fp8_recipe")
 _OF_DIVERGENCES = {
@@ -21,13 +23,14 @@ _OF_DIVERGENCES = {
 _OF_STORES = ("logits_load_decode_threads", "logits_load_prefetch_depth")
 
 
-def check_given(config: TrainConfig, given: frozenset[str]) -> None:
+def check_given(
+    training: TrainingConfig, teacher: TeacherConfig, objective: ObjectiveConfig, given: frozenset[str]
+) -> None:
     """Refuse options of distillation with nothing to distil from, parameters of a divergence that is not chosen, and a
     length that is told twice.
 
     given: places in the tree of what flags and files say. ``--kd-alpha 0`` says itself that nothing is distilled.
     """
-    training, teacher = config.training, config.teacher
     if {"training.train_iters", "training.train_samples"} <= given and training.train_samples is not None:
         comes_to = training.batch_sizes.train_iters(training.train_samples)
         if training.train_iters != comes_to:
@@ -35,7 +38,7 @@ def check_given(config: TrainConfig, given: frozenset[str]) -> None:
                 f"--train-iters {training.train_iters} and --train-samples {training.train_samples} ({comes_to} steps) "
                 "say one thing twice: drop one"
             )
-    without_kd = "objective.kd_alpha" in given and config.objective.kd_alpha == 0
+    without_kd = "objective.kd_alpha" in given and objective.kd_alpha == 0
     distils = re.compile(r"objective\.((?:kd|taid)_.*|lm_weight)")
     asked = [] if without_kd else sorted(found[1] for key in given if (found := distils.fullmatch(key)))
     if asked and not teacher.is_there:
@@ -43,7 +46,7 @@ def check_given(config: TrainConfig, given: frozenset[str]) -> None:
             f"{_flags(asked)} without a teacher: the run would train on the LM loss alone. Add --teacher-load DIR or "
             f"--logits-load-dir DIR, or drop {'it' if len(asked) == 1 else 'them'}"
         )
-    chosen = config.objective.kd_divergence
+    chosen = objective.kd_divergence
     for name, divergences in _OF_DIVERGENCES.items():
         if f"objective.{name}" in given and chosen not in divergences:
             raise UsageError(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from megakd.errors import CorruptError, ExitStatus, MismatchError, NonFiniteError
 from megakd.parallel import init_parallel
+from megakd.teachers.model_teacher import NoTeacher
 from megakd.train.build import (
     build_evaluator,
     build_journal,
     build_loader,
     build_metrics,
     build_objective,
-    build_optimizer,
     build_student,
     build_teacher,
     build_writer,
@@ -18,7 +18,9 @@ from megakd.train.build import (
 )
 from megakd.train.config import TrainConfig
 from megakd.train.culprits import name_samples
+from megakd.train.optim import Optimizer
 from megakd.train.preflight import Plan
+from megakd.train.settings import settings_of
 from megakd.train.standing import Standing
 from megakd.train.step import run_step
 from megakd.train.stop import StopRequest
@@ -35,20 +37,25 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         MismatchError, CorruptError: a logits store is not what it was.
             Nothing of the step in which it is seen was applied, and what was trained up to it was saved.
     """
-    last_step = config.training.train_iters
-    groups = init_parallel(config.parallel, seed=config.training.seed)
-    stop = StopRequest(groups.device, minutes=config.training.exit_duration_in_mins)
-    student = build_student(config, plan, groups)
-    teacher = build_teacher(config, plan, groups)  # a model, logits stores, both, or none
-    objective = build_objective(config, plan, groups)
-    optimizer = build_optimizer(config, student)
-    start_step = restore(plan, student, objective, optimizer, groups)
-    batches = build_loader(config, plan, groups)
-    metrics = build_metrics(config, plan, groups, start_step)
-    journal = build_journal(config, plan, objective, groups, metrics, start_step)  # of what the student itself says
-    evaluate = build_evaluator(config, plan, student, teacher, objective, groups, metrics)
+    training, data = config.training, config.data
+    last_step = training.train_iters
+    groups = init_parallel(config.parallel, seed=training.seed)
+    stop = StopRequest(groups.device, minutes=training.exit_duration_in_mins)
+    student = build_student(training, plan, groups)
+    teacher = build_teacher(config.teacher, config.objective, plan, groups)  # a model, logits stores, both, or none
+    objective = build_objective(config.objective, config.kd_schedule(), plan, groups, train_iters=last_step)
+    optimizer = Optimizer(config.optim, student, train_iters=last_step, lengths=config.lr_lengths)
+    start_step, objective = restore(plan, student, objective, optimizer, groups)
+    batches = build_loader(data, training, plan, groups)
+    metrics = build_metrics(config, plan, groups, start_step)  # it records the whole configuration
+    journal = build_journal(  # of what the student itself says
+        config.logits_save, training, config.checkpoint, plan, objective, groups, metrics, start_step
+    )
+    evaluate = build_evaluator(
+        config.evaluate, data, training, config.teacher, plan, student, teacher, objective, groups, metrics
+    )
     writer, save = build_writer(
-        config, plan, student, objective, optimizer, batches, journal, groups, metrics, start_step
+        config.checkpoint, settings_of(config), plan, student, optimizer, batches, journal, groups, metrics, start_step
     )
 
     if config.evaluate.skip_train and evaluate is not None:
@@ -60,31 +67,33 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         metrics.start_clock()
         optimizer.zero_grad()
         before, batch = Standing.of(batches, groups), next(batches)
+        current = objective.at(step)
+        asked = teacher if current.needs_teacher else NoTeacher()  # left out where no term reads its targets
         try:
-            loss = run_step(student, batch, teacher, objective, groups, step=step, keep=journal.at(step))
+            loss = run_step(student, batch, asked, current, groups, step=step, keep=journal.at(step))
             update = optimizer.step(step, before.consumed_samples)
         except (NonFiniteError, MismatchError, CorruptError) as refusal:
             before.restore()  # nothing of this step was applied: what was trained up to it is sound
-            save(step - 1)
+            save(step - 1, objective)
             writer.finish()
             metrics.close(complete=False)
-            raise name_samples(refusal, student, batch, teacher, objective, groups, step=step) from None
-        objective.advance(step, loss.kd)
+            raise name_samples(refusal, student, batch, asked, current, groups, step=step) from None
+        objective = objective.advance(step, loss.kd)
         metrics.log(step, loss, update, samples=batches.consumed_samples)
         writer.poll()
 
         at_end = step == last_step
-        stopped = not at_end and (stop.agreed() or step - start_step == config.training.exit_interval)
+        stopped = not at_end and (stop.agreed() or step - start_step == training.exit_interval)
         if evaluate is not None and not stopped and _due(step, config.evaluate.eval_interval, at_end):
             try:
                 metrics.log_evaluation(step, evaluate(step))
             except (NonFiniteError, MismatchError, CorruptError):  # of held-out data: what was trained is sound
-                save(step)
+                save(step, objective)
                 writer.finish()
                 metrics.close(complete=False)
                 raise
         if _due(step, config.checkpoint.save_interval, at_end or stopped):
-            save(step)
+            save(step, objective)
         if stopped:
             break
 

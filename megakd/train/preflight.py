@@ -25,15 +25,16 @@ from megakd.data.samples.split import PartSamples, Split
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
-from megakd.layout import padded_vocab_size
+from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
 from megakd.model.checkpoint.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.model.config import ModelShape
-from megakd.train.config import TrainConfig
+from megakd.train.config import CheckpointConfig, DataConfig, TrainConfig, TrainingConfig
 from megakd.train.journal_config import journal_specs
 from megakd.train.record.writers import check_writers
 from megakd.train.stored_targets import check_stores, open_stores
+from megakd.train.teacher_config import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Plan:
 
     student: ModelShape
     vocab_size: int
+    seq_length: int
     tokenizer: dict[str, Any] | None
     blend: Blend
     valid_blend: Blend | None
@@ -50,13 +52,31 @@ class Plan:
     """Take only the weights of ``resume``: a new run from a trained model."""
     teacher: CheckpointRecord | None
     teacher_shape: ModelShape | None
+    teacher_layout: ParallelConfig
+    """The model's as teacher; the student's where there is none."""
     stores: tuple[LogitsStore | None, ...] = ()
     """One for each dataset, None for one without; empty where none is read."""
     valid_stores: tuple[LogitsStore | None, ...] = ()
     journal: tuple[StoreSpec, ...] = ()
-    """What is kept of the student's own distribution, one for each dataset; empty where nothing is."""
+    """What is kept of the student's own distribution, one for each dataset; empty where nothing is,
+    and where nothing is trained."""
     warnings: tuple[str, ...] = ()
     """What could not be checked, a line each."""
+
+    @property
+    def continued(self) -> CheckpointRecord | None:
+        """The checkpoint of the run that this one continues; None for a new run, from whatever weights."""
+        return None if self.weights_only else self.resume
+
+    @property
+    def has_teacher(self) -> bool:
+        """True if there is anything to distil from: a model, or targets stored for some of the training data."""
+        return self.teacher is not None or self.reads_stores
+
+    @property
+    def reads_stores(self) -> bool:
+        """True if some of the training data has stored targets."""
+        return any(store is not None for store in self.stores)
 
     @property
     def parents(self) -> dict[str, str]:
@@ -73,9 +93,9 @@ class Plan:
     @property
     def changed_teachers(self) -> list[str]:
         """What this run distils from and the checkpoint that it goes on from did not, or the reverse; a phrase each."""
-        if self.resume is None or self.weights_only:
+        if self.continued is None:
             return []
-        then, now = self.resume.parents, self.parents
+        then, now = self.continued.parents, self.parents
         return [
             f"{key}: {then.get(key, 'none')} there, {now.get(key, 'none')} here"
             for key in sorted(then | now)
@@ -95,16 +115,16 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     student = config.student.resolve("student")
     student.check_layout(config.parallel, "student")
     if config.parallel.interleaved:
-        _check_interleaving(config, data_size)
+        _check_interleaving(config.training, config.parallel, data_size)
     data = config.data
-    blend = _open_blend(config, data.data_path, data.packing, data.selection, seed=config.training.seed)
+    blend = _open_blend(data, data.data_path, data.packing, data.selection, seed=config.training.seed)
     if data.split is not None:
         blend = _part_of(blend, data.split_shares, 0) or blend
-    valid_blend = _open_valid_blend(config)
+    valid_blend = _open_valid_blend(data, needed=config.evaluate.skip_train)
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
-    teacher, resume, weights_only = _read_teacher(config), *_read_resume(config, student)
-    sides = _sides(config, datasets, teacher, resume, weights_only)
-    tokenizer, vocab_size = one_tokenizer(sides), true_vocabulary(sides, stated=config.data.vocab_size)
+    teacher, resume, weights_only = _read_teacher(config.teacher), *_read_resume(config.checkpoint, student)
+    sides = _sides(data, datasets, teacher, resume, weights_only)
+    tokenizer, vocab_size = one_tokenizer(sides), true_vocabulary(sides, stated=data.vocab_size)
     if vocab_size is None:
         raise UsageError(
             "the data has no manifest that tells its vocabulary: set --vocab-size, or say which tokenizer it was made "
@@ -115,7 +135,12 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         check_boundaries(samples.dataset, tokenizer, "--eod-mask-loss", instead="drop the flag")
     teacher = None if teacher is None else teacher.of_vocabulary(vocab_size)
     resume = None if resume is None else resume.of_vocabulary(vocab_size)
-    teacher_shape = None if teacher is None else _check_teacher(config, world_size, teacher)
+    teacher_layout, teacher_shape = config.teacher_parallel(), None
+    if teacher is not None:
+        bf16 = config.student.bf16 if config.teacher.bf16 is None else config.teacher.bf16
+        teacher_shape = _frozen_shape(config.teacher, teacher, bf16=bf16)
+        teacher_layout.data_parallel_size(world_size)
+        _check_teacher(teacher, teacher_shape, teacher_layout, config.parallel)
     open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
     stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")
     valid_stores: tuple[LogitsStore | None, ...] = ()
@@ -127,12 +152,20 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         config.logits_save, blend, save=config.checkpoint.save, vocab_size=vocab_size, tokenizer=tokenizer
     )
     if resume is not None:
-        _check_resume(config, student, resume, weights_only, vocab_size)
+        _check_resume(
+            resume,
+            student,
+            weights_only=weights_only,
+            vocab_size=vocab_size,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            trains_taid=config.trains_taid,
+        )
     if resume is not None and not weights_only:
-        _check_order(config, blend, data_size, resume)
+        _check_order(config.training, blend, data.seq_length, data_size, resume)
     return Plan(
         student=student,
         vocab_size=vocab_size,
+        seq_length=data.seq_length,
         tokenizer=tokenizer,
         blend=blend,
         valid_blend=valid_blend,
@@ -140,24 +173,25 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         weights_only=weights_only,
         teacher=teacher,
         teacher_shape=teacher_shape,
+        teacher_layout=teacher_layout,
         stores=stores,
         valid_stores=valid_stores,
-        journal=journal,
+        journal=() if config.evaluate.skip_train else journal,
         warnings=tuple(filter(None, [unknown_tokenizers(sides)])),
     )
 
 
-def student_rows(shape: ModelShape, vocab_size: int, config: TrainConfig) -> int:
-    """Rows of the padded vocabulary in the student's layout."""
+def student_rows(shape: ModelShape, vocab_size: int, parallel: ParallelConfig) -> int:
+    """Return the rows of the padded vocabulary in ``parallel``, the student's layout."""
     return padded_vocab_size(
         vocab_size,
         divisible_by=shape.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
     )
 
 
 def _open_blend(
-    config: TrainConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = (), *, seed: int
+    data: DataConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = (), *, seed: int
 ) -> Blend:
     """seed: of the order; the held-out data's is fixed, so that an evaluation of a part of it compares over seeds."""
     weights, prefixes = parse_data_path([str(part) for part in data_path])
@@ -170,24 +204,26 @@ def _open_blend(
     for prefix, folder in zip(prefixes, selections or ["all"] * len(prefixes)):
         dataset, selection = IndexedDataset(prefix), None if folder == "all" else Selection(folder)
         if selection is not None:  # first: under another packing the dataset may have no samples at all
-            selection.check(dataset, packing=packing, seq_length=config.data.seq_length)
-        samples = _open_samples(config, dataset, packing)
+            selection.check(dataset, packing=packing, seq_length=data.seq_length)
+        samples = _open_samples(data, dataset, packing)
         datasets.append(samples if selection is None else SelectedSamples(samples, selection))
     return Blend(datasets, weights, seed)
 
 
-def _open_valid_blend(config: TrainConfig) -> Blend | None:
-    """The held-out data: datasets of its own, or the second part of a split; None where there is none."""
-    data = config.data
+def _open_valid_blend(data: DataConfig, *, needed: bool) -> Blend | None:
+    """Open the held-out data: datasets of its own, or the second part of a split; None where there is none.
+
+    needed: the run only evaluates, so that a split which leaves no held-out sample is refused.
+    """
     packing = data.valid_packing or data.packing
     if data.valid_data_path:
-        return _open_blend(config, data.valid_data_path, packing, seed=0)
+        return _open_blend(data, data.valid_data_path, packing, seed=0)
     if data.split is None or data.split_shares.shares[1] == 0:
         return None
-    found = _part_of(_open_blend(config, data.data_path, packing, seed=0), data.split_shares, 1)
-    if found is None and config.evaluate.skip_train:
+    held_out = _part_of(_open_blend(data, data.data_path, packing, seed=0), data.split_shares, 1)
+    if held_out is None and needed:
         raise UsageError(f"--skip-train only evaluates, and --split {data.split} leaves no sample to evaluate on")
-    return found
+    return held_out
 
 
 def _part_of(blend: Blend, split: Split, part: int) -> Blend | None:
@@ -210,8 +246,7 @@ def _part_of(blend: Blend, split: Split, part: int) -> Blend | None:
     return Blend(datasets, blend.given_weights and weights, blend.seed) if datasets else None
 
 
-def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing) -> Samples:
-    data = config.data
+def _open_samples(data: DataConfig, dataset: IndexedDataset, packing: Packing) -> Samples:
     tokenizer = partial(
         open_tokenizer, dataset, tokenizer_type=data.tokenizer_type, tokenizer_model=data.tokenizer_model
     )
@@ -219,7 +254,7 @@ def _open_samples(config: TrainConfig, dataset: IndexedDataset, packing: Packing
 
 
 def _sides(
-    config: TrainConfig,
+    data: DataConfig,
     datasets: Sequence[Samples],
     teacher: CheckpointRecord | None,
     resume: CheckpointRecord | None,
@@ -238,43 +273,46 @@ def _sides(
         rows = resume.vocab_size if weights_only else None
         padded = resume.rows is not None
         sides.append(Side(f"the checkpoint {resume.path}", resume.tokenizer, rows, padded=padded))
-    data = config.data
     given = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
     # what flags name is what the data was made with, where nothing is recorded
     return sides if given is None else [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
 
 
-def _check_interleaving(config: TrainConfig, data_size: int) -> None:
-    for size in config.training.batch_sizes.levels:
-        count = size // (config.training.micro_batch_size * data_size)
-        if not count % config.parallel.pipeline_model_parallel_size:
+def _check_interleaving(training: TrainingConfig, parallel: ParallelConfig, data_size: int) -> None:
+    for size in training.batch_sizes.levels:
+        count = size // (training.micro_batch_size * data_size)
+        if not count % parallel.pipeline_model_parallel_size:
             continue
         raise UsageError(
             f"the interleaved schedule needs a multiple of --pipeline-model-parallel-size "
-            f"{config.parallel.pipeline_model_parallel_size} microbatches a step; this run has {count} "
+            f"{parallel.pipeline_model_parallel_size} microbatches a step; this run has {count} "
             "(--global-batch-size / (--micro-batch-size x data-parallel size))"
         )
 
 
-def _read_teacher(config: TrainConfig) -> CheckpointRecord | None:
-    own = config.teacher
-    if own.load is None:
+def _read_teacher(teacher: TeacherConfig) -> CheckpointRecord | None:
+    if teacher.load is None:
         return None
-    return read_record(own.load, own.iteration, role="teacher", flag="--teacher-iteration", shape=own.shape())
-
-
-def _check_teacher(config: TrainConfig, world_size: int, record: CheckpointRecord) -> ModelShape:
-    own = config.teacher
-    layout = config.teacher_parallel()
-    layout.data_parallel_size(world_size)
-    shape = record.shape.frozen(
-        transformer_impl=own.transformer_impl,
-        bf16=config.student.bf16 if own.bf16 is None else own.bf16,
-        fp8_format=own.fp8_format,
-        fp8_recipe=own.fp8_recipe,
+    return read_record(
+        teacher.load, teacher.iteration, role="teacher", flag="--teacher-iteration", shape=teacher.shape()
     )
+
+
+def _frozen_shape(teacher: TeacherConfig, record: CheckpointRecord, *, bf16: bool) -> ModelShape:
+    """Return the shape of the teacher's model with the layers and the precision that it is run in."""
+    return record.shape.frozen(
+        transformer_impl=teacher.transformer_impl,
+        bf16=bf16,
+        fp8_format=teacher.fp8_format,
+        fp8_recipe=teacher.fp8_recipe,
+    )
+
+
+def _check_teacher(
+    record: CheckpointRecord, shape: ModelShape, layout: ParallelConfig, student_layout: ParallelConfig
+) -> None:
     if shape.num_experts and any(
-        getattr(layout, name) != getattr(config.parallel, name)
+        getattr(layout, name) != getattr(student_layout, name)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     ):
         raise UsageError(
@@ -283,12 +321,10 @@ def _check_teacher(config: TrainConfig, world_size: int, record: CheckpointRecor
         )
     shape.check_layout(layout, "teacher")
     _check_weights(record, "teacher")
-    return shape
 
 
-def _read_resume(config: TrainConfig, student: ModelShape) -> tuple[CheckpointRecord | None, bool]:
+def _read_resume(checkpoint: CheckpointConfig, student: ModelShape) -> tuple[CheckpointRecord | None, bool]:
     """What to go on from, and whether of that the weights alone are taken."""
-    checkpoint = config.checkpoint
     if checkpoint.save:
         _check_save(Path(checkpoint.save))
     own_step = checkpoint.ckpt_step if checkpoint.load in (None, checkpoint.save) else None
@@ -308,13 +344,19 @@ def _read_resume(config: TrainConfig, student: ModelShape) -> tuple[CheckpointRe
 
 
 def _check_resume(
-    config: TrainConfig, student: ModelShape, record: CheckpointRecord, weights_only: bool, vocab_size: int
+    record: CheckpointRecord,
+    student: ModelShape,
+    *,
+    weights_only: bool,
+    vocab_size: int,
+    use_distributed_optimizer: bool,
+    trains_taid: bool,
 ) -> None:
-    distributed = record.use_distributed_optimizer if weights_only else config.parallel.use_distributed_optimizer
     if weights_only:
+        use_distributed_optimizer = record.use_distributed_optimizer
         vocab_size = record.vocab_size  # held against the tokenizer's already; rows behind that are padding
-    check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=distributed)
-    if config.trains_taid and not weights_only and "taid" not in record.objective_state:
+    check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=use_distributed_optimizer)
+    if trains_taid and not weights_only and "taid" not in record.objective_state:
         raise MismatchError(
             f"{record.path} holds no state of taid: it was trained with another divergence; continue it with that one, "
             "or start a new run from its weights (--load DIR --finetune and another --save)"
@@ -322,16 +364,18 @@ def _check_resume(
     _check_weights(record, "checkpoint")
 
 
-def _check_order(config: TrainConfig, blend: Blend, data_size: int, resume: CheckpointRecord) -> None:
+def _check_order(
+    training: TrainingConfig, blend: Blend, seq_length: int, data_size: int, resume: CheckpointRecord
+) -> None:
     """Refuse a checkpoint of other data or of another order."""
     try:
         Loader(
             blend,
-            seq_length=config.data.seq_length,
-            micro_batch_size=config.training.micro_batch_size,
-            global_batch_size=config.training.global_batch_size,
+            seq_length=seq_length,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
             data_parallel_size=data_size,
-            rampup=config.training.rampup,
+            rampup=training.rampup,
             state=resume.loader_state,
         )
     except MismatchError as error:

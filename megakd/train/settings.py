@@ -59,7 +59,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in _OF_THE_SCHEDULES | _OF_THE_CODE}
 
 
-def changed_settings(config: TrainConfig, shape: ModelShape, resume: CheckpointRecord) -> list[str]:
+def changed_settings(settings: Mapping[str, Any], shape: ModelShape, resume: CheckpointRecord) -> list[str]:
     """What differs from the run that wrote the checkpoint, a sentence each with both values.
 
     A checkpoint that does not record its settings is older than their record: the configuration beside it is taken.
@@ -73,7 +73,7 @@ def changed_settings(config: TrainConfig, shape: ModelShape, resume: CheckpointR
             f"{resume.path} does not tell what it was trained with, nor does a file beside it: nothing is compared"
         )
         return [*map(tell, found), unknown]
-    return [tell(change) for change in found + _differences(then, settings_of(config))]
+    return [tell(change) for change in found + _differences(then, settings)]
 
 
 def keep_configuration(save: Path, text: str, *, first_step: int) -> None:

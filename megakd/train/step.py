@@ -19,7 +19,7 @@ from megakd.errors import NonFiniteError
 from megakd.model.attention import slice_sequence
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
-from megakd.teachers.model_teacher import NoTeacher, Teacher
+from megakd.teachers.model_teacher import Teacher
 from megakd.train.journal import Keep
 from megakd.train.objective.calibration import NUM_BINS
 from megakd.train.objective.objective import Objective, TokenLosses
@@ -83,14 +83,14 @@ def run_step(
 ) -> StepLoss:
     """Forward and backward over all microbatches of this rank; gradients end up as the mean over the global batch.
 
+    teacher, objective: of this step, so that a teacher whose targets no term reads has been left out already.
     keep: takes what the student says about each microbatch, as long as its weights are those of this step.
 
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
         MismatchError, CorruptError: on every rank, if a store could not be read on one.
     """
-    objective = objective.at(step)
-    targets = (teacher if objective.needs_teacher else NoTeacher()).targets(batch)
+    targets = teacher.targets(batch)
     chunks = student.wrapped
     micro_batch_size, seq_length = batch.microbatch(0).tokens_BS.shape
     run_schedule = get_forward_backward_func()

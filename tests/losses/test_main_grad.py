@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import make_config, make_tree, write_dataset
+from runs import build_parts, make_config, make_tree, write_dataset
 from worlds import Worlds
 
 from megakd.train.preflight import check_run
@@ -23,15 +23,13 @@ def steps(tree: dict[str, Any], by_hook: bool) -> list[tuple[float, float]]:
     """Loss and gradient norm of three steps."""
     from megakd.losses import head
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
     from megakd.train.optim import Optimizer
     from megakd.train.step import run_step
 
     config = make_config(tree)
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
     groups = init_parallel(config.parallel, seed=config.training.seed)
-    student, teacher = build_student(config, plan, groups), build_teacher(config, plan, groups)
-    objective, batches = build_objective(config, plan, groups), build_loader(config, plan, groups)
+    student, teacher, objective, batches = build_parts(config, plan, groups)
     optimizer = Optimizer(config.optim, student, train_iters=config.training.train_iters)
     direct, calls = head.add_to_main_grad, 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from captured import GHOST, LAYOUTS, SOME, STORES, capture, make_stores, stored
-from runs import losses, make_config, make_tree, one_step, output_of_training, run_training, weights
+from runs import build_parts, losses, make_config, make_tree, one_step, output_of_training, run_training, weights
 from worlds import Worlds
 
 from megakd.data.indexed.dataset import IndexedDataset
@@ -62,15 +62,13 @@ def test_layouts_agree(name: str, setting: dict[str, str], world: Worlds) -> Non
 def sample_losses(tree: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """KD loss and LM loss of every sample of the first step, by its tokens; before any update."""
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
     from megakd.train.step import to_device
 
     config = make_config(tree)
     plan = check_run(config, 1)
     groups = init_parallel(config.parallel, seed=config.training.seed)
-    student, teacher = build_student(config, plan, groups), build_teacher(config, plan, groups)
-    objective = build_objective(config, plan, groups)
-    batch = next(build_loader(config, plan, groups))
+    student, teacher, objective, batches = build_parts(config, plan, groups)
+    batch = next(batches)
     found = {}
     for microbatch, targets in zip(batch, teacher.targets(batch)):
         (chunk,) = student.wrapped
@@ -273,12 +271,12 @@ def forwards_of_the_model(tree: dict[str, Any]) -> tuple[list[bool], list[bool]]
     """For each microbatch of the first step: does it hold a sample of dataset 0, and did the model run for it."""
     from megakd.parallel import init_parallel
     from megakd.teachers.mixed_teacher import MixedTeacher
-    from megakd.train.build import build_loader, build_teacher
 
     config = make_config(tree)
     plan = check_run(config, 1)
     groups = init_parallel(config.parallel, seed=1)
-    teacher, batch = build_teacher(config, plan, groups), next(build_loader(config, plan, groups))
+    _, teacher, _, batches = build_parts(config, plan, groups)
+    batch = next(batches)
     assert isinstance(teacher, MixedTeacher)
     ran: list[bool] = []
     hidden = teacher.model._hidden

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import make_config, make_tree, write_dataset
+from runs import build_parts, make_config, make_tree, write_dataset
 from worlds import Worlds
 
 from megakd.train.config import OptimConfig
@@ -98,15 +98,13 @@ def poisoned_step(tree: dict[str, Any], where: str) -> str:
     """One step with a NaN planted in a weight or a gradient; the error's text, if nothing was applied."""
     from megakd.errors import NonFiniteError
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
     from megakd.train.optim import Optimizer
     from megakd.train.step import run_step
 
     config = make_config(tree)
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
     groups = init_parallel(config.parallel, seed=5)
-    student = build_student(config, plan, groups)
-    teacher, objective = build_teacher(config, plan, groups), build_objective(config, plan, groups)
+    student, teacher, objective, batches = build_parts(config, plan, groups)
     optimizer = Optimizer(config.optim, student, train_iters=4)
     layer = student.chunks[0].decoder.layers[0].mlp.linear_fc2
     if where == "weight" and groups.rank == 0:
@@ -115,7 +113,7 @@ def poisoned_step(tree: dict[str, Any], where: str) -> str:
     before = [parameter.detach().clone() for parameter in student.chunks[0].parameters()]
     optimizer.zero_grad()
     try:
-        run_step(student, next(build_loader(config, plan, groups)), teacher, objective, groups, step=7)
+        run_step(student, next(batches), teacher, objective, groups, step=7)
         if where == "gradient" and groups.rank == 1:
             layer.weight.main_grad[0, 0] = math.inf
         optimizer.step(7)

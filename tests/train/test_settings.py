@@ -86,7 +86,7 @@ def test_changes_are_told(name: str, recorded: bool, folder: Path) -> None:
     if not recorded:
         record = dataclasses.replace(record, settings=None)
     config = make_config(tree_of(folder, **groups))
-    found = changed_settings(config, check_run(config, 1).student, record)
+    found = changed_settings(settings_of(config), check_run(config, 1).student, record)
     assert sorted(found) == sorted(
         f"this run goes on with other settings than {record.path}: {change}" for change in expected
     )
@@ -95,7 +95,7 @@ def test_changes_are_told(name: str, recorded: bool, folder: Path) -> None:
 def test_what_is_not_known_is_said(folder: Path, tmp_path: Path) -> None:
     record = dataclasses.replace(read_record(folder / "run"), settings=None, path=tmp_path / "iter_0000002")
     config = make_config(tree_of(folder))
-    (found,) = changed_settings(config, check_run(config, 1).student, record)
+    (found,) = changed_settings(settings_of(config), check_run(config, 1).student, record)
     assert found.startswith(f"{record.path} does not tell what it was trained with")
 
 

@@ -6,6 +6,7 @@ slice of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,10 +158,11 @@ class Objective:
             asked_model=isinstance(targets, DenseTargets | MixedTargets),
         )
 
-    def advance(self, step: int, kd: float | None) -> None:
-        """Carry the state on after the update of ``step``, which was made from the mean KD loss ``kd``."""
-        if self.taid is not None and kd is not None:
-            self.taid.advance(step, kd)
+    def advance(self, step: int, kd: float | None) -> Objective:
+        """Return the objective after the update of ``step``, which was made from the mean KD loss ``kd``."""
+        if self.taid is None or kd is None:
+            return self
+        return replace(self, taid=self.taid.advance(step, kd))
 
     def held_out(self, *, with_teacher: bool = True) -> Objective:
         """The same loss for evaluation: on all tokens, with the teacher itself as taid's target, and with the largest
@@ -175,12 +177,14 @@ class Objective:
 
     def state(self) -> dict[str, Any]:
         """What must be saved with the weights; plain data."""
-        taid = {} if self.taid is None else {"taid": self.taid.state_dict()}
+        taid = {} if self.taid is None else {"taid": self.taid.state()}
         return taid if self.schedule is None else {**taid, "schedule": self.schedule.state_dict()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.taid is not None and "taid" in state:
-            self.taid.load_state_dict(state["taid"])
+    def restored(self, state: Mapping[str, Any]) -> Objective:
+        """Return the objective where it stood when `state` was called; a schedule has nothing to restore."""
+        if self.taid is None or "taid" not in state:
+            return self
+        return replace(self, taid=self.taid.restored(state["taid"]))
 
     def _calibration(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         own: dict[str, Any] = {"implementation": self.implementation, "chunk_bytes": self.chunk_bytes}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 _EPSILON = 1e-15
 
 
+@dataclass(frozen=True)
 class Taid:
-    """t, the teacher's weight in the target of forward KL: from ``t_start`` to ``t_end``, never falling.
+    """TAID's rule and where it stands: t, the teacher's weight in the target of forward KL, which never falls.
 
     After every update, with L the mean of the KD loss over the global batch:
 
@@ -19,32 +22,48 @@ class Taid:
         t_line   = t_start + (t_end - t_start) · step / train_iters
 
     The first update only remembers L: there is nothing to compare it with. All ranks see the same L, so the same t.
+
+    progress: t, momentum and L after the updates so far; None before the first.
     """
 
-    def __init__(self, *, t_start: float, t_end: float, alpha: float, beta: float, train_iters: int) -> None:
-        self._t_start, self._t_end, self._train_iters = t_start, t_end, train_iters
-        self._alpha, self._beta = alpha, beta
-        self.t = t_start
-        self._momentum = 0.0
-        self._loss: float | None = None
+    t_start: float
+    t_end: float
+    alpha: float
+    beta: float
+    train_iters: int
+    progress: TaidProgress | None = None
 
-    def advance(self, step: int, loss: float) -> None:
-        """Take note of ``loss``, what the update of ``step`` was made from."""
-        before, self._loss = self._loss, loss
-        if before is None:
-            return
-        relative = (before - loss) / (before + _EPSILON)
-        self._momentum = self._beta * self._momentum + (1 - self._beta) * relative
-        line = self._t_start + (self._t_end - self._t_start) * step / self._train_iters
-        gain = self._alpha * _sigmoid(self._momentum) * (1 - self.t)
-        self.t = min(self._t_end, max(line, self.t + gain))
+    @property
+    def t(self) -> float:
+        return self.t_start if self.progress is None else self.progress.t
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"t": self.t, "momentum": self._momentum, "loss": self._loss}
+    def advance(self, step: int, loss: float) -> Taid:
+        """Return the rule after the update of ``step``, which was made from ``loss``."""
+        before = self.progress or TaidProgress(self.t_start)
+        if before.loss is None:
+            return replace(self, progress=replace(before, loss=loss))
+        relative = (before.loss - loss) / (before.loss + _EPSILON)
+        momentum = self.beta * before.momentum + (1 - self.beta) * relative
+        line = self.t_start + (self.t_end - self.t_start) * step / self.train_iters
+        gain = self.alpha * _sigmoid(momentum) * (1 - before.t)
+        return replace(self, progress=TaidProgress(min(self.t_end, max(line, before.t + gain)), momentum, loss))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.t, self._momentum, self._loss = state["t"], state["momentum"], state["loss"]
+    def state(self) -> dict[str, Any]:
+        """Return the progress as plain numbers."""
+        return asdict(self.progress or TaidProgress(self.t_start))
+
+    def restored(self, state: Mapping[str, Any]) -> Taid:
+        """Return the rule where it stood when `state` was called."""
+        return replace(self, progress=TaidProgress(**state))
+
+
+@dataclass(frozen=True)
+class TaidProgress:
+    """TAID's numbers after an update: t, the momentum of the loss's relative change, and the loss itself."""
+
+    t: float
+    momentum: float = 0.0
+    loss: float | None = None
 
 
 def _sigmoid(x: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from megakd.artefacts.manifest import atomic_write
 from megakd.artefacts.run_lock import HeldError, RunLock
 from megakd.errors import UsageError
 from megakd.model.config import ModelShape
-from megakd.train.config import TrainConfig
+from megakd.train.config import LoggingConfig, TrainingConfig
 from megakd.train.evaluate import Evaluation
 from megakd.train.optim import Update
 from megakd.train.record.writers import Opening, Writer, build_writers
@@ -47,37 +48,45 @@ class Metrics:
 
     def __init__(
         self,
-        config: TrainConfig,
+        training: TrainingConfig,
+        logging: LoggingConfig,
         cost: Cost,
         *,
+        seq_length: int,
+        folder: Path | None,
+        settings: Mapping[str, Any],
         rank: int,
         world_size: int,
         start_step: int,
+        trains: bool = True,
         evaluated: str | None = None,
     ) -> None:
-        """evaluated: fingerprint of the checkpoint that is evaluated alone; None in training."""
-        self._config, self._cost, self._world_size = config, cost, world_size
+        """folder: of the run, None without ``--save``. settings: the whole configuration as plain data, for trackers.
+        trains: False for a run that only evaluates; evaluated: fingerprint of the checkpoint that it evaluates."""
+        self._training, self._logging, self._cost = training, logging, cost
+        self._seq_length, self._world_size = seq_length, world_size
         self._writes = rank == 0
         self._start_step, self._evaluated = start_step, evaluated
         self._start = self._last = time.perf_counter()
         self._times: list[float] = []
         self._token_flops: list[float] = []
         self._batch_sizes: list[int] = []
-        self._samples = config.training.batch_sizes.consumed_after(start_step)
+        self._samples = training.batch_sizes.consumed_after(start_step)
         self._file: int | None = None
         self._writers: list[Writer] = []
         if not self._writes:
             return
-        if config.checkpoint.save:
-            self._open(Path(config.checkpoint.save))
-        self._writers = build_writers(Opening(config, start_step, self.say))
+        if folder is not None:
+            self._open(folder, last_step=start_step if trains else math.inf)
+        continues = start_step > 0 or not trains
+        self._writers = build_writers(Opening(logging, folder, settings, start_step, continues, self.say))
 
-    def _open(self, folder: Path) -> None:
-        """Take the folder of the run and cut the record back to where it goes on."""
+    def _open(self, folder: Path, *, last_step: float) -> None:
+        """Take the folder of the run and cut the record back to ``last_step``, which it goes on from."""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(folder)
         path = folder / "metrics.jsonl"
-        _keep_until(path, math.inf if self._config.evaluate.skip_train else self._start_step)
+        _keep_until(path, last_step)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def start_clock(self) -> None:
@@ -90,14 +99,14 @@ class Metrics:
         seconds, self._last = now - self._last, now
         self._times.append(seconds)
         self._token_flops.append(self._cost.student + self._cost.teacher * loss.modelled_share)
-        training = self._config.training
+        training = self._training
         size, self._samples = samples - self._samples, samples
         # a run may go on with another size than it was started with: the first difference tells nothing then
         self._batch_sizes.append(size if size in training.batch_sizes.levels else training.global_batch_size)
         record: dict[str, Any] = {
             "step": step,
             "samples": samples,
-            "tokens": samples * self._config.data.seq_length,
+            "tokens": samples * self._seq_length,
             "loss": loss.loss,
             "lm_loss": loss.lm,
             "kd_loss": loss.kd,
@@ -114,12 +123,12 @@ class Metrics:
             "lr": update.lr,
             "seconds": seconds,
         }
-        tokens = training.global_batch_size * self._config.data.seq_length
+        tokens = training.global_batch_size * self._seq_length
         record["flops"] = tokens * self._cost.student
         if loss.modelled_share:
             record["teacher_flops"] = tokens * self._cost.teacher * loss.modelled_share
         self._write({key: value for key, value in record.items() if value is not None})
-        if step % self._config.logging.log_interval == 0 or step in (self._start_step + 1, training.train_iters):
+        if step % self._logging.log_interval == 0 or step in (self._start_step + 1, training.train_iters):
             self._report(step, record)
             self._times.clear()
             self._token_flops.clear()
@@ -153,9 +162,9 @@ class Metrics:
             self._lock.__exit__()
 
     def _report(self, step: int, record: dict[str, Any]) -> None:
-        training = self._config.training
+        training = self._training
         seconds = sum(self._times) / len(self._times)
-        tokens = sum(self._batch_sizes) / len(self._batch_sizes) * self._config.data.seq_length
+        tokens = sum(self._batch_sizes) / len(self._batch_sizes) * self._seq_length
         flops = tokens * sum(self._token_flops) / len(self._token_flops)
         throughput = flops / seconds / self._world_size / 1e12
         left = timedelta(seconds=round(min(seconds * (training.train_iters - step), _LONGEST_SECONDS)))

@@ -22,9 +22,8 @@ import orjson
 
 from megakd.artefacts.file_names import printable
 from megakd.artefacts.manifest import atomic_write
-from megakd.config.tree import to_dict
 from megakd.errors import UsageError
-from megakd.train.config import LoggingConfig, TrainConfig
+from megakd.train.config import LoggingConfig
 from megakd.train.record.trackers import CLOSE_SECONDS, Kind, Tracked, serve
 
 RUN_ID = "tracked_run.json"
@@ -43,16 +42,18 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """What writers are built from. start_step: what the run goes on from; 0 for a new one."""
+    """Everything that a writer is built from.
 
-    config: TrainConfig
+    folder: of the run, None without ``--save``. settings: the whole configuration as plain data. start_step: the step
+    that the run goes on from; 0 for a new one. continues: the run has a record already, under its id on servers.
+    """
+
+    logging: LoggingConfig
+    folder: Path | None
+    settings: Mapping[str, Any]
     start_step: int
+    continues: bool
     say: Say
-
-    @property
-    def folder(self) -> Path | None:
-        save = self.config.checkpoint.save
-        return None if save is None else Path(save)
 
 
 def check_writers(config: LoggingConfig) -> None:
@@ -138,7 +139,7 @@ def _asked(config: LoggingConfig) -> dict[Kind, tuple[str, bool]]:
 
 
 def _open_board(opening: Opening) -> Writer | None:
-    board = opening.config.logging.tensorboard_dir
+    board = opening.logging.tensorboard_dir
     if board is None and opening.folder is not None:
         board = str(opening.folder / "tensorboard")
     if board is None:
@@ -150,19 +151,18 @@ def _open_board(opening: Opening) -> Writer | None:
 
 
 def _open_tracker(kind: Kind, opening: Opening) -> Writer | None:
-    config, folder = opening.config, opening.folder
-    if not _asked(config.logging)[kind][1]:
+    folder = opening.folder
+    if not _asked(opening.logging)[kind][1]:
         return None
-    continues = opening.start_step > 0 or config.evaluate.skip_train
-    run_id, found = _run_id(folder, continues)
+    run_id, resumed = _run_id(folder, opening.continues)
     tracked = Tracked(
         kind=kind,
-        logging=config.logging,
+        logging=opening.logging,
         run_id=run_id,
         name=None if folder is None else folder.resolve().name,
-        resumed=found,
+        resumed=resumed,
         folder=None if folder is None else str(folder),
-        settings=dict(_flat(to_dict(config))),
+        settings=dict(_flat(opening.settings)),
     )
     return ProcessWriter(tracked, opening.say)
 

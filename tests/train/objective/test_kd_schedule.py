@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import make_config, make_tree, run_training, write_dataset
+from runs import build_parts, make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.errors import UsageError
@@ -197,18 +197,20 @@ class CountingTeacher:
 def asked_of_the_teacher(tree: dict[str, Any], steps: int) -> list[tuple[int, dict[str, Any]]]:
     """For each of the first steps, how often the teacher was asked, and what the step says."""
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
+    from megakd.teachers.model_teacher import NoTeacher
     from megakd.train.preflight import check_run
     from megakd.train.step import run_step
 
     config = make_config(tree)
     plan = check_run(config, 1)
     groups = init_parallel(config.parallel, seed=5)
-    student, teacher = build_student(config, plan, groups), CountingTeacher(build_teacher(config, plan, groups))
-    objective, batches, found = build_objective(config, plan, groups), build_loader(config, plan, groups), []
+    student, uncounted, objective, batches = build_parts(config, plan, groups)
+    teacher, found = CountingTeacher(uncounted), []
     for step in range(1, steps + 1):
         teacher.asked = 0
-        loss = run_step(student, next(batches), teacher, objective, groups, step=step)
+        current = objective.at(step)
+        asked = teacher if current.needs_teacher else NoTeacher()
+        loss = run_step(student, next(batches), asked, current, groups, step=step)
         found.append((teacher.asked, loss.__dict__))
     return found
 

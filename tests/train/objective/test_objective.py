@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import make_config, make_tree, one_step, run_training, write_dataset
+from runs import build_parts, make_config, make_tree, one_step, run_training, write_dataset
 from torch import Tensor
 from worlds import Worlds
 
@@ -294,16 +294,15 @@ def poisoned_step(tree: dict[str, Any]) -> tuple[str, int]:
     """What the error of a step says, and the sample it should name."""
     from megakd.errors import NonFiniteError
     from megakd.parallel import init_parallel
-    from megakd.train.build import build_loader, build_objective, build_student, build_teacher
     from megakd.train.step import run_step
 
     config = make_config(tree)
     plan = check_run(config, int(os.environ["WORLD_SIZE"]))
     groups = init_parallel(config.parallel, seed=5)
-    student, teacher = build_student(config, plan, groups), PoisonedTeacher(build_teacher(config, plan, groups))
-    batch = next(build_loader(config, plan, groups))
+    student, teacher, objective, batches = build_parts(config, plan, groups)
+    batch = next(batches)
     try:
-        run_step(student, batch, teacher, build_objective(config, plan, groups), groups, step=7)
+        run_step(student, batch, PoisonedTeacher(teacher), objective, groups, step=7)
     except NonFiniteError as error:
         return str(error), int(batch.microbatch(1).sample_ids_B[1])
     return "applied", -1

@@ -29,12 +29,12 @@ def make(**changes: Any) -> Taid:
 def test_the_rule() -> None:
     """Algorithm 1 written out again, after the paper."""
     taid, t, momentum = make(), 0.4, 0.0
-    taid.advance(1, LOSSES[0])
+    taid = taid.advance(1, LOSSES[0])
     assert taid.t == 0.4, "one loss alone says nothing"
     for step, (before, loss) in enumerate(itertools.pairwise(LOSSES), start=2):
         momentum = 0.9 * momentum + 0.1 * (before - loss) / (before + 1e-15)
         t = min(1.0, max(0.4 + 0.6 * step / 20, t + 0.3 / (1 + math.exp(-momentum)) * (1 - t)))
-        taid.advance(step, loss)
+        taid = taid.advance(step, loss)
         assert taid.t == pytest.approx(t, rel=1e-12)
         if loss == 0.0:
             return  # the relative change after it is of the order of 1/epsilon
@@ -44,24 +44,23 @@ def test_the_rule() -> None:
 def test_it_never_falls_and_ends_at_its_end() -> None:
     taid, seen = make(alpha=0.0, t_end=0.9), []
     for step in range(1, 21):
-        taid.advance(step, LOSSES[step % len(LOSSES)])
+        taid = taid.advance(step, LOSSES[step % len(LOSSES)])
         seen.append(taid.t)
     assert seen == sorted(seen) and seen[-1] == pytest.approx(0.9)
     assert seen[9] == pytest.approx(0.4 + 0.5 * 10 / 20), "with alpha 0 it is the line"
     quick = make(alpha=1.0)
     for step in range(1, 21):
-        quick.advance(step, LOSSES[step % len(LOSSES)])
+        quick = quick.advance(step, LOSSES[step % len(LOSSES)])
     assert quick.t == 1.0
 
 
 def test_its_state_is_all_of_it() -> None:
     whole, cut = make(), make()
     for step, loss in enumerate(LOSSES, start=1):
-        whole.advance(step, loss)
-        cut.advance(step, loss)
-        state = json.loads(json.dumps(cut.state_dict()))
-        cut = make()
-        cut.load_state_dict(state)
+        whole = whole.advance(step, loss)
+        cut = cut.advance(step, loss)
+        state = json.loads(json.dumps(cut.state()))
+        cut = make().restored(state)
         assert cut.t == whole.t
 
 

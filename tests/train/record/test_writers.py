@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from runs import make_config, make_tree
 
+from megakd.config.tree import to_dict
 from megakd.errors import UsageError
 from megakd.train.evaluate import Evaluation, HeldOut
 from megakd.train.optim import Update
@@ -44,7 +45,18 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
 
 def log(tree: dict[str, Any], *, start_step: int = 0, complete: bool = True) -> None:
     """One step and one evaluation through the run's record."""
-    metrics = Metrics(make_config(tree), Cost(6.0, 2.0), rank=0, world_size=1, start_step=start_step)
+    config = make_config(tree)
+    metrics = Metrics(
+        config.training,
+        config.logging,
+        Cost(6.0, 2.0),
+        seq_length=config.data.seq_length,
+        folder=Path(config.checkpoint.save) if config.checkpoint.save else None,
+        settings=to_dict(config),
+        rank=0,
+        world_size=1,
+        start_step=start_step,
+    )
     metrics.log(start_step + 1, LOSS, Update(grad_norm=1.0, lr=0.1), samples=8)
     metrics.log_evaluation(start_step + 1, EVALUATION)
     metrics.close(complete=complete)
@@ -123,7 +135,7 @@ def test_a_server_that_stalls_is_left(
     monkeypatch.setattr(writers, "CLOSE_SECONDS", 0.5)
     said: list[str] = []
     config = make_config(make_tree("text", logging={"wandb_project": "p", "wandb_save_dir": str(tmp_path)}))
-    (writer,) = build_writers(Opening(config, 0, said.append))
+    (writer,) = build_writers(Opening(config.logging, None, to_dict(config), 0, False, said.append))
     for step in range(2000):  # more than a pipe holds
         writer.add({"lm loss": 1.0, "a figure with a long name, of which there are many": 2.0}, step=step)
     writer.close(complete=True)
