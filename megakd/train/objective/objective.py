@@ -118,7 +118,7 @@ class Objective:
         hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
         gated = self._gate(hidden_TH, weight_vH, labels_T, mask_T, targets)
-        kept_T, parts, temperature_T = gated.kept_T.float(), list[_Part](), None
+        kept_T, parts, temperature_T = gated.kept_T.float(), list[_TokensOfOneKind](), None
         lm_weight_T = kept_T * self.lm_share
         if self.term is not None:
             lm_weight_T = torch.where(tokens_with_targets(targets, mask_T), lm_weight_T, kept_T)
@@ -207,7 +207,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TokensOfOneKind:
     """Tokens whose targets are of one kind."""
 
     term: KDTerm
@@ -215,12 +215,12 @@ class _Part:
     tokens_T: Tensor
 
 
-def _parts(targets: Given, term: KDTerm, kd_T: Tensor) -> list[_Part]:
+def _parts(targets: Given, term: KDTerm, kd_T: Tensor) -> list[_TokensOfOneKind]:
     if not isinstance(targets, MixedTargets):
-        return [] if targets is None else [_Part(term, targets, kd_T)]
+        return [] if targets is None else [_TokensOfOneKind(term, targets, kd_T)]
     stored_T = _stored_tokens(targets, kd_T)
     whole = replace(term, tail="none")  # a model lists every id
-    return [_Part(term, targets.stored, stored_T), _Part(whole, targets.model, kd_T & ~stored_T)]
+    return [_TokensOfOneKind(term, targets.stored, stored_T), _TokensOfOneKind(whole, targets.model, kd_T & ~stored_T)]
 
 
 def _stored_tokens(targets: Given, mask_T: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def _stored_tokens(targets: Given, mask_T: Tensor) -> Tensor:
     return tokens_with_targets(stored if isinstance(stored, SparseTargets) else None, mask_T)
 
 
-def _merged(outputs: tuple[KDOutput, ...], parts: list[_Part]) -> KDOutput | None:
+def _merged(outputs: tuple[KDOutput, ...], parts: list[_TokensOfOneKind]) -> KDOutput | None:
     """For each token the values of the part it is in; the parts share no token."""
     if not outputs:
         return None
