@@ -45,7 +45,7 @@ def _die_on_rank_1() -> None:
 
 def _hang_on_rank_1() -> None:
     if dist.get_rank() == 1:
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_runs_on_every_rank_and_keeps_its_processes(world: Worlds) -> None:
@@ -66,15 +66,15 @@ def test_errors_deaths_and_hangs_are_reported_in_seconds() -> None:
     world = World(2)
     try:
         world.run(_pid)
-        for fn, message in (
-            (_raise_while_others_wait, "planted"),
-            (_die_on_rank_1, "rank 1 of 2: died with exit code 7"),
-            (_hang_on_rank_1, "_hang_on_rank_1"),
+        for fn, message, timeout in (
+            (_raise_while_others_wait, "planted", 100.0),
+            (_die_on_rank_1, "rank 1 of 2: died with exit code 7", 100.0),
+            (_hang_on_rank_1, "_hang_on_rank_1", 3.0),
         ):
             world.run(_pid)  # restarts after the previous failure
             start = time.monotonic()
             with pytest.raises(RankError, match=message):
-                world.run(fn, timeout=2.0)
-            assert time.monotonic() - start < 15
+                world.run(fn, timeout=timeout)
+            assert time.monotonic() - start < 60
     finally:
         world.close()
