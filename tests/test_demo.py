@@ -37,6 +37,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_corpus_is_split_by_file_the_same_every_time() -> None:
     corpus = load("corpus")
     documents = list(corpus.documents())
@@ -48,6 +49,7 @@ def test_corpus_is_split_by_file_the_same_every_time() -> None:
     assert not [name for name in names if "test" in name.split("/")[:-1] or name.startswith(("site-", "dist-"))]
 
 
+@pytest.mark.slow
 def test_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
     import sentencepiece
 

@@ -52,6 +52,7 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == "", "torch prints stacks where it is left to wait"
 
 
+@pytest.mark.slow
 def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     environment(monkeypatch, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=0, WORLD_SIZE=2)

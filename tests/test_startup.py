@@ -32,6 +32,7 @@ def test_import_loads_the_package_alone() -> None:
     assert loaded_by("import megakd") - loaded_by("pass") <= {"megakd", "__future__"}
 
 
+@pytest.mark.slow
 def test_loaded_by_would_see_torch() -> None:
     assert "torch" in loaded_by("import torch")
 

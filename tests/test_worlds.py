@@ -62,6 +62,7 @@ def test_an_error_names_its_rank_and_leaves_the_world_usable(world: Worlds) -> N
     assert world(2).run(_pid) == pids
 
 
+@pytest.mark.slow
 def test_errors_deaths_and_hangs_are_reported_in_seconds() -> None:
     world = World(2)
     try:

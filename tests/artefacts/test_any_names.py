@@ -50,6 +50,7 @@ def test_select_and_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["show", f"{folder}/kept"]) == main(["verify", f"{folder}/kept", f"{folder}/{NAME}"]) == 0
 
 
+@pytest.mark.slow
 def test_a_dataset_that_was_moved_is_taken_by_its_fingerprint(world: Worlds, tmp_path: Path) -> None:
     """A run and scores go on with it, and what was made from it still goes with it."""
     old, run = write_dataset(tmp_path / "old", num_tokens=1200), str(tmp_path / "run")

@@ -36,6 +36,7 @@ def slow_draws(sizes, quanta, seed, count):
     return result
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(WEIGHTS, st.data())
 def test_draws_equal_the_slow_twin(weights, data):

@@ -61,6 +61,7 @@ def global_batches(folder, dp, count, mbs=2, states=None):
     return steps, [loader.state() for loader in loaders]
 
 
+@pytest.mark.slow
 def test_the_first_1000_global_batches_are_the_same_for_any_layout(folder):
     one, states = global_batches(folder, 1, 1000)
     for dp in (2, 4):

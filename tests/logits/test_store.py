@@ -264,6 +264,7 @@ def test_a_shard_that_is_missing_or_cut(folder: Path, suffix: str) -> None:
     assert verify_store(folder)
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_of_a_shard_is_found(folder: Path) -> None:
     """By verify, and by whoever reads a sample that it concerns: no other rows come back."""
     rng = np.random.default_rng(2)

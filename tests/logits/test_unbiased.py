@@ -83,6 +83,7 @@ def _z_scores(mass_TV: NDArray[np.float64], logits_V: torch.Tensor) -> NDArray[n
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exponent", "bits"), [(0.5, "8"), (0.8, "8"), (1.2, "8"), (0.8, "16"), (1.0, "8")])
 def test_a_million_draws_are_unbiased_in_the_store(exponent: float, bits: str, tmp_path: Path) -> None:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -90,6 +91,7 @@ def test_a_million_draws_are_unbiased_in_the_store(exponent: float, bits: str, t
     assert np.abs(scores).max() < 4.5 and (scores**2).mean() < 1.8, scores
 
 
+@pytest.mark.slow
 def test_rounding_to_the_nearest_level_is_found(tmp_path: Path) -> None:
     """What the test above is for: the same draws, rounded the same way each time."""
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5

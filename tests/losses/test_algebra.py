@@ -187,6 +187,7 @@ def test_the_mix_with_the_label_is_cross_entropy_with_both() -> None:
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_counts_give_the_dense_gradient_on_average() -> None:
     """Sparse Logit Sampling: 50 draws a token; the average over many draws is the dense gradient within its error."""
     generator = torch.Generator().manual_seed(7)

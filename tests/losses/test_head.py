@@ -22,6 +22,7 @@ from losses.head_problem import (
     run_head,
     twin_errors,
 )
+from marks import slow
 from torch import Tensor
 from worlds import Worlds
 
@@ -31,7 +32,7 @@ from megakd.losses.kernels.protocol import Chunk, SparseSlope
 from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.vocab_parallel import RowStatistics
 
-WORLD_SIZES = [1, 2, 4]
+WORLD_SIZES = [1, 2, slow(4)]
 
 
 @cache
@@ -40,10 +41,10 @@ def _twins(dtype: torch.dtype) -> list[twins.Twin]:
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
-@pytest.mark.parametrize("chunk_tokens", [2, 100])
+@pytest.mark.parametrize("chunk_tokens", [slow(2), 100])
 @pytest.mark.parametrize(
     ("dtype", "implementation", "tolerance"),
-    [(torch.float64, "reference", 1e-10), (torch.float32, "reference", 1e-5), (torch.float32, "auto", 1e-5)],
+    [slow(torch.float64, "reference", 1e-10), slow(torch.float32, "reference", 1e-5), (torch.float32, "auto", 1e-5)],
 )
 def test_split_equals_whole_in_value_and_gradient(
     world: Worlds, size: int, chunk_tokens: int, dtype: torch.dtype, implementation: str, tolerance: float
@@ -59,6 +60,7 @@ def test_split_equals_whole_in_value_and_gradient(
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", WORLD_SIZES)
 @pytest.mark.parametrize("implementation", ["reference", "auto"])
 def test_bf16_is_no_worse_than_naive_bf16(world: Worlds, size: int, implementation: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from losses.twin import logits_twin
+from marks import slow
 from torch import Tensor
 from worlds import Worlds
 
@@ -79,7 +80,7 @@ def _is_infinite(term: KDTerm, ruled_out: str) -> bool:
     return (at_p and ruled_out in ("teacher", "each")) or (at_q and ruled_out in ("student", "each"))
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, slow(2)])
 @pytest.mark.parametrize("how", ["reference", "native"])
 @pytest.mark.parametrize("ruled_out", ["teacher", "student", "each"])
 def test_a_divergence_is_infinite_where_its_limit_is(
@@ -99,7 +100,7 @@ def test_a_divergence_is_infinite_where_its_limit_is(
         assert value[[0, 2]].isfinite().all() and gradient[[0, 2]].isfinite().all(), (term, value)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, slow(2), slow(4)])
 @pytest.mark.parametrize("how", ["reference", "native"])
 def test_negative_exponents_equal_the_twin(world: Worlds, size: int, how: Implementation) -> None:
     terms = [KDTerm("alpha_beta", ab_alpha=a, ab_beta=b) for a, b in EXPONENTS]

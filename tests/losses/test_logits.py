@@ -58,6 +58,7 @@ def _run_all(inplace: bool, all_tokens: bool) -> list[tuple[HeadOutput, Tensor]]
     return [_run(case, torch.float32, inplace=inplace, all_tokens=all_tokens) for case in SHORT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("all_tokens", [False, True])
@@ -123,6 +124,7 @@ def _extreme_sparse(case: Case, teacher: Tensor) -> SparseTargets:
     return sparse_targets(case.kind, finite - finite.amax(1, keepdim=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["huge", "ruled_out"])
 @pytest.mark.parametrize("implementation", ["reference", "native"])

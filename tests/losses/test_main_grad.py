@@ -57,6 +57,7 @@ def steps(tree: dict[str, Any], by_hook: bool) -> list[tuple[float, float]]:
 DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(

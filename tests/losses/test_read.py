@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from draws import draw
 from losses.head_problem import Problem, relative_error
+from marks import slow
 from torch import Tensor
 from worlds import Worlds
 
@@ -48,8 +49,8 @@ def _drawn(probs_TV: Tensor, uniforms_TN: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.parametrize("vocab_size", [1, 2, 7, 13, 251])
+@pytest.mark.parametrize("size", [1, slow(2), pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("vocab_size", [1, slow(2), slow(7), slow(13), 251])
 def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_size: int) -> None:
     """As many as bits of an id, not as ids: what another layout adds up in another order may move so few."""
     torch.manual_seed(0)
@@ -65,7 +66,7 @@ def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_siz
     assert torch.equal(both[0], _drawn((hidden_TH @ weight_VH[:vocab_size].t()).softmax(-1), uniforms_TN))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, slow(4)])
 @pytest.mark.parametrize(
     ("dtype", "implementation", "tolerance"),
     [(torch.float64, "auto", 1e-12), (torch.float32, "reference", 1e-5), (torch.float32, "native", 1e-5)],
@@ -94,8 +95,8 @@ def test_reading_equals_the_whole(
         assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < tolerance
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.4])
+@pytest.mark.parametrize("size", [1, 2, slow(4)])
+@pytest.mark.parametrize("exponent", [0.6, slow(1.0), slow(1.4)])
 @pytest.mark.parametrize("padded_size", [256, 512])
 def test_draws_from_another_power_of_the_probabilities(
     world: Worlds, size: int, exponent: float, padded_size: int
@@ -111,7 +112,7 @@ def test_draws_from_another_power_of_the_probabilities(
         assert relative_error(reading.sample_log_proposal_TN, proposal.gather(1, drawn)) < 1e-12
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, slow(4)])
 def test_ties_go_to_the_smaller_id(world: Worlds, size: int) -> None:
     problem = Problem.make()
     problem.weight_VH[:] = 0.0  # all logits equal
@@ -124,7 +125,7 @@ def test_ties_go_to_the_smaller_id(world: Worlds, size: int) -> None:
         assert (reading.top_ids_TK[1:] == torch.arange(5)).all()
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, slow(4)])
 def test_samples_follow_the_distribution_and_stay_in_the_vocabulary(world: Worlds, size: int) -> None:
     problem = Problem.make(padded_size=512)
     draws = 20_000

@@ -193,6 +193,7 @@ def test_a_shard_that_is_gone_while_training(setting: dict[str, str], world: Wor
     assert "stored targets cannot be read" in text and "shards" in text and text.endswith("the step was not applied")
 
 
+@pytest.mark.slow
 def test_a_damaged_held_out_store_costs_no_training(setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
     shutil.copytree(setting["sparse"], tmp_path / "store")
     flip_records(tmp_path / "store")

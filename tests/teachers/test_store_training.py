@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from captured import GHOST, LAYOUTS, SOME, STORES, capture, make_stores, stored
+from marks import slow
 from runs import build_parts, losses, make_config, make_tree, one_step, output_of_training, run_training, weights
 from worlds import Worlds
 
@@ -23,7 +24,7 @@ def setting(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return make_stores(world, tmp_path_factory.mktemp("stores"), STORES)
 
 
-@pytest.mark.parametrize("tail", ["none", "ghost", "renormalise"])
+@pytest.mark.parametrize("tail", [slow("none"), "ghost", slow("renormalise")])
 def test_every_id_stored_equals_the_model(tail: str, setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
     """Whole training steps of KD alone: the gradients of one make the losses of the next."""
     alone: dict[str, Any] = {"kd_alpha": 1.0}
@@ -49,7 +50,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [record for record in found if "loss" in record]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["tp2", *(slow(name) for name in LAYOUTS if name != "tp2")])
 def test_layouts_agree(name: str, setting: dict[str, str], world: Worlds) -> None:
     size, parallel = LAYOUTS[name]
     whole = world(1).run(one_step, stored(setting, "sparse", objective=GHOST))[0]
@@ -124,6 +125,7 @@ def test_order_blend_and_selection_do_not_matter(setting: dict[str, str], world:
             assert found[tokens] == pytest.approx(reference[tokens], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_samples_without_targets_have_their_lm_loss_alone(setting: dict[str, str], world: Worlds) -> None:
     """Loss = sum of (1 - alpha) LM + alpha KD where there are targets, of LM where there are none."""
     plain = world(1).run(one_step, make_tree(setting["data"]))[0]
@@ -143,6 +145,7 @@ def test_samples_without_targets_have_their_lm_loss_alone(setting: dict[str, str
         assert found["kd"] == pytest.approx(sum(some[tokens][0] for tokens in told) / (16 * len(told)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lm_weight_of_zero_leaves_samples_without_targets_their_own(setting: dict[str, str], world: Worlds) -> None:
     some = world(1).run(sample_losses, stored(setting, "some"))[0]
     found = world(1).run(one_step, stored(setting, "some", objective={"kd_alpha": 1.0}))[0]
@@ -150,7 +153,9 @@ def test_lm_weight_of_zero_leaves_samples_without_targets_their_own(setting: dic
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "parallel", [{}, slow({"tensor_model_parallel_size": 2}), slow({"pipeline_model_parallel_size": 2})]
+)
 def test_a_store_and_a_model_share_the_tokens(parallel: dict[str, int], setting: dict[str, str], world: Worlds) -> None:
     """With whole rows a token's targets are the same from either, so any share of them equals the model alone."""
     teacher = {"load": setting["teacher"]}
@@ -173,6 +178,7 @@ def test_a_store_and_a_model_share_the_tokens(parallel: dict[str, int], setting:
         assert (model["modelled_share"], mixed["modelled_share"]) == (1.0, pytest.approx(told, abs=1e-3)), share
 
 
+@pytest.mark.slow
 def test_gates_on_stored_and_modelled_entropies(setting: dict[str, str], world: Worlds) -> None:
     """Much the same tokens are taken whether their entropies are stored, read from the model, or some of each: stored
     ones are rounded to 1/2048."""
@@ -259,6 +265,7 @@ def test_evaluation_with_the_model_a_store_or_neither(setting: dict[str, str], w
     assert valid["store"] == pytest.approx(valid["model"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["counts", "drawn"])
 def test_samples_train(name: str, setting: dict[str, str], world: Worlds) -> None:
     """An estimate of the same loss: 30 draws a token, 128 tokens."""
@@ -303,6 +310,7 @@ def test_the_model_runs_only_for_what_is_not_stored(setting: dict[str, str], wor
     assert all(found)
 
 
+@pytest.mark.slow
 def test_the_model_rests_on_a_selection_that_is_stored_whole(
     setting: dict[str, str], world: Worlds, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_models_that_cannot_be(name: str, tmp_path: Path) -> None:
         check_run(config, 1)
 
 
+@pytest.mark.slow
 def test_corners_that_are_accepted_take_a_step(world: Worlds, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data")
     for student in (

@@ -96,6 +96,7 @@ def _padded(rows: BatchRows, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(rows.ids_BSK, more), np.pad(rows.log_probs_BSK, more, constant_values=-np.inf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_are_those_of_capture(kind: str, made: dict[str, Any]) -> None:
     store = made["folder"] / kind / "store"
@@ -107,6 +108,7 @@ def test_rows_are_those_of_capture(kind: str, made: dict[str, Any]) -> None:
     assert details["online"] and details["last_step"] == STEPS
 
 
+@pytest.mark.slow
 def test_the_last_step_of_each_sample(made: dict[str, Any]) -> None:
     config = make_config(tree_of(made["data"], made["folder"] / "nowhere"))
     plan = check_run(config, 1)
@@ -119,6 +121,7 @@ def test_the_last_step_of_each_sample(made: dict[str, Any]) -> None:
     assert (steps >= 1).all() and (steps <= 14).any() and (steps == STEPS).any()
 
 
+@pytest.mark.slow
 def test_only_late_steps_for_a_student(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     steps = np.fromfile(made["folder"] / "top_p_k" / "store" / "steps.i32", "<i4")
     shutil.copytree(made["folder"] / "top_p_k" / "logits", tmp_path / "logits")
@@ -135,6 +138,7 @@ def test_only_late_steps_for_a_student(made: dict[str, Any], world: Worlds, tmp_
     assert told["stored_share"] == (late[first.draws.sample_id] >= 0).mean() and 0 < told["stored_share"] < 1
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_change_no_byte(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     tree = tree_of(made["data"], tmp_path, optim=FROZEN)
     assert world(2).run(run_training, tree) == [0, 0]
@@ -148,6 +152,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout: str, kind: str, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
@@ -159,6 +164,7 @@ def test_layouts_agree(layout: str, kind: str, made: dict[str, Any], world: Worl
     assert (store / steps).read_bytes() == (made["folder"] / kind / "store" / steps).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_behind_the_checkpoint_comes_again(world: Worlds, tmp_path: Path) -> None:
     """As after a kill between the rows' commit and the checkpoint's, and with what a dead rank left."""
     data = write_dataset(tmp_path / "data", num_tokens=1900)
@@ -207,12 +213,14 @@ def test_after_a_kill_the_same_store(world: Worlds, tmp_path: Path) -> None:
     assert content(store_of(data, cut)) == content(store_of(data, whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"top_k": 21}, {"value_bits": "16"}, {"kind": "samples"}])
 def test_a_journal_of_other_rows_is_refused(change: dict[str, Any], made: dict[str, Any]) -> None:
     with pytest.raises(MismatchError, match="another --logits-save-dir"):
         check_run(make_config(tree_of(made["data"], made["folder"] / "top_p_k", logits_save=change)), 1)
 
 
+@pytest.mark.slow
 def test_a_journal_of_another_run_is_refused(made: dict[str, Any], tmp_path: Path) -> None:
     other = {"dir": str(made["folder"] / "top_p_k" / "logits")}
     with pytest.raises(MismatchError, match="run"):
@@ -221,6 +229,7 @@ def test_a_journal_of_another_run_is_refused(made: dict[str, Any], tmp_path: Pat
     check_run(make_config(tree_of(made["data"], tmp_path / "moved")), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [{"top_k": 0}, {"top_p": 1.5}, {"draws": 3}, {"from_step": 0}, {"top_k": 252}, {"kind": "samples", "draws": 0}],
@@ -230,12 +239,14 @@ def test_usage(wrong: dict[str, Any], made: dict[str, Any], tmp_path: Path) -> N
         check_run(make_config(tree_of(made["data"], tmp_path, logits_save=wrong)), 1)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_is_refused(made: dict[str, Any], tmp_path: Path) -> None:
     tree = tree_of(made["data"], tmp_path, logits_save={"dir": f"{made['data']}.bin/logits"})
     with pytest.raises(UsageError, match="a file is there"):
         check_run(make_config(tree), 1)
 
 
+@pytest.mark.slow
 def test_rows_need_checkpoints(made: dict[str, Any], tmp_path: Path) -> None:
     tree = tree_of(made["data"], tmp_path)
     tree["checkpoint"]["save"] = None
@@ -243,6 +254,7 @@ def test_rows_need_checkpoints(made: dict[str, Any], tmp_path: Path) -> None:
         check_run(make_config(tree), 1)
 
 
+@pytest.mark.slow
 def test_rows_of_a_branch_that_was_left_do_not_count(
     world: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 from runs import make_tree, one_step, run_training, write_dataset
 from worlds import Worlds
 
@@ -53,7 +54,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+FAST = ("tp2", "pp2", "cp2", "dp2")  # the others need four ranks, or are combinations of these
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in LAYOUTS])
 def test_layout_equals_one_process(name: str, setting: dict[str, Any], world: Worlds) -> None:
     size, parallel, teacher = LAYOUTS[name]
     tree = make_tree(setting["data"], teacher={"load": setting["teacher"], **teacher}, parallel=parallel)
@@ -94,6 +98,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "split"), PAIRS)
 def test_model_variants_equal_one_process(variant: str, split: str, setting: dict[str, Any], world: Worlds) -> None:
     student, _ = VARIANTS[variant]
@@ -106,6 +111,7 @@ def test_model_variants_equal_one_process(variant: str, split: str, setting: dic
         assert result["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recompute",
     [
@@ -119,6 +125,7 @@ def test_recompute_changes_nothing(recompute: dict[str, Any], setting: dict[str,
     assert world(2).run(one_step, tree)[0] == plain
 
 
+@pytest.mark.slow
 def test_bf16_layouts_agree_within_its_precision(setting: dict[str, Any], world: Worlds) -> None:
     student = {"bf16": True}
     teacher = {"load": setting["teacher"]}

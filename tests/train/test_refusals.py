@@ -344,6 +344,7 @@ def test_presets_have_the_published_sizes() -> None:
         assert count / 1e6 == pytest.approx(millions, rel=0.08), (name, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", [{}, {"add_qkv_bias": True, "qk_layernorm": False}, {"num_experts": 4}])
 @pytest.mark.parametrize("untied", [True, False])
 def test_weight_names_are_those_of_a_checkpoint(

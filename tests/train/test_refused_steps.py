@@ -135,6 +135,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "size", "parallel", "background"),
     [
@@ -169,6 +170,7 @@ def test_damage_in_a_store_costs_no_step(
     assert world(1).run(weights, str(cut), 5) == world(1).run(weights, str(whole), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "parallel", "of_loss"),
     [

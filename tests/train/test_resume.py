@@ -69,6 +69,7 @@ def slow_tree(data: str, save: Path, **groups: dict[str, Any]) -> dict[str, Any]
     return make_tree(data, training=training, checkpoint=checkpoint, data={"seq_length": 64}, **groups)
 
 
+@pytest.mark.slow
 def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp_path: Path) -> None:
     groups = {"parallel": {**TP2}, "student": {"hidden_dropout": 0.1}}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -92,6 +93,7 @@ def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp
     assert world(1).run(weights, str(cut), 20) == world(1).run(weights, str(whole), 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "then"),
     [
@@ -134,6 +136,7 @@ def test_samples_are_counted_through_a_change_of_batch(data: str, world: Worlds,
     assert [json.loads(line)["samples"] for line in lines] == [8, 16, 32, 48]
 
 
+@pytest.mark.slow
 def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: Path) -> None:
     for name, background in (("now", False), ("later", True)):
         checkpoint = {"save": str(tmp_path / name), "save_interval": 3, "async_save": background}
@@ -145,6 +148,7 @@ def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: P
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("receiver", "background"),
     [*(pytest.param(who, False, marks=pytest.mark.long) for who in ("rank", "launcher")), ("launcher", True)],

@@ -35,6 +35,7 @@ def rate(samples: int) -> float:
     return 1e-4 + (3e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * x))
 
 
+@pytest.mark.slow
 def test_a_ramp_counts_samples_and_continues_to_the_bit(data: str, world: Worlds, tmp_path: Path) -> None:
     def tree(name: str, **more: Any) -> dict[str, Any]:
         training = {**RAMP, **more, "global_batch_size": 12}
@@ -57,6 +58,7 @@ def weights_of(world: Worlds, folder: Path) -> Any:
     return world(1).run(weights, str(folder), 7)[0]
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_samples_that_one_takes(data: str, world: Worlds, tmp_path: Path) -> None:
     for size in (1, 2):
         training = {**RAMP, "micro_batch_size": 1, "global_batch_size": 12, "train_samples": 24}
@@ -92,6 +94,7 @@ def test_lengths_that_do_not_fit(optim: dict[str, Any], training: dict[str, Any]
         make_config(make_tree(data, optim=optim, training=training))
 
 
+@pytest.mark.slow
 def test_embeddings_and_head_learn_at_a_rate_of_their_own(data: str, world: Worlds, tmp_path: Path) -> None:
     """One step at rate 0 of everything else moves the two alone."""
     moved = {}
@@ -115,6 +118,7 @@ def test_a_run_ends_when_its_time_is_over(data: str, world: Worlds, tmp_path: Pa
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
 
 
+@pytest.mark.slow
 def test_load_from_where_nothing_is_saved_yet(data: str, world: Worlds, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     tree = make_tree(data, training={"train_iters": 1}, checkpoint={"save": run, "load": f"{run}/"})

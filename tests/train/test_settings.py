@@ -99,6 +99,7 @@ def test_what_is_not_known_is_said(folder: Path, tmp_path: Path) -> None:
     assert found.startswith(f"{record.path} does not tell what it was trained with")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_others(world: Worlds, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     save = tmp_path / "run"

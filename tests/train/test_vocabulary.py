@@ -67,6 +67,7 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return {"folder": folder, "data": data, "plain": plain, "wide": wide, "cut": cut}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_wide_teacher_is_the_one_that_is_cut(made: dict[str, Any], world: Worlds, size: int) -> None:
     """In value and gradient; the one that is cut is held against the float64 twin elsewhere."""
@@ -84,6 +85,7 @@ def test_a_wide_teacher_is_the_one_that_is_cut(made: dict[str, Any], world: Worl
     assert found[0]["kd"] > 0.01
 
 
+@pytest.mark.slow
 def test_scores_and_stores_are_over_the_tokenizers_ids(made: dict[str, Any], world: Worlds) -> None:
     scores, rows = [], []
     for model in ("wide", "cut"):

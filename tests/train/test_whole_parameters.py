@@ -91,6 +91,7 @@ EVERY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -132,6 +133,7 @@ def run_of_an_older_version(tree: dict[str, Any]) -> int:
         Student.whole = whole  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", [pytest.param(run_training, marks=pytest.mark.long), run_of_an_older_version], ids=["this", "older"]
 )
@@ -154,6 +156,7 @@ def test_a_bf16_run_that_resumes_differs_in_no_bit(first: Any, data: str, world:
     assert world(1).run(weights, str(tmp_path / "cut"), 4) == world(1).run(weights, str(tmp_path / "whole"), 4)
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_fewer_ranks_is_of_the_same_weights(data: str, world: Worlds, tmp_path: Path) -> None:
     tree = make_tree(
         data,

@@ -259,6 +259,7 @@ def test_it_is_written_once_and_anew_for_another_dataset(tmp_path, tokenizers):
     assert first.read(np.array([0]))[0].tobytes() == np.frombuffer(b"A b.\0\0\0\0", np.uint8).astype(np.int64).tobytes()
 
 
+@pytest.mark.slow
 def test_many_processes_at_once_write_it_once(tmp_path, tokenizers):
     tokenizer = tokenizers["ByteTokenizer"]
     write(tmp_path / "d", [list(b"A sentence, so called. ") * 4000], tokenizer)

@@ -82,6 +82,7 @@ def test_the_gate_falls_back_on_one_different_id(models: Path, tmp_path: Path, m
     assert choose_engine(tokenizer, [], mode="reference").engine == "reference"
 
 
+@pytest.mark.slow
 def test_the_gate_falls_back_on_any_hostile_string(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def fuzz(num: int, seed: int, points: Sequence[int], literals: Sequence[str] = (
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "normaliser"), [("gpt2", None), ("gpt4", None), ("qwen2", {"type": "NFC"})])
 def test_documents_with_characters_that_only_one_engine_knows_go_to_the_reference(
     rule: str, normaliser: dict[str, str] | None, tmp_path: Path
@@ -209,6 +211,7 @@ def add_tokens(folder: Path, tokens: Sequence[tuple[str, Sequence[str]]]) -> Pat
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_before", "normaliser"), [(800, None), (70, {"type": "NFC"})])
 def test_any_number_of_literals_of_any_kind_is_routed(
     num_before: int, normaliser: dict[str, str] | None, tmp_path: Path

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["interpreter", pytest.param("gpu", marks=gpu)])
 def test_the_cases(where: str) -> None:
     changed = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if where == "interpreter" else {}
@@ -77,6 +78,7 @@ def _launches() -> _Recorder:
     return recorder
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For a GPU that need not be there, down to its machine code."""
     from megakd.losses.kernels.gpu import gradients as triton_gradients

@@ -71,6 +71,7 @@ def test_small_files_are_refused_before_the_run(
         check_run(make_config(make_tree(made["data"], teacher={"load": str(folder)})), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("use", "file", "position"),
     [("resume", "__0_0.distcp", 0.5), ("finetune", "__0_1.distcp", 1.0), ("teacher", "__0_0.distcp", 0.0)],
@@ -91,6 +92,7 @@ def test_tensors_are_refused_by_every_rank(
     assert len(found) == 2, str(caught.value)
 
 
+@pytest.mark.slow
 def test_scores_are_of_what_was_checked(
     made: dict[str, str], damaged: Callable[[str, float], Path], world: Worlds, tmp_path: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_scores_are_of_what_was_checked(
     assert world(1).run(run_score, {**tree, "iteration": 2}) == [0]
 
 
+@pytest.mark.slow
 def test_the_step_before_leads_to_the_same_losses(
     made: dict[str, str], damaged: Callable[[str, float], Path], world: Worlds, tmp_path: Path
 ) -> None:

@@ -45,12 +45,14 @@ def teacher(made: dict[str, str], name: str, **more: Any) -> dict[str, Any]:
     return {"load": f"{made['folder']}/{name}", **told, **more}
 
 
+@pytest.mark.slow
 def test_teachers_have_the_loss_of_ours(made: dict[str, str], world: Worlds) -> None:
     own = world(1).run(one_step, make_tree(made["data"], teacher=teacher(made, "run")), True)
     for name in ("mlm", "plain", "prefixed", "apart"):
         assert world(1).run(one_step, make_tree(made["data"], teacher=teacher(made, name)), True) == own, name
 
 
+@pytest.mark.slow
 def test_teacher_in_another_layout(made: dict[str, str], world: Worlds) -> None:
     own = world(1).run(one_step, make_tree(made["data"], teacher=teacher(made, "run")), True)
     for name, layout in (("mlm", "tensor_model_parallel_size"), ("apart", "pipeline_model_parallel_size")):
@@ -67,6 +69,7 @@ def test_finetune_starts_from_the_same_weights(made: dict[str, str], world: Worl
     assert step(f"{made['folder']}/mlm") == own and step(f"{made['folder']}/prefixed") == own
 
 
+@pytest.mark.slow
 def test_plain_megatron_core_reads_ours(made: dict[str, str], world: Worlds) -> None:
     assert world(1).run(plain_weights, made["run"]) == world(1).run(own_weights, made["run"])
 

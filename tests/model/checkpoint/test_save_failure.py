@@ -46,6 +46,7 @@ def run_limited(tree: dict[str, Any], limit_bytes: int, ranks: tuple[int, ...]) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "background", "limit_bytes"), [((0, 1), False, 90_000), ((1,), False, 4000), ((0,), True, 90_000)]
 )

@@ -181,6 +181,7 @@ def test_drawn_ids_renormalised(made: dict[str, Any]) -> None:
     assert np.nanmax(np.nanmax(shift, -1) - np.nanmin(shift, -1)) < 1e-4, "ratios of the teacher's probabilities"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_number_of_ranks_changes_no_byte(
@@ -190,6 +191,7 @@ def test_the_number_of_ranks_changes_no_byte(
     assert files(tmp_path / "many") == files(made["folder"] / kind)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_another_ended(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     tree = capture_tree(made, tmp_path / "s", "top_p_k")
     assert world(1).run(run_capture, tree, 4) == [0]
@@ -203,6 +205,7 @@ def test_a_run_goes_on_where_another_ended(made: dict[str, Any], world: Worlds, 
     assert world(1).run(run_capture, tree) == [0]  # finished already
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_layout_differs_by_a_quantisation_step(
     kind: str, made: dict[str, Any], world: Worlds, tmp_path: Path

@@ -114,6 +114,7 @@ def test_a_corrupt_input_stops_it_before_it_writes(tmp_path):
     assert not list(tmp_path.glob("o.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 def test_killed_at_any_moment_it_leaves_a_whole_dataset_or_none(tmp_path, existing):
     for seed, name in enumerate("ab"):

@@ -79,6 +79,7 @@ def test_one_bad_point_weighs_little():
     assert abs(squares.at(target).value - law.loss(target)) > 0.3
 
 
+@pytest.mark.slow
 def test_intervals_cover_nearly_as_often_as_they_say():
     """Of 200 draws the intervals of 80% hold the truth 73 to 76%, those of 95% 90 to 94% (6, 12 and 40 points)."""
     model, law = LAWS[0]

@@ -33,6 +33,7 @@ def listed(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "o.quarantine.jsonl").read_bytes().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_wrong_key_stops_the_run_at_once(packed: bool, workers: str, tmp_path: Path) -> None:

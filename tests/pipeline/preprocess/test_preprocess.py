@@ -42,6 +42,7 @@ def outputs(prefix: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("append_eod", [True, False])
 @pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def test_files_are_those_of_megatrons_builder(kind: Any, append_eod: bool, tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def test_files_are_those_of_megatrons_builder(kind: Any, append_eod: bool, tmp_p
     assert len(IndexedDataset(f"{out}_text_document").lengths) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_workers_or_shards(tmp_path: Path) -> None:
     first = write_lines(tmp_path / "a.jsonl")
     second = write_lines(tmp_path / "b.jsonl", TEXTS[50:])
@@ -245,6 +247,7 @@ def test_cut_and_damaged_compressed_files_are_errors(suffix: str, damage: str, t
     assert not list(tmp_path.glob("o_*"))
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "' + b" " * (100 << 20) + b'"}\n'))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.errors import ExitStatus
@@ -98,6 +99,7 @@ def kill_and_rerun(tmp_path: Path, kills: int) -> None:
     assert sorted(path.name for path in out.parent.iterdir()) == sorted(path.name for path in whole.parent.iterdir())
 
 
+@pytest.mark.slow
 def test_bytes_after_a_few_kills(tmp_path: Path) -> None:
     kill_and_rerun(tmp_path, 4)
 
@@ -107,6 +109,7 @@ def test_bytes_after_fifty_kills(tmp_path: Path) -> None:
     kill_and_rerun(tmp_path, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_damaged_finished_shard_is_done_again(compressed: bool, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "a.jsonl", 300)
@@ -126,6 +129,7 @@ def test_a_damaged_finished_shard_is_done_again(compressed: bool, tmp_path: Path
     assert files(tmp_path / "o")["_text_document.bin"] == files(tmp_path / "p")["_text_document.bin"]
 
 
+@pytest.mark.slow
 def test_inputs_that_changed_since_the_unfinished_run_start_afresh(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "a.jsonl", 300)
     corpus.write_text(corpus.read_text() + "bad\n")
@@ -150,7 +154,7 @@ def busy(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_keeps_what_is_done_and_ends_in_seconds(
     number: int, busy: tuple[subprocess.Popen[str], Path], tmp_path: Path
 ) -> None:
@@ -166,6 +170,7 @@ def test_a_signal_keeps_what_is_done_and_ends_in_seconds(
     assert status == 0 and "continuing" in errors
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(busy: tuple[subprocess.Popen[str], Path], tmp_path: Path) -> None:
     process, corpus = busy
     os.kill(children(process.pid)[0], signal.SIGKILL)
@@ -194,6 +199,7 @@ def test_workers_die_with_their_parent(busy: tuple[subprocess.Popen[str], Path])
     wait_for(lambda: not any(map(alive, workers)), seconds=5)
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_output_is_refused(busy: tuple[subprocess.Popen[str], Path], tmp_path: Path) -> None:
     process, corpus = busy
     status, errors = finish(start(corpus, tmp_path / "o", *BYTES), timeout=20)
@@ -205,6 +211,7 @@ def test_a_second_run_on_the_same_output_is_refused(busy: tuple[subprocess.Popen
     assert finish(start(corpus, tmp_path / "o", *BYTES, "--shard-bytes", "20000"))[0] == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "a.jsonl", 3000)
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]  # 64 KiB a file

@@ -162,6 +162,7 @@ def test_a_planted_difference_is_learnt(made: dict[str, Any]) -> None:
     assert not (proxy.folder / "proxy.lock").exists()
 
 
+@pytest.mark.slow
 def test_its_scores_select_what_it_predicts(
     made: dict[str, Any], world: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +189,7 @@ def test_its_scores_select_what_it_predicts(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]])
 def test_predictions_do_not_depend_on_ranks(
     layout: list[str], made: dict[str, Any], world: Worlds, tmp_path: Path
@@ -204,6 +206,7 @@ def held_out_of(folder: Path) -> np.ndarray:
     return np.loadtxt(folder / "held_out.csv", delimiter=",", skiprows=1)[:, 2]
 
 
+@pytest.mark.slow
 def test_two_ranks_fit_what_one_fits(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     more = ["--epochs", "1", "--lr", "0.001"]
     for size in (1, 2):
@@ -211,6 +214,7 @@ def test_two_ranks_fit_what_one_fits(made: dict[str, Any], world: Worlds, tmp_pa
     np.testing.assert_allclose(held_out_of(tmp_path / "1"), held_out_of(tmp_path / "2"), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [4, 9, 12])
 def test_what_was_stopped_continues_to_the_same_bits(
     updates: int, made: dict[str, Any], world: Worlds, tmp_path: Path
@@ -250,6 +254,7 @@ def test_a_process_that_is_ended_continues(
     assert list((tmp_path / "p").glob("*.partial")) == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_half_written_is_no_mess(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     flags = flags_of(made, tmp_path / "p")
     assert world(1).run(run_and_stop, flags, 9) == [int(ExitStatus.STOPPED)]

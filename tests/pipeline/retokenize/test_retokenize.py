@@ -135,6 +135,7 @@ def test_the_number_of_workers_and_the_shards_do_not_show(tmp_path, models):
             assert len(starts) <= 1
 
 
+@pytest.mark.slow
 def test_a_normalising_tokenizer_is_refused_beyond_the_budget_and_told(tmp_path, models, capsys):
     source = build_tokenizer(*models["bpe"])
     texts = ["plain", "\u2460 \uff21 full width", "plain again", "e\u0301 joins"]

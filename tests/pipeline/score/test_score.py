@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from pipeline.score.score_runs import make_config, run_score, run_some
 from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
@@ -157,6 +158,7 @@ def test_what_follows_an_end_of_document_is_left_out(made: dict[str, Any], world
     assert (np.isnan(scores.token_log_probs) == ~scored).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told_by", ["ids", "index"])
 def test_documents_by_themselves(told_by: str, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -194,7 +196,7 @@ def test_documents_by_themselves(told_by: str, made: dict[str, Any], world: Worl
     assert np.abs(split.log_probs / np.nansum(expected, axis=1) - 1).max() < 1e-5
 
 
-@pytest.mark.parametrize(("size", "threads"), [(2, 1), (4, 1), (1, 2)])
+@pytest.mark.parametrize(("size", "threads"), [(2, 1), slow(4, 1), slow(1, 2)])
 def test_the_number_of_ranks_changes_no_bit(
     size: int, threads: int, made: dict[str, Any], world: Worlds, tmp_path: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_the_number_of_ranks_changes_no_bit(
     assert files(tmp_path / "many") == files(made["folder"] / "everything")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "layout", "model"),
     [
@@ -227,12 +230,14 @@ def test_layouts_agree(
     np.testing.assert_allclose(scores.token_log_probs, made[f"{model} log_probs"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_range_smaller_than_a_microbatch(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     tree = make_score_tree(made, tmp_path / "s", range_samples=3, pipeline_model_parallel_size=2)
     assert set(world(2).run(run_score, tree)) == {0}
     assert np.abs(Scores(tmp_path / "s").log_probs / made["model log_probs"].sum(1) - 1).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_samples_of_different_lengths(size: int, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
@@ -253,6 +258,7 @@ def test_samples_of_different_lengths(size: int, made: dict[str, Any], world: Wo
     assert np.abs(np.nansum(scores.token_log_probs.astype(float), 1) - expected).max() < 1
 
 
+@pytest.mark.slow
 def test_bf16_is_another_precision(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     assert world(1).run(run_score, make_score_tree(made, tmp_path / "s", bf16=True)) == [0]
     scores = Scores(tmp_path / "s")
@@ -308,6 +314,7 @@ def test_foreign_scores_are_refused_by_the_reader(made: dict[str, Any], tmp_path
         Scores(tmp_path, expect_dataset="3" * 32)
 
 
+@pytest.mark.slow
 def test_damaged_ranges_are_dropped_and_made_again(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     shutil.copytree(made["folder"] / "unfinished", folder)
@@ -336,6 +343,7 @@ def run_while_another_joins(tree: dict[str, Any]) -> tuple[int, str]:
         return run_score(tree), told.getvalue()
 
 
+@pytest.mark.slow
 def test_a_job_that_another_one_finishes_says_so(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     shutil.copytree(made["folder"] / "unfinished", tmp_path / "s")
     ((status, told),) = world(1).run(run_while_another_joins, make_score_tree(made, tmp_path / "s"))
@@ -343,6 +351,7 @@ def test_a_job_that_another_one_finishes_says_so(made: dict[str, Any], world: Wo
     assert files(tmp_path / "s") == files(made["folder"] / "whole")
 
 
+@pytest.mark.slow
 def test_files_that_are_not_ours_stay(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     shutil.copytree(made["folder"] / "unfinished", folder)

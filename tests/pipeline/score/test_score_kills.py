@@ -57,6 +57,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_bytes_after_five_kills(made: dict[str, Any], tmp_path: Path) -> None:
     made["verb"].kill_and_rerun(tmp_path / "s", 5)
 
@@ -86,6 +87,7 @@ def test_bytes_after_twenty_kills_among_three_jobs(made: dict[str, Any], tmp_pat
     assert files(folder) == files(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once(made: dict[str, Any], tmp_path: Path) -> None:
     job = made["verb"].start(tmp_path / "s")
     made["verb"].wait_for_parts(job, tmp_path / "s", 1)
@@ -95,6 +97,7 @@ def test_two_jobs_at_once(made: dict[str, Any], tmp_path: Path) -> None:
     assert files(tmp_path / "s") == made["whole"]
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_range_and_the_same_command_continues(made: dict[str, Any], tmp_path: Path) -> None:
     process = made["verb"].start(tmp_path / "s")
     made["verb"].wait_for_parts(process, tmp_path / "s", 3)
@@ -112,6 +115,7 @@ def test_sigterm_finishes_the_range_and_the_same_command_continues(made: dict[st
     assert files(tmp_path / "s") == made["whole"]
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_finish_that_was_killed(made: dict[str, Any], tmp_path: Path) -> None:
     """Whole scores with parts still there; and parts with some arrays but no manifest."""
     for name, data in made["whole"].items():

@@ -58,6 +58,7 @@ def test_the_draw_is_exact_nested_and_its_own() -> None:
     assert np.abs(np.histogram(large, bins=10, range=(0, 1000))[0] - 30).max() < 5 * np.sqrt(30 * 0.7)
 
 
+@pytest.mark.slow
 def test_a_part_has_the_values_of_the_whole(made: dict[str, Any]) -> None:
     whole, part = Scores(made["folder"] / "whole"), Scores(made["folder"] / "part")
     ids = draw_sample(whole.num_samples, fraction=FRACTION, seed=SEED)
@@ -73,6 +74,7 @@ def test_a_part_has_the_values_of_the_whole(made: dict[str, Any]) -> None:
     assert (Scores(made["folder"] / "part2").counts == part.counts).all()
 
 
+@pytest.mark.slow
 def test_two_ranks_and_a_resume_write_the_same_bytes(made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     assert set(world(2).run(run_score, tree_of(made, tmp_path / "two"))) == {0}
     ids = draw_sample(118, fraction=FRACTION, seed=SEED)

@@ -25,6 +25,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_threshold, "_COLLECTED", select_threshold._COLLECTED)  # put back at the end
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),

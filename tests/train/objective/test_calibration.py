@@ -66,6 +66,7 @@ def sums(start: int, stop: int) -> Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_equals_the_twin_in_one_call_and_in_many(size: int, world: Worlds) -> None:
     expected, num_tokens = twin(*inputs()), int(inputs()[3].sum())

@@ -224,6 +224,7 @@ def setting(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"data": data, "teacher": teacher}
 
 
+@pytest.mark.slow
 def test_the_teacher_rests_where_alpha_is_0(setting: dict[str, Any], world: Worlds) -> None:
     """Four microbatches a step; alpha is 0.6, 0.3 and then 0. Rho-1 asks the teacher all the same."""
     objective = {"kd_alpha": 0.9, "kd_alpha_schedule": "linear_down", "kd_schedule_iters": 3, "lm_weight": 0.75}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from runs import build_parts, make_config, make_tree, one_step, run_training, write_dataset
 from torch import Tensor
 from worlds import Worlds
@@ -237,7 +238,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("divergence", ["generalised_jsd", "adaptive_kl", "taid", "decoupled"])
+@pytest.mark.parametrize("divergence", [slow("generalised_jsd"), slow("adaptive_kl"), slow("taid"), "decoupled"])
 def test_a_gated_step_equals_one_process(divergence: str, setting: dict[str, Any], world: Worlds) -> None:
     tree = make_tree(
         setting["data"],
@@ -264,6 +265,7 @@ def test_a_gated_step_equals_one_process(divergence: str, setting: dict[str, Any
                 )
 
 
+@pytest.mark.slow
 def test_a_reference_model_alone_selects_tokens(setting: dict[str, Any], world: Worlds) -> None:
     """Rho-1 without distillation: alpha 0 and a teacher that only chooses."""
     tree = make_tree(
@@ -308,7 +310,7 @@ def poisoned_step(tree: dict[str, Any]) -> tuple[str, int]:
     return "applied", -1
 
 
-@pytest.mark.parametrize("divergence", ["generalised_jsd", "adaptive_kl", "taid"])
+@pytest.mark.parametrize("divergence", ["generalised_jsd", slow("adaptive_kl"), slow("taid")])
 def test_a_teacher_that_is_not_finite_is_named(divergence: str, setting: dict[str, Any], world: Worlds) -> None:
     tree = make_tree(
         setting["data"],

@@ -92,6 +92,7 @@ def run_tree(setting: dict[str, Any], save: Path, parallel: dict[str, Any], **tr
     )
 
 
+@pytest.mark.slow
 def test_a_cut_run_continues_to_the_bit(setting: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     tp2, pp2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
@@ -108,6 +109,7 @@ def test_a_cut_run_continues_to_the_bit(setting: dict[str, Any], world: Worlds, 
         assert one == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_without_its_state(setting: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     """Those written before there was any load where it is not needed; where it is they are refused."""
     save = tmp_path / "run"

@@ -94,6 +94,7 @@ def setting(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"data": data, "teacher": teacher}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["logit_std", "entropy"])
 def test_a_step_equals_one_process(mode: str, setting: dict[str, Any], world: Worlds) -> None:
     told = {"kd_temperature_mode": mode, "kd_temperature_on": "teacher", "kd_temperature": 2.0}

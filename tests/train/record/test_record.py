@@ -36,6 +36,7 @@ def test_the_logged_loss_does_not_depend_on_microbatches(world: Worlds, tmp_path
     assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
     tokenizer = build_tokenizer("ByteTokenizer", None)
     text = "".join(chr(97 + i * i % 23) for i in range(4000))
@@ -83,6 +84,7 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
             assert two["valid"]["bits_per_byte"] == pytest.approx(one["valid"]["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_alone_changes_nothing(world: Worlds, tmp_path: Path) -> None:
     data, save = write_dataset(tmp_path / "data"), tmp_path / "run"
     groups: dict[str, Any] = {
@@ -101,6 +103,7 @@ def test_evaluation_alone_changes_nothing(world: Worlds, tmp_path: Path) -> None
     assert sorted(path.name for path in save.glob("iter_*")) == before == ["iter_0000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_run_says_what_it_saved(world: Worlds, tmp_path: Path, background: bool) -> None:
     save = tmp_path / "run"
@@ -142,6 +145,7 @@ def test_floating_point_operations_count_the_teacher() -> None:
     assert Cost.of(shape, None, seq_length=10, vocab_size=100).teacher == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["without", "mixed"])
 def test_evaluation_is_over_the_labels_that_training_is_over(ends: str, world: Worlds, tmp_path: Path) -> None:
     """--eod-mask-loss leaves out the first tokens of documents in either, and their bytes, however documents end."""

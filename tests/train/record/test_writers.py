@@ -74,6 +74,7 @@ def tags(folder: Path) -> set[str]:
     return set(events.Tags()["scalars"])
 
 
+@pytest.mark.slow
 def test_wandb(tmp_path: Path, calls: Callable[[], Any]) -> None:
     log(tree_of(tmp_path, wandb_project="p", wandb_exp_name="e", wandb_entity="t"), complete=False)
     first = calls()
@@ -95,6 +96,7 @@ def test_wandb(tmp_path: Path, calls: Callable[[], Any]) -> None:
     assert calls()[-6][1]["id"] != begin["id"]
 
 
+@pytest.mark.slow
 def test_mlflow(tmp_path: Path, calls: Callable[[], Any]) -> None:
     log(tree_of(tmp_path, mlflow_tracking_uri="u", mlflow_experiment="x", mlflow_run_name="r"), complete=False)
     state = calls()
