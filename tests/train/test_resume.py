@@ -44,7 +44,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 def wait_for_step(folder: Path, step: int, run: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and step in losses_so_far(folder):
             return
@@ -69,26 +69,33 @@ def slow_tree(data: str, save: Path, **groups: dict[str, Any]) -> dict[str, Any]
     return make_tree(data, training=training, checkpoint=checkpoint, data={"seq_length": 64}, **groups)
 
 
+GROUPS: dict[str, dict[str, Any]] = {"parallel": {**TP2}, "student": {"hidden_dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def whole(data: str, world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing cuts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert world(2).run(run_training, slow_tree(data, folder, **GROUPS)) == [0, 0]
+    return folder
+
+
 @pytest.mark.slow
-def test_kill_of_one_rank_and_resume_change_no_bit(data: str, world: Worlds, tmp_path: Path) -> None:
-    groups = {"parallel": {**TP2}, "student": {"hidden_dropout": 0.1}}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert world(2).run(run_training, slow_tree(data, whole, **groups)) == [0, 0]
-    run = torchrun(slow_tree(data, cut, **groups), tmp_path, 2)
+def test_kill_of_one_rank_and_resume_change_no_bit(data: str, whole: Path, world: Worlds, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    run = torchrun(slow_tree(data, cut, **GROUPS), tmp_path, 2)
     wait_for_step(cut, 13, run)
     family = psutil.Process(run.pid).children(recursive=True)
     assert len(family) >= 4, "two ranks, each with the process for its checkpoint's results"
     killed_at = time.monotonic()
     os.kill(workers(run)[1], signal.SIGKILL)
-    assert run.wait(timeout=60) != 0
-    assert time.monotonic() - killed_at < 30, "the death of a rank must be noticed in seconds"
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert run.wait(timeout=200) != 0
+    assert time.monotonic() - killed_at < 100, "the death of a rank must be noticed long before a collective's timeout"
+    _, alive = psutil.wait_procs(family, timeout=100)
     assert not alive, "nothing may outlive the run"
     assert (cut / "latest_checkpointed_iteration.txt").read_text().strip() == "10"
     assert 20 not in losses(cut), "the kill came too late to test anything"
-    run = torchrun(slow_tree(data, cut, **groups), tmp_path, 2)
-    output, _ = run.communicate(timeout=120)
-    assert run.returncode == 0, output
+    assert world(2).run(run_training, slow_tree(data, cut, **GROUPS)) == [0, 0]
     assert losses(cut) == losses(whole)
     assert world(1).run(weights, str(cut), 20) == world(1).run(weights, str(whole), 20)
 
@@ -112,17 +119,17 @@ def test_resume_in_another_layout(
     start: tuple[int, dict[str, Any]], then: tuple[int, dict[str, Any]], data: str, world: Worlds, tmp_path: Path
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    training = {"train_iters": 20}
+    training = {"train_iters": 12}
 
     def tree(save: Path, parallel: dict[str, Any], **more: Any) -> dict[str, Any]:
-        checkpoint = {"save": str(save), "save_interval": 10}
+        checkpoint = {"save": str(save), "save_interval": 6}
         return make_tree(data, training={**training, **more}, checkpoint=checkpoint, parallel=parallel)
 
     assert set(world(start[0]).run(run_training, tree(whole, start[1]))) == {0}
-    assert set(world(start[0]).run(run_training, tree(cut, start[1], exit_interval=10))) == {75}
+    assert set(world(start[0]).run(run_training, tree(cut, start[1], exit_interval=6))) == {75}
     assert set(world(then[0]).run(run_training, tree(cut, then[1]))) == {0}
     expected, found = losses(whole), losses(cut)
-    assert sorted(found) == list(range(1, 21))
+    assert sorted(found) == list(range(1, 13))
     for step in expected:
         assert found[step] == pytest.approx(expected[step], rel=1e-5), step
 
@@ -154,23 +161,20 @@ def test_background_save_equals_foreground(data: str, world: Worlds, tmp_path: P
     [*(pytest.param(who, False, marks=pytest.mark.long) for who in ("rank", "launcher")), ("launcher", True)],
 )
 def test_sigterm_saves_and_the_same_command_continues(
-    receiver: str, background: bool, data: str, world: Worlds, tmp_path: Path
+    receiver: str, background: bool, data: str, whole: Path, world: Worlds, tmp_path: Path
 ) -> None:
     """To one rank alone, all must agree; the launcher passes it on to every process of its ranks' groups."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert world(2).run(run_training, slow_tree(data, whole, parallel={**TP2})) == [0, 0]
-    tree = slow_tree(data, cut, parallel={**TP2})
+    cut = tmp_path / "cut"
+    tree = slow_tree(data, cut, **GROUPS)
     tree["checkpoint"].update(save_interval=3, async_save=background)
     run = torchrun(tree, tmp_path, 2)
     wait_for_step(cut, 4, run)
     os.kill(workers(run)[0] if receiver == "rank" else run.pid, signal.SIGTERM)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=200)
     assert "stopped after iteration" in output
     stopped = int((cut / "latest_checkpointed_iteration.txt").read_text())
     assert 4 <= stopped < 20 and max(losses(cut)) == stopped
-    run = torchrun(slow_tree(data, cut, parallel={**TP2}), tmp_path, 2)
-    output, _ = run.communicate(timeout=120)
-    assert run.returncode == 0, output
+    assert world(2).run(run_training, slow_tree(data, cut, **GROUPS)) == [0, 0]
     assert losses(cut) == losses(whole)
 
 
