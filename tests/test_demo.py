@@ -142,6 +142,9 @@ def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(demo.report, "write", lambda runs, *, seed: f"seed {seed}")
     for runner in ("megakd", "megakd_on_two_ranks"):
         monkeypatch.setattr(demo, runner, lambda name, done, verb, *flags: commands.append([verb, *map(str, flags)]))
+    monkeypatch.setattr(
+        demo, "megakd_two_at_once", lambda stages: commands.extend([*map(str, stage.words)] for stage in stages)
+    )
     demo.main()
     verbs: dict[str, Any] = {
         "train": TrainConfig,
@@ -155,6 +158,19 @@ def test_configurations_of_the_demo_are_read(monkeypatch: pytest.MonkeyPatch, tm
     assert all("--finetune" in command for command in commands if "--skip-train" in command)
     assert set(demo.students(demo.Demo(1, 1, tmp_path))) == set(demo.report.STUDENTS)
     assert Counter(command[0] for command in commands) == {"train": 16, "capture": 2, "score": 1, "select": 1}
+
+
+def test_two_at_once(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own output in one piece, in order; the first that fails ends the rest."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    stages = importlib.import_module("stages")
+    help_of = [stages.Stage(verb, done, (verb, "--help")) for verb, done in (("show", False), ("merge", True))]
+    stages.megakd_two_at_once(help_of)
+    printed = capfd.readouterr().out
+    assert printed.startswith("\n== show\n\n== merge: done\n\n== show\n$ ") and "usage: megakd show" in printed
+    assert "usage: megakd merge" not in printed
+    with pytest.raises(SystemExit, match=r"(?s)== nothing\n\$ .*ended with status 2; what is finished is kept"):
+        stages.megakd_two_at_once([stages.Stage("nothing", False, ("show", "--no-such-flag")), *help_of])
 
 
 def test_largest_difference(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The demo: one student trained six ways on the same number of tokens of real text. ``main`` is the whole of it.
 
-Environment: DEMO_SEED (1234), DEMO_STEPS (160, a student's; the teacher gets 5/4 and MiniPLM's reference 5/8 of them),
+Environment: DEMO_SEED (1234), DEMO_STEPS (120, a student's; the teacher gets 5/4 and MiniPLM's reference 5/8 of them),
 DEMO_OUT (demo-out). A stage whose result is there is skipped, so that a second call continues where the first one
 stopped.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-from stages import Word, begin, megakd, megakd_on_two_ranks, trained
+from stages import Stage, Word, begin, megakd, megakd_on_two_ranks, megakd_two_at_once, trained
 from text import FOR_STUDENTS, FOR_TEACHER, HELD_OUT, prepare_parts, prepare_text
 
 HERE = Path("examples/demo")
@@ -28,7 +28,6 @@ LAYOUTS = {
 LAYOUT_STEPS = 20
 LAYOUT_TOLERANCE = 1e-4  # nats, of losses near 8: about 1e-5 relative
 # 46 batches of 16 samples of 256 tokens are nearly the whole split, each sample once.
-DATA_PARALLEL: list[Word] = ["--tensor-model-parallel-size", 1, "--micro-batch-size", 8]
 WHOLE_SPLIT: list[Word] = ["--eval-iters", 46]
 
 
@@ -64,7 +63,7 @@ def main() -> None:
     begin()
     demo = Demo(
         seed=int(os.environ.get("DEMO_SEED", "1234")),
-        steps=int(os.environ.get("DEMO_STEPS", "160")),
+        steps=int(os.environ.get("DEMO_STEPS", "120")),
         out=Path(os.environ.get("DEMO_OUT", "demo-out")),
     )
     runs, steps = demo.runs, demo.steps
@@ -86,17 +85,15 @@ def main() -> None:
     models: list[Word] = ["--teacher-scores", scores[0], "--reference-scores", scores[1]]
     megakd("refined", (refined / "selection.json").exists(), "select", *models, *rule, "--output", refined)
 
-    for name, flags in students(demo).items():
-        schedule = ["--lr-warmup-iters", steps // 20, *held_out(demo)]
-        train(demo, name, FOR_STUDENTS, steps, *schedule, *flags, config="student")
+    schedule = ["--lr-warmup-iters", steps // 20, *held_out(demo)]
+    megakd_two_at_once(
+        [
+            training(demo, name, FOR_STUDENTS, steps, *schedule, *flags, config="student")
+            for name, flags in students(demo).items()
+        ]
+    )
     check_layouts(demo)
-    # On the whole held-out split, beside the teacher; the weights alone, whatever data and layout they were trained on.
-    for name in students(demo):
-        result = runs / f"{name}-held-out"
-        done = report.is_evaluated(result)
-        weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / name, *DATA_PARALLEL]
-        beside: list[Word] = ["--teacher-load", runs / "teacher", *WHOLE_SPLIT, *held_out(demo)]
-        launch(demo, result.name, FOR_STUDENTS, done, *weights, *beside, config="student")
+    megakd_two_at_once([evaluation(demo, name) for name in students(demo)])
     print("\n" + report.write(runs, seed=demo.seed))
 
 
@@ -118,6 +115,7 @@ def students(demo: Demo) -> dict[str, list[Word]]:
 def check_layouts(demo: Demo) -> None:
     """Distil over two halves of every layer, and over two pipeline stages: the losses must be the same."""
     small: list[Word] = ["--bf16", "false", "--global-batch-size", 8, "--micro-batch-size", 4]
+    small += ["--lr-warmup-iters", LAYOUT_STEPS // 2]  # Adam's first steps magnify the rounding of small gradients
     for name, layout in LAYOUTS.items():
         flags = [*small, "--teacher-load", demo.runs / "teacher", *layout]
         train(demo, name, FOR_STUDENTS, LAYOUT_STEPS, *flags, config="student")
@@ -132,15 +130,30 @@ def held_out(demo: Demo) -> list[Word]:
 
 
 def train(demo: Demo, name: str, text: str, steps: int, *flags: Word, config: str | None = None) -> None:
-    """One training run, unless its last checkpoint is there. config: of the file's name, where it is not the run's."""
-    done = trained(demo.runs / name, steps)
-    launch(demo, name, text, done, "--train-iters", steps, *flags, config=config or name)
+    """Run one training on two ranks."""
+    stage = training(demo, name, text, steps, *flags, config=config)
+    megakd_on_two_ranks(stage.name, stage.done, *stage.words)
 
 
-def launch(demo: Demo, name: str, text: str, done: bool, *flags: Word, config: str) -> None:
-    """``megakd train`` on two ranks."""
-    own: list[Word] = ["--config", HERE / f"{config}.yaml", "--data-path", demo.dataset(text)]
-    megakd_on_two_ranks(name, done, "train", *own, "--save", demo.runs / name, "--seed", demo.seed, *flags)
+def training(demo: Demo, name: str, text: str, steps: int, *flags: Word, config: str | None = None) -> Stage:
+    """One training run, done if its last checkpoint is there. config: name of its file, by default the run's."""
+    words = train_words(demo, name, text, "--train-iters", steps, *flags, config=config or name)
+    return Stage(name, trained(demo.runs / name, steps), words)
+
+
+def evaluation(demo: Demo, student: str) -> Stage:
+    """A student on the whole held-out split, beside the teacher; its weights alone, whatever it was trained on."""
+    name, runs = f"{student}-held-out", demo.runs
+    weights: list[Word] = ["--skip-train", "--finetune", "--load", runs / student]
+    beside: list[Word] = ["--teacher-load", runs / "teacher", *WHOLE_SPLIT, *held_out(demo)]
+    words = train_words(demo, name, FOR_STUDENTS, *weights, *beside, config="student")
+    return Stage(name, report.is_evaluated(runs / name), words)
+
+
+def train_words(demo: Demo, name: str, text: str, *flags: Word, config: str) -> tuple[Word, ...]:
+    """``train`` and the flags that every run has."""
+    files: list[Word] = ["--config", HERE / f"{config}.yaml", "--data-path", demo.dataset(text)]
+    return ("train", *files, "--save", demo.runs / name, "--seed", demo.seed, *flags)
 
 
 def read(demo: Demo, verb: str, model: str, name: str, *flags: Word) -> None:
