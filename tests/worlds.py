@@ -27,8 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-START_TIMEOUT_SECONDS = 120.0
-RUN_TIMEOUT_SECONDS = 120.0
+START_TIMEOUT_SECONDS = 240.0
+RUN_TIMEOUT_SECONDS = 240.0
 # Imported by the process that all ranks are forked from. No import may start a thread: a fork would leave it behind.
 PRELOADED = ["megakd.train.loop", "megakd.pipeline.capture.run", "megakd.pipeline.score.run"]
 MOST_THREADS = 64  # what a test leaves referenced keeps its groups' threads alive: a world with more is replaced

@@ -186,7 +186,7 @@ def _write_and_die(path):
 def test_what_a_killed_run_left_is_no_obstacle(tmp_path):
     child = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(tmp_path / "f",))
     child.start()
-    child.join(30)
+    child.join(200)
     assert not (tmp_path / "f").exists()
     with HashingWriter(tmp_path / "f") as writer:
         writer.write(b"short")

@@ -38,7 +38,7 @@ def vec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         "-o",
         "vec.so",
     ]
-    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    subprocess.run(command, cwd=folder, check=True, timeout=200)
     return ctypes.CDLL(str(folder / "vec.so"))
 
 

@@ -18,7 +18,7 @@ def test_reading_begins_before_anything_is_taken() -> None:
         return item * item
 
     results = ReadAhead(threads=1, ahead=2)(read, range(4))
-    assert begun[1].wait(10) and not begun[2].is_set()
+    assert begun[1].wait(100) and not begun[2].is_set()
     assert list(results) == [0, 1, 4, 9] and begun[3].is_set()
 
 

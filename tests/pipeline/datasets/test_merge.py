@@ -137,7 +137,7 @@ def test_killed_at_any_moment_it_leaves_a_whole_dataset_or_none(tmp_path, existi
         child.start()
         time.sleep(delay)
         child.kill()
-        child.join(30)
+        child.join(200)
         if (tmp_path / "o.manifest.json").exists():
             assert verify_files(tmp_path / "o.manifest.json") == []
             assert IndexedDataset(output).fingerprint == whole

@@ -56,7 +56,7 @@ class FrozenVerb:
             time.sleep(rng.uniform(0, 0.06))
             effective += process.poll() is None
             process.kill()
-            process.communicate(timeout=100)
+            process.communicate(timeout=200)
             # Whatever has its final name is whole.
             if (folder / self.manifest).exists():
                 there = {name: data for name, data in files(folder).items() if name in self.whole}

@@ -53,7 +53,7 @@ def call_main(argv: list[str]) -> int:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=200)
     return process.returncode, errors
 
 
