@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from forked import ForkedVerb
 from runs import losses, make_config, make_tree, one_step, run_training, write_dataset
 from worlds import Worlds
 
@@ -200,14 +198,13 @@ def test_after_a_kill_the_same_store(world: Worlds, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert world(1).run(run_training, tree_of(data, whole)) == [0]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree_of(data, cut)))
-    command = [sys.executable, "-m", "megakd", "train", "--config", str(tmp_path / "run.yaml")]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = ForkedVerb(["train", "--config", str(tmp_path / "run.yaml")])
     deadline = time.monotonic() + 200
     while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) < 11:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.communicate(timeout=200)
     assert 20 not in losses(cut), "the kill came too late to test anything"
     assert world(1).run(run_training, tree_of(data, cut)) == [0]
     assert content(store_of(data, cut)) == content(store_of(data, whole))

@@ -11,6 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from forked import ForkedVerb
+
+Process = ForkedVerb | subprocess.Popen[str]
+
 
 @dataclass(frozen=True)
 class FrozenVerb:
@@ -26,8 +30,11 @@ class FrozenVerb:
     manifest: str
     num_ranges: int
 
-    def start(self, output: Path, *flags: str, ranks: int = 0) -> subprocess.Popen[str]:
-        """The command in processes of its own."""
+    def start(self, output: Path, *flags: str, ranks: int = 0) -> Process:
+        """The command in a process of its own, or on so many ranks under torchrun."""
+        words = [self.verb, *self.flags, "--output", str(output), *flags]
+        if not ranks:
+            return ForkedVerb(words)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         # As many ranks as cores on this machine, for all that it knows: one thread, on one that tests keep busy.
         env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
@@ -39,7 +46,7 @@ class FrozenVerb:
         """Ranges that are committed."""
         return len(list((folder / self.parts).glob("[0-9]*.json")))
 
-    def wait_for_parts(self, process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    def wait_for_parts(self, process: Process, folder: Path, count: int) -> None:
         deadline = time.monotonic() + 240  # other work may keep the machine busy
         while self.num_parts(folder) < count and process.poll() is None:
             assert time.monotonic() < deadline, "the run does not get on"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked import ForkedVerb
 from runs import TOKENIZER, VOCAB, make_tree, run_training
 from worlds import Worlds
 
@@ -236,10 +234,7 @@ def test_a_process_that_is_ended_continues(
 ) -> None:
     """The command itself: what it leaves when it is killed, or asked to stop, is gone on with to the same figures."""
     flags = flags_of(made, tmp_path / "p", "--save-interval", "1")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megakd", "proxy", *flags], env=env, stderr=subprocess.PIPE, text=True
-    )
+    process = ForkedVerb(["proxy", *flags])
     deadline = time.monotonic() + 200
     while latest_iteration(tmp_path / "p") is None and process.poll() is None:
         assert time.monotonic() < deadline, "the run does not get on"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.frozen.frozen_kills import FrozenVerb, files
+from pipeline.frozen.frozen_kills import FrozenVerb, Process, files
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -52,7 +51,7 @@ def call_main(argv: list[str]) -> int:
     return main(argv)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Process) -> tuple[int, str]:
     _, errors = process.communicate(timeout=200)
     return process.returncode, errors
 
