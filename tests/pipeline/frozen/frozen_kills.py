@@ -36,10 +36,8 @@ class FrozenVerb:
         if not ranks:
             return ForkedVerb(words)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        # As many ranks as cores on this machine, for all that it knows: one thread, on one that tests keep busy.
-        env = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(os.sched_getaffinity(0)))}
-        words = ["-m", "megakd", self.verb, *self.flags, "--output", str(output), *flags]
-        command = [*(launcher if ranks else [sys.executable]), *words]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [*launcher, "-m", "megakd", *words]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     def num_parts(self, folder: Path) -> int:
