@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megakd.artefacts.finished import find_finished, say_complete
 from megakd.artefacts.manifest import Manifest
-from megakd.data.indexed.finished import find_finished, say_complete
 from megakd.data.scores.sources import Source
 from megakd.data.selection import FORMAT, MANIFEST, VERSION, SelectionWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
