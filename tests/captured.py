@@ -128,7 +128,7 @@ def capture(
         top_k=plan.vocab_size,
         uniforms_TN=torch.from_numpy(uniform_numbers(positions_T, store.draws or 1, seed=store.seed, dataset="x")),
     )
-    assert read.entropy_T is not None and read.sample_ids_TN is not None
+    assert read.entropy_T is not None and read.drawn_ids_TN is not None
     assert read.top_ids_TK is not None and read.top_log_probs_TK is not None
     ranks = identity_ranks(plan.vocab_size)
     for number in range(store.num_shards):
@@ -137,7 +137,7 @@ def capture(
             if only is not None and sample not in only:
                 continue
             own = slice(sample * samples.seq_length, sample * samples.seq_length + int(lengths[sample]))
-            entropy_T, drawn_TN = read.entropy_T[own], read.sample_ids_TN[own]
+            entropy_T, drawn_TN = read.entropy_T[own], read.drawn_ids_TN[own]
             best_TK, log_probs_TK = read.top_ids_TK[own], read.top_log_probs_TK[own]
             if store.kind == "samples":
                 rows = sampled_counts(drawn_TN, entropy_T)

@@ -36,8 +36,8 @@ class HeadReading:
     log_z_T: log-sum-exp of the logits, always.
     log_prob_T: of ``ids_T``; 0 where the id is none of the vocabulary. entropy_T: of the softmax.
     top_ids_TK, top_log_probs_TK: the K best ids, best first; where logits tie, the smaller id first.
-    sample_ids_TN, sample_log_probs_TN: one draw for each uniform number, and its log-probability under the softmax.
-    sample_log_proposal_TN: the same under the distribution it was drawn from.
+    drawn_ids_TN, drawn_log_probs_TN: one draw for each uniform number, and its log-probability under the softmax.
+    drawn_log_proposal_TN: the same under the distribution it was drawn from.
     """
 
     log_z_T: Tensor
@@ -45,9 +45,9 @@ class HeadReading:
     entropy_T: Tensor | None = None
     top_ids_TK: Tensor | None = None
     top_log_probs_TK: Tensor | None = None
-    sample_ids_TN: Tensor | None = None
-    sample_log_probs_TN: Tensor | None = None
-    sample_log_proposal_TN: Tensor | None = None
+    drawn_ids_TN: Tensor | None = None
+    drawn_log_probs_TN: Tensor | None = None
+    drawn_log_proposal_TN: Tensor | None = None
 
 
 @torch.no_grad()
@@ -129,23 +129,23 @@ def _read_chunk(
     if top_k:
         top_ids_RK, top_logits_RK = _best(valid_Rv, top_k, shard)
         top_RK = (top_logits_RK.to(log_z_R.dtype) - column(rows["lm_max"])) - column(log_sum_R)
-    sample_ids_RN = sampled_RN = proposal_RN = None
+    drawn_ids_RN = drawn_log_probs_RN = drawn_log_proposal_RN = None
     if uniforms_RN is not None:
-        sample_ids_RN, proposal_sum_R = _draw(valid_Rv, rows, uniforms_RN, proposal_exponent, shard)
-        below_best_RN = _logits_of(sample_ids_RN, valid_Rv, shard).to(log_z_R.dtype) - column(rows["lm_max"])
-        sampled_RN = below_best_RN - column(log_sum_R)
-        proposal_RN = sampled_RN
+        drawn_ids_RN, proposal_sum_R = _draw(valid_Rv, rows, uniforms_RN, proposal_exponent, shard)
+        below_best_RN = _logits_of(drawn_ids_RN, valid_Rv, shard).to(log_z_R.dtype) - column(rows["lm_max"])
+        drawn_log_probs_RN = below_best_RN - column(log_sum_R)
+        drawn_log_proposal_RN = drawn_log_probs_RN
         if proposal_exponent != 1:
-            proposal_RN = proposal_exponent * below_best_RN - column(proposal_sum_R.log().to(log_z_R.dtype))
+            drawn_log_proposal_RN = proposal_exponent * below_best_RN - column(proposal_sum_R.log().to(log_z_R.dtype))
     return HeadReading(
         log_z_R,
         log_prob_R,
         teacher_entropy(rows, KDTerm()) if entropy else None,
         top_ids_RK,
         top_RK,
-        sample_ids_RN,
-        sampled_RN,
-        proposal_RN,
+        drawn_ids_RN,
+        drawn_log_probs_RN,
+        drawn_log_proposal_RN,
     )
 
 

@@ -62,17 +62,17 @@ class RowReader:
         if self._spec.kind == "top_p_k":
             assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
             return top_p_k(reading.top_ids_TK, reading.top_log_probs_TK, reading.entropy_T, top_p=self._spec.top_p)
-        assert reading.sample_ids_TN is not None and reading.sample_log_probs_TN is not None
+        assert reading.drawn_ids_TN is not None and reading.drawn_log_probs_TN is not None
         if self._spec.row_format.weighted:
-            assert reading.sample_log_proposal_TN is not None
+            assert reading.drawn_log_proposal_TN is not None
             assert positions_T is not None
-            drawn = reading.sample_ids_TN, reading.sample_log_probs_TN, reading.sample_log_proposal_TN
+            drawn = reading.drawn_ids_TN, reading.drawn_log_probs_TN, reading.drawn_log_proposal_TN
             spec = self._spec
             rounding = RandomRounding(positions_T, spec.value_bits, spec.seed, spec.parents["dataset"])
             return weighted_samples(*drawn, reading.entropy_T, rounding=rounding)
         if self._spec.kind == "samples":
-            return sampled_counts(reading.sample_ids_TN, reading.entropy_T)
-        return renormalised_samples(reading.sample_ids_TN, reading.sample_log_probs_TN, reading.entropy_T)
+            return sampled_counts(reading.drawn_ids_TN, reading.entropy_T)
+        return renormalised_samples(reading.drawn_ids_TN, reading.drawn_log_probs_TN, reading.entropy_T)
 
 
 def draw_numbers(starts_B: NDArray[np.int64], width: int, spec: StoreSpec) -> NDArray[np.float64]:

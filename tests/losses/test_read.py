@@ -59,7 +59,7 @@ def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_siz
     uniforms_TN = torch.rand(400, 50, dtype=torch.float64)
     error = 1e-4
     off = replace(problem, hidden_TH=hidden_TH + error * torch.randn(400, 16, dtype=torch.float64))
-    both = [world(size).run(_read, one, None, 0, uniforms_TN)[0].sample_ids_TN for one in (problem, off)]
+    both = [world(size).run(_read, one, None, 0, uniforms_TN)[0].drawn_ids_TN for one in (problem, off)]
     assert both[0].max() < vocab_size
     moved = (both[0] != both[1]).double().mean()
     assert moved < 4 * error * max((vocab_size - 1).bit_length(), 1)
@@ -91,8 +91,8 @@ def test_reading_equals_the_whole(
         assert torch.equal(reading.top_ids_TK, top.indices)
         assert relative_error(reading.top_log_probs_TK, top.values) < tolerance
         drawn = _drawn(log_q.exp(), uniforms_TN)
-        assert torch.equal(reading.sample_ids_TN, drawn)
-        assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < tolerance
+        assert torch.equal(reading.drawn_ids_TN, drawn)
+        assert relative_error(reading.drawn_log_probs_TN, log_q.gather(1, drawn)) < tolerance
 
 
 @pytest.mark.parametrize("size", [1, 2, slow(4)])
@@ -107,9 +107,9 @@ def test_draws_from_another_power_of_the_probabilities(
     uniforms_TN = torch.rand(7, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     drawn = _drawn(proposal.exp(), uniforms_TN)
     for reading in world(size).run(_read, problem, None, 0, uniforms_TN, "auto", exponent):
-        assert torch.equal(reading.sample_ids_TN, drawn)
-        assert relative_error(reading.sample_log_probs_TN, log_q.gather(1, drawn)) < 1e-12
-        assert relative_error(reading.sample_log_proposal_TN, proposal.gather(1, drawn)) < 1e-12
+        assert torch.equal(reading.drawn_ids_TN, drawn)
+        assert relative_error(reading.drawn_log_probs_TN, log_q.gather(1, drawn)) < 1e-12
+        assert relative_error(reading.drawn_log_proposal_TN, proposal.gather(1, drawn)) < 1e-12
 
 
 @pytest.mark.parametrize("size", [1, 2, slow(4)])
@@ -119,7 +119,7 @@ def test_ties_go_to_the_smaller_id(world: Worlds, size: int) -> None:
     problem.weight_VH[200] = problem.hidden_TH[0]  # but one, for the first token
     problem.hidden_TH[1:] = 0.0
     for reading in world(size).run(_read, problem, None, 5, None):
-        assert reading.log_prob_T is None and reading.sample_ids_TN is None
+        assert reading.log_prob_T is None and reading.drawn_ids_TN is None
         assert reading.top_ids_TK is not None
         assert reading.top_ids_TK[0].tolist() == [200, 0, 1, 2, 3]
         assert (reading.top_ids_TK[1:] == torch.arange(5)).all()
@@ -132,7 +132,7 @@ def test_samples_follow_the_distribution_and_stay_in_the_vocabulary(world: World
     uniforms_TN = torch.rand(7, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     uniforms_TN[:, 0], uniforms_TN[:, 1] = 0.0, 1.0 - 2.0**-53
     (reading, *_) = world(size).run(_read, problem, None, 0, uniforms_TN)
-    ids_TN = reading.sample_ids_TN
+    ids_TN = reading.drawn_ids_TN
     assert ids_TN is not None and ids_TN.min() >= 0 and ids_TN.max() < 251
     p = (problem.hidden_TH.double() @ problem.weight_VH[:251].double().t()).softmax(-1)
     counts = torch.zeros(7, 251, dtype=torch.float64)
