@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from store_peers import Copy, DistillKit, Megatron, Naive, rows_at
 from store_teacher import DRAWS, Teacher, captured_teacher, trigram_teacher
 
-from megakd.logits.codec import Rows, frequency_ranks
+from megakd.logits.codec import Rows, rank_by_frequency
 from megakd.logits.spec import StoreSpec, finish_store, shard_path, write_shard
 from megakd.logits.store import LogitsStore
 
@@ -166,7 +166,7 @@ class Ours:
         self._length = teacher.seq_length
         samples = -(-case.rows.num_rows // self._length)
         self._inputs = teacher.input_ids_T[: samples * self._length].reshape(samples, self._length)
-        self._ranks = frequency_ranks(teacher.counts_V)
+        self._ranks = rank_by_frequency(teacher.counts_V)
         self._spec = StoreSpec(
             kind=case.kind,
             value_bits=case.value_bits,

@@ -117,13 +117,13 @@ void sweep_dense(const std::string& sweep, const py::array& student, int64_t num
                 float kd_scale) {
   auto a = with<DenseArguments>(chunk_arguments(student, num_valid, labels, lm_weight, z_weight, threads));
   a.sweep = sweep_of(sweep, {{"statistics", Sweep::kStatistics},
-                             {"second", Sweep::kSecond},
+                             {"second_pass", Sweep::kSecondPass},
                              {"gradient", Sweep::kGradient},
                              {"both", Sweep::kBoth}});
   const DenseKernel& kernel = dense_kernel_of(divergence);
-  require(!kernel.second_elsewhere || a.sweep == Sweep::kStatistics || a.sweep == Sweep::kGradient,
+  require(!kernel.second_pass_elsewhere || a.sweep == Sweep::kStatistics || a.sweep == Sweep::kGradient,
           "it is " + sweep + ", but the second sums of " + divergence + " are not made here");
-  set_statistics(a, statistics, kOwn + kernel.first + (a.sweep == Sweep::kStatistics ? 0 : kernel.second));
+  set_statistics(a, statistics, kOwn + kernel.first_pass + (a.sweep == Sweep::kStatistics ? 0 : kernel.second_pass));
   a.kd_weight = checked<float>(kd_weight, {a.rows}, "kd_weight: expected float32 [rows]");
   a.student_temperature = student_temperature;
   a.teacher_temperature = teacher_temperature;

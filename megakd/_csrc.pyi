@@ -24,7 +24,7 @@ def sweep_lm(
     """The LM loss alone."""
 
 def sweep_dense(
-    sweep: Literal["statistics", "second", "gradient", "both"],
+    sweep: Literal["statistics", "second_pass", "gradient", "both"],
     student: NDArray[Any],
     num_valid: int,
     labels: NDArray[np.int64],
@@ -41,8 +41,10 @@ def sweep_dense(
     teacher_temperature: float,
     kd_scale: float,
 ) -> None:
-    """With the logits of a teacher, which are only read. All but ``"statistics"`` have the second columns behind the
-    first; ``"second"`` reads those and fills these."""
+    """Sweep with the logits of a dense teacher, which are only read.
+
+    Behind the columns of the first pass ``statistics`` has those of the second, except for ``"statistics"``, which
+    makes the first alone. ``"second_pass"`` reads the former and fills the latter."""
 
 def sweep_sparse(
     sweep: Literal["statistics", "gradient"],
@@ -74,11 +76,11 @@ ROW_READ_AHEAD: int
 """Bytes behind a record that its decoder may look at."""
 
 class RowEncoder:
-    """Not a sweep: rows of a logits store to bytes (csrc/rows/row_encoder.h). ``ranks``: of each id."""
+    """Not a sweep: rows of a logits store to bytes (csrc/rows/row_encoder.h). frequency_ranks: the rank of each id."""
 
     def __init__(
         self,
-        ranks: NDArray[np.int32],
+        frequency_ranks: NDArray[np.int32],
         *,
         value: Literal["8", "16", "32", "count"],
         mass: Literal["one", "stored", "free"],

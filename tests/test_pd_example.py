@@ -19,7 +19,7 @@ from megakd.config.tree import parse
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import UsageError
-from megakd.logits.codec import Rows, frequency_ranks
+from megakd.logits.codec import Rows, rank_by_frequency
 from megakd.logits.spec import StoreSpec, finish_store, write_shard
 from megakd.logits.store import LogitsStore
 from megakd.pipeline.capture.preflight import CaptureConfig
@@ -207,7 +207,7 @@ def write_store(folder: Path, samples: ConcatSamples, *, top_k: int) -> dict[int
         value_bits=32,
         top_k=top_k,
     )
-    ranks = frequency_ranks(np.arange(vocab_size)[::-1])
+    ranks = rank_by_frequency(np.arange(vocab_size)[::-1])
     written = {}
     for number in range(spec.num_shards):
         writer = write_shard(folder, spec, ranks, number)

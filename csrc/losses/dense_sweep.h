@@ -19,7 +19,7 @@ struct DenseArguments : ChunkArguments {
 enum ApartColumn { kStudentLabel, kTeacherLabel, kStudentTop, kTeacherTop, kApartColumns };
 
 template <class Divergence>
-constexpr int kFirstColumns = Divergence::kFirst + (Divergence::kLabelApart ? kApartColumns : 0);
+constexpr int kFirstPassColumns = Divergence::kFirstPass + (Divergence::kLabelApart ? kApartColumns : 0);
 
 // The maximum of a row without the entry `apart`.
 template <class Element>
@@ -55,8 +55,8 @@ void dense_statistics(const DenseArguments& a, int64_t row, const Student* stude
   const Scale student_scale{pivot(student_max), 1.0f / a.student_temperature};
   const Scale teacher_scale{pivot(teacher_max), 1.0f / a.teacher_temperature};
   Vec top = broadcast(-kInfinity);  // of s2 + t2, which is 0 only where both are maxima
-  float totals[4 + Divergence::kFirst];
-  sum_row<4 + Divergence::kFirst>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
+  float totals[4 + Divergence::kFirstPass];
+  sum_row<4 + Divergence::kFirstPass>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec whole = load(student + i, count);
     Vec s = whole, t = load(teacher + i, count);
     if (Divergence::kLabelApart && apart) s = without(s, i, label), t = without(t, i, label);
@@ -84,9 +84,9 @@ void dense_statistics(const DenseArguments& a, int64_t row, const Student* stude
   a.at(kTeacherSum, row) = totals[2];
   a.at(kTeacherSelf, row) = totals[3] * kLn2;
   a.at(kAgree, row) = agree;
-  for (int k = 0; k < Divergence::kFirst; k++) a.at(kOwn + k, row) = totals[4 + k] * Divergence::kFirstUnit;
+  for (int k = 0; k < Divergence::kFirstPass; k++) a.at(kOwn + k, row) = totals[4 + k] * Divergence::kFirstPassUnit;
   if (!Divergence::kLabelApart) return;
-  const int behind = kOwn + Divergence::kFirst;
+  const int behind = kOwn + Divergence::kFirstPass;
   a.at(behind + kStudentLabel, row) = student_label;
   a.at(behind + kTeacherLabel, row) = teacher_label;
   a.at(behind + kStudentTop, row) = student_top;
@@ -96,7 +96,7 @@ void dense_statistics(const DenseArguments& a, int64_t row, const Student* stude
 // What the second look at a row and its gradient are made from: the merged sums, and the divergence that knows them.
 template <class Divergence>
 struct Merged {
-  static constexpr int kColumns = kFirstColumns<Divergence> + Divergence::kSecond;
+  static constexpr int kColumns = kFirstPassColumns<Divergence> + Divergence::kSecondPass;
 
   // second: whether those columns are there already.
   Merged(const DenseArguments& a, int64_t row, bool second)
@@ -135,7 +135,7 @@ struct Merged {
   };
   static Columns columns(const DenseArguments& a, int64_t row, bool second) {
     Columns own{};
-    const int there = second ? kColumns : kFirstColumns<Divergence>;
+    const int there = second ? kColumns : kFirstPassColumns<Divergence>;
     for (int k = 0; k < there; k++) own.values[k] = a.at(kOwn + k, row);
     return own;
   }
@@ -145,15 +145,15 @@ struct Merged {
 };
 
 template <class Divergence, class Student, class Teacher>
-void dense_second(const DenseArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
+void dense_second_pass(const DenseArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
   const Merged<Divergence> merged(a, row, false);
   const auto unit = merged.unit(1.0f);
-  float totals[Divergence::kSecond];
-  sum_row<Divergence::kSecond>(a.num_valid, totals, [&](int64_t i, int64_t count, Vec sums[]) {
+  float totals[Divergence::kSecondPass];
+  sum_row<Divergence::kSecondPass>(a.num_valid, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec s = load(student + i, count), t = load(teacher + i, count);
-    merged.divergence.accumulate_second(merged.probabilities(s, t, unit), sums);
+    merged.divergence.accumulate_second_pass(merged.probabilities(s, t, unit), sums);
   });
-  for (int k = 0; k < Divergence::kSecond; k++) a.at(kOwn + kFirstColumns<Divergence> + k, row) = totals[k];
+  for (int k = 0; k < Divergence::kSecondPass; k++) a.at(kOwn + kFirstPassColumns<Divergence> + k, row) = totals[k];
 }
 
 template <class Divergence, bool kTempered, class Student, class Teacher>
@@ -182,15 +182,15 @@ void dense_gradient(const DenseArguments& a, int64_t row, Student* student, cons
 
 template <class Divergence, bool kTempered, class Student, class Teacher>
 void dense_rows(const DenseArguments& a, Student* student, const Teacher* teacher) {
-  constexpr bool kSecond = Divergence::kSecond > 0 && !Divergence::kSecondElsewhere;
+  constexpr bool kSecondPass = Divergence::kSecondPass > 0 && !Divergence::kSecondPassElsewhere;
   const bool both = a.sweep == Sweep::kBoth;
   for_rows(a, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       Student* const s = student + row * a.row_stride;
       const Teacher* const t = teacher + row * a.row_stride;
       if (both || a.sweep == Sweep::kStatistics) dense_statistics<Divergence, kTempered>(a, row, s, t);
-      if constexpr (kSecond) {
-        if (both || a.sweep == Sweep::kSecond) dense_second<Divergence>(a, row, s, t);
+      if constexpr (kSecondPass) {
+        if (both || a.sweep == Sweep::kSecondPass) dense_second_pass<Divergence>(a, row, s, t);
       }
       if (!both && a.sweep != Sweep::kGradient) continue;
       // A row without KD weight: nothing of the teacher may reach the gradient, be it NaN.
@@ -204,8 +204,8 @@ void dense_rows(const DenseArguments& a, Student* student, const Teacher* teache
 struct DenseKernel {
   using Run = void (*)(const DenseArguments&, void* student, const void* teacher);
   const char* name;
-  int first, second;
-  bool second_elsewhere;
+  int first_pass, second_pass;
+  bool second_pass_elsewhere;
   Run run[2][2];  // by whether student and teacher are bf16
 };
 
@@ -220,9 +220,9 @@ void run_dense(const DenseArguments& a, void* student, const void* teacher) {
 template <class Divergence>
 constexpr DenseKernel dense_kernel(const char* name) {
   return {name,
-          kFirstColumns<Divergence>,
-          Divergence::kSecond,
-          Divergence::kSecondElsewhere,
+          kFirstPassColumns<Divergence>,
+          Divergence::kSecondPass,
+          Divergence::kSecondPassElsewhere,
           {{run_dense<Divergence, float, float>, run_dense<Divergence, float, BFloat16>},
            {run_dense<Divergence, BFloat16, float>, run_dense<Divergence, BFloat16, BFloat16>}}};
 }

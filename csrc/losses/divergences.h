@@ -2,9 +2,9 @@
 // Those that need the probabilities for their value are in mixtures.h. Derivations are in docs/numerics.md.
 //
 // A divergence is a struct with
-//   kFirst       sums over the row that `accumulate` adds to, kFirstUnit what they are multiplied by at the end;
-//   kSecond      sums over the row that `accumulate_second` adds to, once the first are merged over the whole row; with
-//                kSecondElsewhere they are made outside;
+//   kFirstPass       sums over the row that `accumulate` adds to, kFirstPassUnit what they are multiplied by at the end;
+//   kSecondPass      sums over the row that `accumulate_second_pass` adds to, once the first are merged over the whole row; with
+//                kSecondPassElsewhere they are made outside;
 //   kLinear      whether `slope` is of first degree in p and q, so that the row's weight can be in them already;
 //   kLabelApart  whether the label's entry stays out of all sums and has a slope of its own, `label_slope`;
 //   slope        the derivative by the student's logit over its temperature.
@@ -57,9 +57,9 @@ inline void add_product(Vec& sum, Vec mass, Vec ratio) { sum = mass == 0.0f ? su
 
 // What most divergences have in common.
 struct Plain {
-  static constexpr int kFirst = 1, kSecond = 0;
-  static constexpr float kFirstUnit = kLn2;
-  static constexpr bool kSecondElsewhere = false, kLinear = true, kLabelApart = false;
+  static constexpr int kFirstPass = 1, kSecondPass = 0;
+  static constexpr float kFirstPassUnit = kLn2;
+  static constexpr bool kSecondPassElsewhere = false, kLinear = true, kLabelApart = false;
 };
 
 // KL(p || q).
@@ -81,7 +81,7 @@ struct ReverseKL : Plain {
 
 // (1 - w) KL(p || q) + w KL(q || p), w the first parameter.
 struct SymmetricKL : Plain {
-  static constexpr int kFirst = 2;  // forward, reverse
+  static constexpr int kFirstPass = 2;  // forward, reverse
 
   static void accumulate(const Entries& e, Vec sums[]) {
     add_product(sums[0], e.exp_t, e.t2 - e.s2);
@@ -97,8 +97,8 @@ struct SymmetricKL : Plain {
 
 // The same with w for each row: the tail's share of the gap, from head_gap and tail_gap, which are not made here.
 struct AdaptiveKL : SymmetricKL {
-  static constexpr int kSecond = 2;
-  static constexpr bool kSecondElsewhere = true;
+  static constexpr int kSecondPass = 2;
+  static constexpr bool kSecondPassElsewhere = true;
 
   AdaptiveKL(const RowSums& row, const Parameters&) : SymmetricKL(row, {tail_share(row.own[2], row.own[3]), 0.0f}) {}
   static float tail_share(float head, float tail) { return head + tail == 0.0f ? 0.5f : tail / (head + tail); }
@@ -109,8 +109,8 @@ inline IntVec in_play(Vec s, Vec t) { return (s != -kInfinity) | (t != -kInfinit
 
 // mean (s - t)^2.
 struct LogitMSE : Plain {
-  static constexpr int kFirst = 2;  // square, count
-  static constexpr float kFirstUnit = 1.0f;
+  static constexpr int kFirstPass = 2;  // square, count
+  static constexpr float kFirstPassUnit = 1.0f;
   static constexpr bool kLinear = false;
 
   static void accumulate(const Entries& e, Vec sums[]) {
@@ -126,8 +126,8 @@ struct LogitMSE : Plain {
 
 // mean (s - t - mean (s - t))^2.
 struct CentredLogitMSE : Plain {
-  static constexpr int kFirst = 2, kSecond = 1;  // difference, count; square
-  static constexpr float kFirstUnit = 1.0f;
+  static constexpr int kFirstPass = 2, kSecondPass = 1;  // difference, count; square
+  static constexpr float kFirstPassUnit = 1.0f;
   static constexpr bool kLinear = false;
 
   static void accumulate(const Entries& e, Vec sums[]) {
@@ -139,7 +139,7 @@ struct CentredLogitMSE : Plain {
 
   CentredLogitMSE(const RowSums& row, const Parameters&) : mean(row.own[0] / row.own[1]), factor(2.0f / row.own[1]) {}
   Vec centred(const Probabilities& e) const { return in_play(e.s, e.t) ? e.s - e.t - mean : Vec{}; }
-  void accumulate_second(const Probabilities& e, Vec sums[]) const { sums[0] += centred(e) * centred(e); }
+  void accumulate_second_pass(const Probabilities& e, Vec sums[]) const { sums[0] += centred(e) * centred(e); }
   Vec slope(const Probabilities& e) const { return centred(e) * factor; }
   float mean, factor;
 };

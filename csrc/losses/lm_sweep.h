@@ -13,7 +13,7 @@
 
 namespace megakd {
 
-enum class Sweep { kStatistics, kSecond, kGradient, kBoth };
+enum class Sweep { kStatistics, kSecondPass, kGradient, kBoth };
 
 enum LMColumn { kLMMax, kLMSum, kLabel, kLMColumns };
 

@@ -12,13 +12,13 @@ constexpr float kTiny = std::numeric_limits<float>::min();
 // The sums and the derivative from a function of one entry: Entry(row, parameters), value(e), slope(e).
 template <class Entry>
 struct Pointwise : Plain {
-  static constexpr int kFirst = 0, kSecond = 2;  // value, slope
+  static constexpr int kFirstPass = 0, kSecondPass = 2;  // value, slope
   static constexpr bool kLinear = false;
 
   static void accumulate(const Entries&, Vec[]) {}
 
   Pointwise(const RowSums& row, const Parameters& with) : entry(row, with), total(row.own[1]) {}
-  void accumulate_second(const Probabilities& e, Vec sums[]) const {
+  void accumulate_second_pass(const Probabilities& e, Vec sums[]) const {
     sums[0] += entry.value(e);
     sums[1] += entry.slope(e);
   }

@@ -129,7 +129,7 @@ void bind_row_codec(py::module_& m) {
   m.attr("ROW_CODE_LENGTHS") = kCodeLengths;
   m.attr("ROW_READ_AHEAD") = kReadAhead;
   py::class_<Encoder>(m, "RowEncoder", "Rows of a logits store to bytes (row_encoder.h).")
-      .def(py::init<const py::array&, const std::string&, const std::string&, uint32_t, int64_t>(), py::arg("ranks"),
+      .def(py::init<const py::array&, const std::string&, const std::string&, uint32_t, int64_t>(), py::arg("frequency_ranks"),
            py::kw_only(), py::arg("value"), py::arg("mass"), py::arg("draws"), py::arg("rows_for_codes"))
       .def("add", &Encoder::add, py::arg("ids"), py::arg("values"), py::arg("entropies"))
       .def("finish", &Encoder::finish);

@@ -134,7 +134,7 @@ def identity_ranks(vocab_size: int) -> NDArray[np.int32]:
     return np.arange(vocab_size, dtype=np.int32)
 
 
-def frequency_ranks(counts: NDArray[np.int64]) -> NDArray[np.int32]:
+def rank_by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int32]:
     """``[V]`` int32: the rank of each id by how often it occurs, the most frequent first, ties by id."""
     order: NDArray[np.int32] = np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable").astype(np.int32)
     return invert(order)
@@ -168,16 +168,16 @@ class EncodedRows:
 class RowEncoder:
     """Takes samples one after the other; the same rows give the same bytes.
 
-    ranks: ``[V]`` int32, the rank of each id; rows are small where the ids they list have low ranks.
+    frequency_ranks: ``[V]`` int32, the rank of each id; rows are small where the ids they list have low ranks.
     """
 
     def __init__(
-        self, row_format: RowFormat, ranks: NDArray[np.int32], *, rows_for_codes: int = ROWS_FOR_CODES
+        self, row_format: RowFormat, frequency_ranks: NDArray[np.int32], *, rows_for_codes: int = ROWS_FOR_CODES
     ) -> None:
         self.row_format = row_format
-        invert(ranks)  # refuses what is no permutation
+        invert(frequency_ranks)  # refuses what is no permutation
         self._native = _csrc.RowEncoder(
-            np.ascontiguousarray(ranks, np.int32),
+            np.ascontiguousarray(frequency_ranks, np.int32),
             value=row_format.value,
             mass=row_format.mass,
             draws=row_format.draws,

@@ -78,7 +78,7 @@ class JournalWriter:
                 self._name,
                 samples=(0, self._num_records),
                 row_format=self._spec.row_format,
-                ranks=_ranks(self._spec),
+                frequency_ranks=_ranks(self._spec),
                 parameters=self._spec.parameters(_ranks(self._spec)),
                 parents=self._spec.parents,
                 tokenizer=self._spec.tokenizer,

@@ -48,7 +48,7 @@ class ShardWriter:
         *,
         samples: tuple[int, int],
         row_format: RowFormat,
-        ranks: NDArray[np.int32],
+        frequency_ranks: NDArray[np.int32],
         parameters: Mapping[str, Any],
         parents: Mapping[str, str],
         tokenizer: Mapping[str, Any] | None,
@@ -58,7 +58,7 @@ class ShardWriter:
         self._first, self._stop = samples
         self._next = self._first
         self._parameters, self._parents, self._tokenizer = parameters, parents, tokenizer
-        self._encoder = RowEncoder(row_format, ranks, rows_for_codes=rows_for_codes)
+        self._encoder = RowEncoder(row_format, frequency_ranks, rows_for_codes=rows_for_codes)
         self._context_hashes = np.zeros(self._stop - self._first, np.uint64)
         self._num_rows = self._num_samples = 0
 

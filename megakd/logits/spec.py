@@ -106,16 +106,16 @@ class StoreSpec:
         """First sample of a shard, and the one after its last."""
         return shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.num_samples)
 
-    def parameters(self, ranks: NDArray[np.int32]) -> dict[str, Any]:
+    def parameters(self, frequency_ranks: NDArray[np.int32]) -> dict[str, Any]:
         """For the manifests, with the hash of the ranks."""
         without = {"parents", "tokenizer", "details"} | ({"rounding"} if self.rounding == "nearest" else set())
         plain = {name: value for name, value in vars(self).items() if name not in without}
-        hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ranks, "<i4").data)
+        hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(frequency_ranks, "<i4").data)
         return {**plain, "details": dict(self.details), "ranks": hashed}
 
-    def check(self, manifest: Manifest, ranks: NDArray[np.int32]) -> None:
+    def check(self, manifest: Manifest, frequency_ranks: NDArray[np.int32]) -> None:
         """Raise MismatchError for the manifest of another store, with what differs."""
-        _check_identity(manifest, self.parameters(ranks), self, "holds another store than this")
+        _check_identity(manifest, self.parameters(frequency_ranks), self, "holds another store than this")
 
     @staticmethod
     def of(manifest: Manifest) -> StoreSpec:
@@ -141,25 +141,25 @@ def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:
 def write_shard(
     folder: str | os.PathLike[str],
     spec: StoreSpec,
-    ranks: NDArray[np.int32],
+    frequency_ranks: NDArray[np.int32],
     shard: int,
     *,
     rows_for_codes: int = ROWS_FOR_CODES,
 ) -> ShardWriter:
     """The writer of one shard: `add` the samples that have targets, in rising order, then `commit`.
 
-    ranks: ``[V]`` int32, the same for all shards of a store.
+    frequency_ranks: ``[V]`` int32, the same for all shards of a store.
     """
-    if len(ranks) != spec.vocab_size:
-        raise UsageError(f"{len(ranks)} ranks for a vocabulary of {spec.vocab_size}")
+    if len(frequency_ranks) != spec.vocab_size:
+        raise UsageError(f"{len(frequency_ranks)} ranks for a vocabulary of {spec.vocab_size}")
     path = shard_path(folder, shard)
     return ShardWriter(
         path.parent,
         path.stem,
         samples=spec.samples_of(shard),
         row_format=spec.row_format,
-        ranks=ranks,
-        parameters=spec.parameters(ranks),
+        frequency_ranks=frequency_ranks,
+        parameters=spec.parameters(frequency_ranks),
         parents=spec.parents,
         tokenizer=spec.tokenizer,
         rows_for_codes=rows_for_codes,
@@ -167,7 +167,7 @@ def write_shard(
 
 
 def read_shard(
-    folder: str | os.PathLike[str], spec: StoreSpec, ranks: NDArray[np.int32], shard: int
+    folder: str | os.PathLike[str], spec: StoreSpec, frequency_ranks: NDArray[np.int32], shard: int
 ) -> Manifest | None:
     """The manifest of a shard that is whole; None where there is none, or a file of it is missing or cut.
 
@@ -180,7 +180,7 @@ def read_shard(
         manifest = read_manifest(path, format=shards.FORMAT, version=shards.READABLE)
     except CorruptError:
         return None
-    own = spec.parameters(ranks) | {"samples": list(spec.samples_of(shard))}
+    own = spec.parameters(frequency_ranks) | {"samples": list(spec.samples_of(shard))}
     _check_identity(manifest, own, spec, "is a shard of another store")
     return manifest
 
@@ -188,7 +188,7 @@ def read_shard(
 def finish_store(
     folder: str | os.PathLike[str],
     spec: StoreSpec,
-    ranks: NDArray[np.int32],
+    frequency_ranks: NDArray[np.int32],
     *,
     present: Iterable[int] | None = None,
     more_files: Sequence[FileRecord] = (),
@@ -204,7 +204,7 @@ def finish_store(
     listed: list[Any] = [None] * spec.num_shards
     rows = samples = 0
     for number in range(spec.num_shards) if present is None else present:
-        manifest = read_shard(folder, spec, ranks, number)
+        manifest = read_shard(folder, spec, frequency_ranks, number)
         if manifest is None:
             raise UsageError(f"{shard_path(folder, number)}: this shard is missing or not whole: capture it first")
         listed[number] = [manifest.fingerprint, *(record.size_bytes for record in manifest.files)]
@@ -213,13 +213,18 @@ def finish_store(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     with HashingWriter(folder / ORDER) as writer:
-        writer.write(_shortened(invert(ranks)).astype("<i4").data)
+        writer.write(_shortened(invert(frequency_ranks)).astype("<i4").data)
         files = [writer.commit()]
     return write_manifest(
         folder / MANIFEST,
         format=FORMAT,
         version=VERSION,
-        parameters={**spec.parameters(ranks), "rows": rows, "samples_with_targets": samples, "shards": listed},
+        parameters={
+            **spec.parameters(frequency_ranks),
+            "rows": rows,
+            "samples_with_targets": samples,
+            "shards": listed,
+        },
         parents=spec.parents,
         tokenizer=spec.tokenizer,
         files=[*files, *more_files],
@@ -236,10 +241,10 @@ def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
     found = np.fromfile(path, "<i4").astype(np.int32)
     try:
         ids_of_ranks = invert(found) if manifest.version == 1 else _lengthened(found, spec.vocab_size)
-        ranks = invert(ids_of_ranks)
+        frequency_ranks = invert(ids_of_ranks)
     except UsageError:
-        ranks = np.empty(0, np.int32)
-    if spec.parameters(ranks)["ranks"] != manifest.parameters["ranks"]:
+        frequency_ranks = np.empty(0, np.int32)
+    if spec.parameters(frequency_ranks)["ranks"] != manifest.parameters["ranks"]:
         raise CorruptError(f"{path}: it is not what was written: {shards.REPAIR}")
     return ids_of_ranks
 

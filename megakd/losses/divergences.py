@@ -1,9 +1,9 @@
 """The divergences from dense targets: the sums over a row that each needs, its value and its gradient from them.
 
 Axes: ``R`` rows (tokens), ``v`` this rank's slice of the vocabulary. p is the teacher's distribution and q the
-student's, each a softmax over the whole vocabulary after its temperature. Nothing here knows about processes: what a
-divergence needs of the other slices it names in ``first`` and ``second``, and by the time it is called they have been
-merged. Derivations are in ``docs/numerics.md``.
+student's, each a softmax over the whole vocabulary after its temperature. Nothing here knows about processes: a
+divergence names the sums that it needs of the other slices in ``first_pass`` and ``second_pass``, and by the time it is
+called they have been merged. Derivations are in ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class DenseEntries:
 class Divergence:
     """One divergence D(p, q) from dense targets.
 
-    first: sums its value is made of, beside the softmax statistics.
-    second: sums that need the probabilities, and so a second look at the row once the first are merged.
+    first_pass: sums its value is made of, beside the softmax statistics.
+    second_pass: sums that need the probabilities, and so a second look at the row once the first are merged.
     value: ``[R]`` D of each row, in nats, from merged statistics.
     gradient: ``[R, v]`` derivative of D by the student's logits divided by their temperature.
     """
 
-    first: tuple[str, ...]
-    second: tuple[str, ...]
+    first_pass: tuple[str, ...]
+    second_pass: tuple[str, ...]
     value: Callable[[RowStatistics, KDTerm], Tensor]
     gradient: Callable[[DenseEntries, RowStatistics, KDTerm], Tensor]
 

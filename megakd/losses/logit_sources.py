@@ -26,7 +26,7 @@ class Logits(Protocol):
         """``[R, v]`` of these rows, in the buffer if there is one."""
 
 
-class Student(Logits, Protocol):
+class StudentLogits(Logits, Protocol):
     """The student's logits, which the sweep may overwrite, and a taker of their gradient."""
 
     num_rows: int

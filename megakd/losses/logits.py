@@ -19,7 +19,7 @@ from megakd.losses.kernels.protocol import Chunk
 from megakd.losses.kernels.reference import ReferenceKernels
 from megakd.losses.logit_sources import GivenLogits, GivenStudent
 from megakd.losses.rows import KD, HeadOutput, Select, check_shapes, head_output, make_rows
-from megakd.losses.sweep import Term, sweep
+from megakd.losses.sweep import SweptTerm, sweep
 from megakd.losses.vocab_parallel import VocabShard
 
 _COPIED_BYTES = 32 << 20
@@ -76,7 +76,7 @@ def logits_loss(
 
 
 def _chunk_bytes(
-    student: GivenStudent, terms: Sequence[Term], shard: VocabShard, implementation: Implementation
+    student: GivenStudent, terms: Sequence[SweptTerm], shard: VocabShard, implementation: Implementation
 ) -> int:
     """Everything at once only where a chunk needs no memory of its own."""
     copies = student.copies or len(terms) > 1

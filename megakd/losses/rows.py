@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.errors import UsageError
 from megakd.losses.logit_sources import GivenLogits, Logits, ProductLogits
 from megakd.losses.sparse import Buckets
-from megakd.losses.sweep import Rows, Swept, Term
+from megakd.losses.sweep import SweepRows, Swept, SweptTerm
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.targets import DenseTargets, LogitTargets, SparseTargets, Targets
@@ -105,16 +105,16 @@ def make_rows(
     z_weight_T: Tensor | None,
     kd: Sequence[KD],
     shard: VocabShard,
-) -> Rows:
+) -> SweepRows:
     """The sweep's side of a call. Raises UsageError for targets that do not fit their term or the shard, and, on CPU,
     for a label that is used and is no vocabulary id."""
     labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
     _check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
-    return Rows(
+    return SweepRows(
         labels_R,
         lm_weight_R,
         None if z_weight_T is None else select(z_weight_T),
-        [Term(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd],
+        [SweptTerm(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd],
     )
 
 
@@ -139,7 +139,7 @@ def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Lo
     return Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
 
 
-def head_output(swept: Swept, rows: Rows, kd: Sequence[KD], select: Select, vocab_size: int) -> HeadOutput:
+def head_output(swept: Swept, rows: SweepRows, kd: Sequence[KD], select: Select, vocab_size: int) -> HeadOutput:
     """Values of all tokens and the weighted sum, from what the sweep left."""
     lm = swept.lm
     is_id_R = (rows.labels_R >= 0) & (rows.labels_R < vocab_size)

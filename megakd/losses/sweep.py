@@ -19,7 +19,7 @@ from megakd.losses.adaptive_kl import head_and_tail_gap
 from megakd.losses.divergences import DIVERGENCES, teacher_entropy
 from megakd.losses.kernels.choose import Implementation, kernels_for
 from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, SparseSlope, SparseTeacher
-from megakd.losses.logit_sources import Logits, Student
+from megakd.losses.logit_sources import Logits, StudentLogits
 from megakd.losses.sparse import Buckets, sparse_values
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import LM_COLUMNS, Gather, RowStatistics, VocabShard, merge_statistics
@@ -29,7 +29,7 @@ DEFAULT_CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Term:
+class SweptTerm:
     """One divergence of the sweep: ``weight_R`` what it weighs in each row, and the teacher, whole or in buckets."""
 
     term: KDTerm
@@ -56,26 +56,28 @@ class Swept:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SweepRows:
     """What the rows of a sweep are held against: labels, int64 ``[R]``; what LM loss and z-loss weigh in each, ``[R]``
     (None for no z-loss); the divergences."""
 
     labels_R: Tensor
     lm_weight_R: Tensor
     z_weight_R: Tensor | None
-    terms: Sequence[Term]
+    terms: Sequence[SweptTerm]
 
 
 def sweep(
-    student: Student,
-    rows: Rows,
+    student: StudentLogits,
+    rows: SweepRows,
     *,
     shard: VocabShard,
     implementation: Implementation,
     chunk_bytes: int,
 ) -> Swept:
-    """Walk over the rows. One all-gather a chunk, and one more for terms with ``second`` sums; the gradient goes to
-    ``student.take`` where the student wants it."""
+    """Walk over the rows: one all-gather a chunk, and one more for terms with sums of a ``second_pass``.
+
+    The gradient goes to ``student.take`` where the student wants it.
+    """
     walk = _Walk(student, rows, shard, implementation)
     chunk_rows = _even_chunk(student.num_rows, most=max(1, chunk_bytes // walk.row_bytes))
     walk.allocate(chunk_rows)
@@ -95,12 +97,12 @@ def sweep(
 
 
 @dataclass
-class _Part:
+class _TermInChunk:
     """One term's share of a chunk (or the LM loss alone): its statistics here, then those of the whole rows."""
 
     chunk: Chunk
     kernels: Kernels
-    term: Term | None
+    term: SweptTerm | None
     statistics: RowStatistics
     gradient_Rv: Tensor | None = None
     slope: SparseSlope | None = None
@@ -109,14 +111,16 @@ class _Part:
 @dataclass
 class _Work:
     rows: slice
-    parts: list[_Part]
+    parts: list[_TermInChunk]
     gather: Gather | None
 
 
 class _Walk:
     """The state of one sweep: buffers that all chunks share, and results a row."""
 
-    def __init__(self, student: Student, rows: Rows, shard: VocabShard, implementation: Implementation) -> None:
+    def __init__(
+        self, student: StudentLogits, rows: SweepRows, shard: VocabShard, implementation: Implementation
+    ) -> None:
         self._student, self._rows, self._terms = student, rows, rows.terms
         self._shard, self._implementation = shard, implementation
         self._split = shard.world_size > 1
@@ -142,7 +146,7 @@ class _Walk:
     def row_bytes(self) -> int:
         """Bytes of the buffers for one row's logits."""
         copies = max(1, len(self._terms)) if self._student.wants_gradient else 1
-        sources: list[tuple[Logits | Student, int]] = [(self._student, copies)]
+        sources: list[tuple[Logits | StudentLogits, int]] = [(self._student, copies)]
         sources += [(term.teacher, 1) for term in self._terms if not isinstance(term.teacher, Buckets)]
         size = sum(copies * source.width * source.dtype.itemsize for source, copies in sources)
         size += sum(4 * self._student.width for term in self._terms if term.term.divergence == "taid")
@@ -151,7 +155,7 @@ class _Walk:
     def allocate(self, chunk_rows: int) -> None:
         """Make the buffers, for chunks of at most this many rows."""
 
-        def make(source: Logits | Student) -> list[Tensor | None]:
+        def make(source: Logits | StudentLogits) -> list[Tensor | None]:
             return [source.buffer(chunk_rows) for _ in range(self._num_buffers)]
 
         self._student_buffers = make(self._student)
@@ -173,7 +177,7 @@ class _Walk:
                 buffer = self._teacher_buffers[index][turn]
                 chunk = replace(chunk, teacher=self._teacher(term, rows, student_Rv, buffer))
             kernels = kernels_for(chunk, self._implementation)
-            parts.append(_Part(chunk, kernels, term, RowStatistics((), self._lm_kR)))
+            parts.append(_TermInChunk(chunk, kernels, term, RowStatistics((), self._lm_kR)))
         for part in parts:
             if self._student.wants_gradient and self._at_once(part):
                 part.statistics, part.gradient_Rv = part.kernels.statistics_and_gradient(part.chunk)
@@ -187,7 +191,7 @@ class _Walk:
         if work.gather is not None:
             for part, parts_nkR in zip(work.parts, work.gather.wait()):
                 part.statistics = _merged(part, parts_nkR)
-        self._add_second(work.parts)
+        self._add_second_pass(work.parts)
         self._lm_kR[:, work.rows] = work.parts[0].statistics.values_kR[: len(LM_COLUMNS)]
         for part, result in zip(work.parts, self._results):
             self._keep(part, result, work.rows)
@@ -215,7 +219,7 @@ class _Walk:
         )
 
     def _teacher(
-        self, term: Term, rows: slice, student_Rv: Tensor, buffer: Tensor | None
+        self, term: SweptTerm, rows: slice, student_Rv: Tensor, buffer: Tensor | None
     ) -> DenseTeacher | SparseTeacher:
         if isinstance(term.teacher, Buckets):
             ids_RK = term.teacher.ids_RK[rows]
@@ -226,14 +230,14 @@ class _Walk:
             teacher_Rv = _intermediate(student_Rv, teacher_Rv, term.term.taid_t)
         return DenseTeacher(teacher_Rv, term.weight_R[rows], term.term)
 
-    def _at_once(self, part: _Part) -> bool:
+    def _at_once(self, part: _TermInChunk) -> bool:
         if self._split or isinstance(part.chunk.teacher, SparseTeacher):
             return False
         return part.term is None or part.term.term.formula != "adaptive_kl"
 
-    def _add_second(self, parts: list[_Part]) -> None:
+    def _add_second_pass(self, parts: list[_TermInChunk]) -> None:
         """The sums that need the first ones merged: one more gather, of all terms together."""
-        late = [part for part in parts if part.gradient_Rv is None and _second_columns(part)]
+        late = [part for part in parts if part.gradient_Rv is None and _second_pass_columns(part)]
         if not late:
             return
         found = []
@@ -241,14 +245,14 @@ class _Walk:
             if part.term is not None and part.term.term.formula == "adaptive_kl":
                 found.append(head_and_tail_gap(part.chunk, part.statistics, self._shard))
             else:
-                found.append(part.kernels.second(part.chunk, part.statistics))
+                found.append(part.kernels.second_pass(part.chunk, part.statistics))
         if self._split:
             gathered = Gather([part.values_kR for part in found], self._shard).wait()
             found = [RowStatistics(own.columns, parts_nkR.sum(0)) for own, parts_nkR in zip(found, gathered)]
         for part, own in zip(late, found):
             part.statistics = part.statistics.extended(own)
 
-    def _keep(self, part: _Part, result: TermRows, rows: slice) -> None:
+    def _keep(self, part: _TermInChunk, result: TermRows, rows: slice) -> None:
         assert part.term is not None
         term = part.term.term
         if isinstance(part.term.teacher, Buckets):
@@ -262,12 +266,12 @@ class _Walk:
             result.entropy_R[rows] = teacher_entropy(part.statistics, term)
 
 
-def _second_columns(part: _Part) -> tuple[str, ...]:
+def _second_pass_columns(part: _TermInChunk) -> tuple[str, ...]:
     teacher = part.chunk.teacher
-    return DIVERGENCES[teacher.term.formula].second if isinstance(teacher, DenseTeacher) else ()
+    return DIVERGENCES[teacher.term.formula].second_pass if isinstance(teacher, DenseTeacher) else ()
 
 
-def _merged(part: _Part, parts_nkR: Tensor) -> RowStatistics:
+def _merged(part: _TermInChunk, parts_nkR: Tensor) -> RowStatistics:
     term = KDTerm() if part.term is None else part.term.term
     return merge_statistics(
         part.chunk.columns,

@@ -24,9 +24,9 @@ from megakd.logits.codec import (
     RowFormat,
     Rows,
     ValueBits,
-    frequency_ranks,
     identity_ranks,
     invert,
+    rank_by_frequency,
 )
 
 VOCABULARIES = (251, 32000, 65536, 131073, 151936, 262144)
@@ -216,7 +216,7 @@ def test_empty_slots_may_stand_anywhere() -> None:
 def test_fewer_bits_where_ids_are_frequent() -> None:
     rows = random_rows(2, 200, 50000, 50, ragged=False)
     counts = np.bincount(rows.ids_TK.ravel(), minlength=50000)
-    small, large = (len(encode(TOP_P_K, r, rows).payload) for r in (frequency_ranks(counts), random_ranks(50000)))
+    small, large = (len(encode(TOP_P_K, r, rows).payload) for r in (rank_by_frequency(counts), random_ranks(50000)))
     assert small < 0.9 * large
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.logits.codec import Rows, frequency_ranks, identity_ranks, invert
+from megakd.logits.codec import Rows, identity_ranks, invert, rank_by_frequency
 from megakd.logits.read_ahead import prefetched
 from megakd.logits.spec import (
     MANIFEST,
@@ -43,7 +43,7 @@ SPEC = StoreSpec(
     tokenizer={"type": "NullTokenizer", "hash": "t" * 32, "vocab_size": VOCAB, "eod": None, "path": "/x"},
     details={"precision": "fp32"},
 )
-RANKS = frequency_ranks(np.random.default_rng(0).integers(0, 9, VOCAB))
+RANKS = rank_by_frequency(np.random.default_rng(0).integers(0, 9, VOCAB))
 WITHOUT = {3, 10, 11, 12, 13, 14}  # samples without targets; those from 10 on are a whole shard
 
 
@@ -365,7 +365,7 @@ def _as_version_1(manifest: Manifest) -> Manifest:
 
 @pytest.mark.parametrize("counts", [[0, 0, 0, 0], [5, 0, 0, 0], [0, 0, 0, 9], [3, 4, 5, 0], [0, 0, 7, 7], [9, 8, 7, 6]])
 def test_ids_that_never_occur_take_no_bytes(counts: list[int], tmp_path: Path) -> None:
-    ranks = frequency_ranks(np.array(counts))
+    ranks = rank_by_frequency(np.array(counts))
     spec = replace(SPEC, vocab_size=4)
     manifest = finish_store(tmp_path, spec, ranks, present=[])
     np.testing.assert_array_equal(invert(read_ids_of_ranks(manifest)), ranks)

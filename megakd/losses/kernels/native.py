@@ -50,10 +50,10 @@ class NativeKernels:
         _sweep("statistics", chunk, rows.values_kR)
         return rows
 
-    def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
-        columns = _second_columns(chunk)
+    def second_pass(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
+        columns = _second_pass_columns(chunk)
         values_kR = torch.cat([rows.values_kR, _empty(len(columns), chunk)])
-        _sweep("second", chunk, values_kR)
+        _sweep("second_pass", chunk, values_kR)
         return RowStatistics(columns, values_kR[-len(columns) :])
 
     def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
@@ -61,14 +61,14 @@ class NativeKernels:
         return chunk.student_Rv
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
-        columns = chunk.columns + _second_columns(chunk)
+        columns = chunk.columns + _second_pass_columns(chunk)
         rows = RowStatistics(columns, _empty(len(columns), chunk))
         _sweep("both", chunk, rows.values_kR)
         return rows, chunk.student_Rv
 
 
-def _second_columns(chunk: Chunk) -> tuple[str, ...]:
-    return DIVERGENCES[chunk.teacher.term.formula].second if isinstance(chunk.teacher, DenseTeacher) else ()
+def _second_pass_columns(chunk: Chunk) -> tuple[str, ...]:
+    return DIVERGENCES[chunk.teacher.term.formula].second_pass if isinstance(chunk.teacher, DenseTeacher) else ()
 
 
 def _empty(lines: int, chunk: Chunk) -> Tensor:

@@ -26,7 +26,7 @@ class DenseTeacher:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return DENSE_COLUMNS + DIVERGENCES[self.term.formula].first
+        return DENSE_COLUMNS + DIVERGENCES[self.term.formula].first_pass
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Kernels(Protocol):
         """``chunk.columns`` of this slice of every row; with a sparse teacher the logits of its ids behind them, a
         line an id, 0 where this rank lacks it."""
 
-    def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
-        """This slice's share of the divergence's ``second`` columns, from merged first statistics. Plain sums."""
+    def second_pass(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
+        """This slice's share of the divergence's ``second_pass`` columns, from merged first statistics. Plain sums."""
 
     def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         """``[R, v]``, the student's dtype: derivative of the chunk's weighted loss by its logits, from merged

@@ -41,7 +41,7 @@ class ReferenceKernels:
             values |= _dense_statistics(chunk, chunk.teacher, student_Rv)
         return RowStatistics(chunk.columns, torch.stack([values[name] for name in chunk.columns]))
 
-    def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
+    def second_pass(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
         assert isinstance(chunk.teacher, DenseTeacher)
         term = chunk.teacher.term
         dense = _dense_entries(chunk, chunk.teacher, rows)
@@ -71,14 +71,14 @@ class ReferenceKernels:
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
         rows = self.statistics(chunk)
-        if isinstance(chunk.teacher, DenseTeacher) and DIVERGENCES[chunk.teacher.term.formula].second:
-            rows = rows.extended(self.second(chunk, rows))
+        if isinstance(chunk.teacher, DenseTeacher) and DIVERGENCES[chunk.teacher.term.formula].second_pass:
+            rows = rows.extended(self.second_pass(chunk, rows))
         return rows, self.gradient(chunk, rows)
 
 
 def _dense_statistics(chunk: Chunk, teacher: DenseTeacher, student_Rv: Tensor) -> dict[str, Tensor]:
     term = teacher.term
-    first = DIVERGENCES[term.formula].first
+    first = DIVERGENCES[term.formula].first_pass
     teacher_Rv = _masked(teacher.logits_Rv, chunk.num_valid).to(student_Rv.dtype)
     student_top_R, teacher_top_R = student_Rv.amax(1), teacher_Rv.amax(1)
     tops_Rv = (student_Rv == column(student_top_R)) & (teacher_Rv == column(teacher_top_R))

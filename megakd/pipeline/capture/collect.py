@@ -31,8 +31,10 @@ _SAMPLES_AT_ONCE = 256  # whose tokens are read together
 class OnlineStoreWork(StoreWork):
     """A store with the step of each sample. steps: ``[num_samples]`` int32, -1 without."""
 
-    def __init__(self, folder: Path, spec: StoreSpec, ranks: NDArray[np.int32], steps: NDArray[np.int32]) -> None:
-        super().__init__(folder, spec, ranks, ids=np.flatnonzero(steps >= 0))
+    def __init__(
+        self, folder: Path, spec: StoreSpec, frequency_ranks: NDArray[np.int32], steps: NDArray[np.int32]
+    ) -> None:
+        super().__init__(folder, spec, frequency_ranks, ids=np.flatnonzero(steps >= 0))
         self._steps = steps
 
     def _more_files(self) -> Sequence[FileRecord]:

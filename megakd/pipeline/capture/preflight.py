@@ -19,7 +19,7 @@ from megakd.data.scores.artefact import COUNTS, LOG_PROBS
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import UsageError
-from megakd.logits.codec import frequency_ranks
+from megakd.logits.codec import rank_by_frequency
 from megakd.logits.spec import StoreSpec
 from megakd.model.checkpoint.record import CheckpointRecord, read_record
 from megakd.model.config import ModelShape
@@ -196,8 +196,8 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
         if Path(config.scores_output).resolve() == Path(config.output).resolve():
             raise UsageError(f"--scores-output {config.scores_output} is --output too: give it a folder of its own")
         scores = _scores(config, spec, shape, ids, tokenizer, masked_labels(config.mask_policy, dataset))
-    ranks = token_ranks(dataset, record.vocab_size)
-    work = StoreWork(Path(config.output), spec, ranks, ids=ids, scores=scores)
+    frequency_ranks = token_ranks(dataset, record.vocab_size)
+    work = StoreWork(Path(config.output), spec, frequency_ranks, ids=ids, scores=scores)
     work.check_all()
     return CapturePlan(record, shape, samples, spec, work, eod_token)
 
@@ -246,4 +246,4 @@ def token_ranks(dataset: IndexedDataset, vocab_size: int) -> NDArray[np.int32]:
     piece = -(-min(len(tokens), _RANKED_TOKENS) // pieces)
     for start in np.linspace(0, max(len(tokens) - piece, 0), pieces).astype(np.int64).tolist():
         counts += np.bincount(tokens[start : start + piece], minlength=vocab_size)[:vocab_size]
-    return frequency_ranks(counts)
+    return rank_by_frequency(counts)

@@ -47,7 +47,7 @@ class StoreWork(RangeWork[Captured | None]):
         self,
         folder: Path,
         spec: StoreSpec,
-        ranks: NDArray[np.int32],
+        frequency_ranks: NDArray[np.int32],
         *,
         ids: NDArray[np.int64] | None = None,
         scores: Parts | None = None,
@@ -55,7 +55,7 @@ class StoreWork(RangeWork[Captured | None]):
         super().__init__(
             folder, folder / SHARDS, num_samples=spec.num_samples, range_samples=spec.shard_samples, ids=ids
         )
-        self.spec, self.ranks, self.scores = spec, ranks, scores
+        self.spec, self.frequency_ranks, self.scores = spec, frequency_ranks, scores
 
     def check_all(self) -> None:
         """Raise MismatchError if the folder holds another store, finished or not, UsageError if it holds something
@@ -73,7 +73,7 @@ class StoreWork(RangeWork[Captured | None]):
         if not path.exists():
             return False
         manifest = read_manifest(path, format=FORMAT, version=READABLE)
-        self.spec.check(manifest, self.ranks)
+        self.spec.check(manifest, self.frequency_ranks)
         if self.scores is not None and not self.scores.finished():
             raise UsageError(
                 f"{self.folder}: this store is finished, and was captured without scores in {self.scores.folder}: "
@@ -88,7 +88,7 @@ class StoreWork(RangeWork[Captured | None]):
 
     def new_shard(self, index: int) -> ShardWriter:
         """To which the samples of range ``index`` are to be added, in rising order."""
-        return write_shard(self.folder, self.spec, self.ranks, index)
+        return write_shard(self.folder, self.spec, self.frequency_ranks, index)
 
     def commit(self, claim: Claim, result: Captured | None, *, provenance: Mapping[str, Any]) -> None:
         assert result is not None  # the leader has one, and only it commits
@@ -107,7 +107,7 @@ class StoreWork(RangeWork[Captured | None]):
                 self.scores.join()
             if not (self.folder / MANIFEST).exists():
                 try:
-                    finish_store(self.folder, self.spec, self.ranks, more_files=self._more_files())
+                    finish_store(self.folder, self.spec, self.frequency_ranks, more_files=self._more_files())
                 except UsageError as error:
                     raise CorruptError(f"{error}; run again") from error
             for name in filter(_LOCK.fullmatch, self._names() or ()):
@@ -140,7 +140,7 @@ class StoreWork(RangeWork[Captured | None]):
 
     def _read(self, path: Path) -> Manifest | None:
         try:
-            manifest = read_shard(self.folder, self.spec, self.ranks, int(path.stem))
+            manifest = read_shard(self.folder, self.spec, self.frequency_ranks, int(path.stem))
         except FileNotFoundError:
             return None
         if manifest is None or (self.scores is not None and not self.scores.holds(int(path.stem))):

@@ -99,12 +99,12 @@ def _merged(chunks: list[Chunk], kernels: list[Kernels], term: KDTerm) -> RowSta
 
 
 def _with_second(merged: RowStatistics, chunks: list[Chunk], kernels: list[Kernels], term: KDTerm) -> RowStatistics:
-    if chunks[0].teacher is None or not DIVERGENCES[term.formula].second:
+    if chunks[0].teacher is None or not DIVERGENCES[term.formula].second_pass:
         return merged
     if term.formula == "adaptive_kl":  # its head needs a group: here two numbers that stand for it
         gaps = torch.tensor([0.3, 0.9], dtype=merged.values_kR.dtype).unsqueeze(1)
         return merged.extended(RowStatistics(("head_gap", "tail_gap"), gaps.expand(2, merged.values_kR.shape[1])))
-    parts = [k.second(chunk, merged) for k, chunk in zip(kernels, chunks)]
+    parts = [k.second_pass(chunk, merged) for k, chunk in zip(kernels, chunks)]
     return merged.extended(RowStatistics(parts[0].columns, torch.stack([p.values_kR for p in parts]).sum(0)))
 
 

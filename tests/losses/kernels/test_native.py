@@ -176,7 +176,7 @@ SPARSE_ARGUMENTS = {
     ("function", "extra", "wrong"),
     [
         ("sweep_lm", {}, {"sweep": "neither"}),
-        ("sweep_lm", {}, {"sweep": "second"}),
+        ("sweep_lm", {}, {"sweep": "second_pass"}),
         ("sweep_lm", {}, {"num_valid": 9}),
         ("sweep_lm", {}, {"num_valid": -1}),
         ("sweep_lm", {}, {"student": np.zeros(8, np.float32)}),

@@ -72,8 +72,8 @@ def _launches() -> _Recorder:
             slope = SparseSlope(weight, weight, torch.ones(side.columns_RK.shape[1], 2))
         chunk = Chunk(torch.zeros(2, 64, dtype=student_dtype), 64, labels, weight, weight, side)
         rows = recorder.statistics(chunk)
-        if isinstance(side, DenseTeacher) and DIVERGENCES[term.formula].second == ("value", "slope"):
-            rows = rows.extended(recorder.second(chunk, rows))
+        if isinstance(side, DenseTeacher) and DIVERGENCES[term.formula].second_pass == ("value", "slope"):
+            rows = rows.extended(recorder.second_pass(chunk, rows))
         recorder.gradient(chunk, RowStatistics(rows.columns, rows.values_kR), slope)
     return recorder
 

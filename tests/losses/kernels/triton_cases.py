@@ -153,8 +153,8 @@ def _walk(kernels: Kernels, case: Case, chunks: list[Chunk], buckets: Buckets | 
     elif case.term.formula == "adaptive_kl":  # its head needs a group: here two numbers that stand for it
         gaps = torch.tensor([[0.3], [0.9]], dtype=rows.values_kR.dtype, device=DEVICE)
         rows = rows.extended(RowStatistics(("head_gap", "tail_gap"), gaps.expand(2, rows.values_kR.shape[1])))
-    elif DIVERGENCES[case.term.formula].second:
-        seconds = [kernels.second(chunk, rows) for chunk in chunks]
+    elif DIVERGENCES[case.term.formula].second_pass:
+        seconds = [kernels.second_pass(chunk, rows) for chunk in chunks]
         rows = rows.extended(RowStatistics(seconds[0].columns, sum(part.values_kR for part in seconds)))  # type: ignore[arg-type]
     gradient = torch.cat([kernels.gradient(chunk, rows, slope) for chunk in chunks], 1)
     assert gradient[:, VOCAB_SIZE:].count_nonzero() == 0

@@ -142,14 +142,14 @@ class TritonKernels:
         )
         return RowStatistics(chunk.columns, values_kR)
 
-    def second(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
+    def second_pass(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
         student_Rv, teacher = chunk.student_Rv, chunk.teacher
         assert isinstance(teacher, DenseTeacher)
         formula, tau_s, tau_t = _settings(teacher)
-        columns = DIVERGENCES[teacher.term.formula].second
+        columns = DIVERGENCES[teacher.term.formula].second_pass
         values_kR = _new(student_Rv, len(columns), student_Rv.shape[0])
         self._launch(
-            "dense_second",
+            "dense_second_pass",
             chunk,
             *(student_Rv, teacher.logits_Rv, _lines(chunk, rows), values_kR),
             *(student_Rv.shape[0], chunk.num_valid, student_Rv.shape[1]),
@@ -211,8 +211,8 @@ class TritonKernels:
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
         rows = self.statistics(chunk)
-        if isinstance(chunk.teacher, DenseTeacher) and DIVERGENCES[chunk.teacher.term.formula].second:
-            rows = rows.extended(self.second(chunk, rows))
+        if isinstance(chunk.teacher, DenseTeacher) and DIVERGENCES[chunk.teacher.term.formula].second_pass:
+            rows = rows.extended(self.second_pass(chunk, rows))
         return rows, self.gradient(chunk, rows)
 
     def _launch(self, kernel: str, chunk: Chunk, *arguments: Tensor | int | float, **constants: int | str) -> None:

@@ -280,7 +280,7 @@ def dense_statistics(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
-def dense_second(
+def dense_second_pass(
     student,
     teacher,
     rows,
