@@ -34,8 +34,9 @@ from store_peers import Copy, DistillKit, Megatron, Naive, rows_at
 from store_teacher import DRAWS, Teacher, captured_teacher, trigram_teacher
 
 from megakd.logits.codec import Rows, rank_by_frequency
-from megakd.logits.spec import StoreSpec, finish_store, shard_path, write_shard
+from megakd.logits.spec import StoreSpec, shard_path
 from megakd.logits.store import LogitsStore
+from megakd.logits.store_writer import finish_store, write_shard
 
 BATCH = 4
 

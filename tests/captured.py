@@ -15,7 +15,8 @@ from worlds import Worlds
 
 from megakd.data.samples.selected import unselected
 from megakd.logits.codec import identity_ranks
-from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.logits.spec import StoreSpec
+from megakd.logits.store_writer import finish_store, write_shard
 from megakd.targets import DenseTargets
 from megakd.train.preflight import check_run
 

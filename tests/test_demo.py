@@ -18,7 +18,8 @@ from run_folder.run_folders import HELD_OUT, evaluation, write_lines, write_run
 
 from megakd.config.tree import parse
 from megakd.logits.codec import Rows, identity_ranks
-from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.logits.spec import StoreSpec
+from megakd.logits.store_writer import finish_store, write_shard
 from megakd.pipeline.capture.preflight import CaptureConfig
 from megakd.pipeline.datasets.describe import describe_artefact
 from megakd.pipeline.score.preflight import ScoreConfig

@@ -20,8 +20,9 @@ from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.concat import ConcatSamples
 from megakd.errors import UsageError
 from megakd.logits.codec import Rows, rank_by_frequency
-from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
+from megakd.logits.store_writer import finish_store, write_shard
 from megakd.pipeline.capture.preflight import CaptureConfig
 from megakd.train.config import TrainConfig
 from megakd.train.stored_targets import check_stores

@@ -1,9 +1,9 @@
-"""What makes a logits store what it is, and how one comes to be: shards, by any processes, then one manifest."""
+"""The identity of a logits store: the values that decide its bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.artefacts.durable_files import FileRecord, HashingWriter
-from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
+from megakd.artefacts.manifest import Manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits import shard as shards
-from megakd.logits.codec import ROWS_FOR_CODES, Rounding, RowFormat, ValueBits, invert
-from megakd.logits.shard import ShardWriter
+from megakd.logits.codec import Rounding, RowFormat, ValueBits, invert
 from megakd.targets import SparseKind
 
 FORMAT, VERSION, READABLE = "megakd-logits", 2, (1, 2)
@@ -115,7 +113,7 @@ class StoreSpec:
 
     def check(self, manifest: Manifest, frequency_ranks: NDArray[np.int32]) -> None:
         """Raise MismatchError for the manifest of another store, with what differs."""
-        _check_identity(manifest, self.parameters(frequency_ranks), self, "holds another store than this")
+        check_identity(manifest, self.parameters(frequency_ranks), self, "holds another store than this")
 
     @staticmethod
     def of(manifest: Manifest) -> StoreSpec:
@@ -138,97 +136,10 @@ def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:
     return Path(folder) / SHARDS / f"{shard:08d}.json"
 
 
-def write_shard(
-    folder: str | os.PathLike[str],
-    spec: StoreSpec,
-    frequency_ranks: NDArray[np.int32],
-    shard: int,
-    *,
-    rows_for_codes: int = ROWS_FOR_CODES,
-) -> ShardWriter:
-    """The writer of one shard: `add` the samples that have targets, in rising order, then `commit`.
-
-    frequency_ranks: ``[V]`` int32, the same for all shards of a store.
-    """
-    if len(frequency_ranks) != spec.vocab_size:
-        raise UsageError(f"{len(frequency_ranks)} ranks for a vocabulary of {spec.vocab_size}")
-    path = shard_path(folder, shard)
-    return ShardWriter(
-        path.parent,
-        path.stem,
-        samples=spec.samples_of(shard),
-        row_format=spec.row_format,
-        frequency_ranks=frequency_ranks,
-        parameters=spec.parameters(frequency_ranks),
-        parents=spec.parents,
-        tokenizer=spec.tokenizer,
-        rows_for_codes=rows_for_codes,
-    )
-
-
-def read_shard(
-    folder: str | os.PathLike[str], spec: StoreSpec, frequency_ranks: NDArray[np.int32], shard: int
-) -> Manifest | None:
-    """The manifest of a shard that is whole; None where there is none, or a file of it is missing or cut.
-
-    Raises MismatchError for a shard of another store, with what differs.
-    """
-    path = shard_path(folder, shard)
-    if not path.exists():
-        return None
-    try:
-        manifest = read_manifest(path, format=shards.FORMAT, version=shards.READABLE)
-    except CorruptError:
-        return None
-    own = spec.parameters(frequency_ranks) | {"samples": list(spec.samples_of(shard))}
-    _check_identity(manifest, own, spec, "is a shard of another store")
-    return manifest
-
-
-def finish_store(
-    folder: str | os.PathLike[str],
-    spec: StoreSpec,
-    frequency_ranks: NDArray[np.int32],
-    *,
-    present: Iterable[int] | None = None,
-    more_files: Sequence[FileRecord] = (),
-) -> Manifest:
-    """Write the manifest that makes the shards a store; from one process. Their records are not read again.
-
-    present: the shards that must be there, all by default; the ranges of the others have no targets.
-    more_files: what else is to be found in the folder, durable.
-
-    Raises UsageError where one is missing or not whole, MismatchError for one of another store.
-    """
-    folder = Path(folder)
-    listed: list[Any] = [None] * spec.num_shards
-    rows = samples = 0
-    for number in range(spec.num_shards) if present is None else present:
-        manifest = read_shard(folder, spec, frequency_ranks, number)
-        if manifest is None:
-            raise UsageError(f"{shard_path(folder, number)}: this shard is missing or not whole: capture it first")
-        listed[number] = [manifest.fingerprint, *(record.size_bytes for record in manifest.files)]
-        rows += int(manifest.parameters["rows"])
-        samples += int(manifest.parameters["samples_with_targets"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    with HashingWriter(folder / ORDER) as writer:
-        writer.write(_shortened(invert(frequency_ranks)).astype("<i4").data)
-        files = [writer.commit()]
-    return write_manifest(
-        folder / MANIFEST,
-        format=FORMAT,
-        version=VERSION,
-        parameters={
-            **spec.parameters(frequency_ranks),
-            "rows": rows,
-            "samples_with_targets": samples,
-            "shards": listed,
-        },
-        parents=spec.parents,
-        tokenizer=spec.tokenizer,
-        files=[*files, *more_files],
-    )
+def check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec, what: str) -> None:
+    """Raise MismatchError, with the differences, unless a manifest has the parameters, parents and tokenizer."""
+    if wrong := manifest.differences(parameters, spec.parents, spec.tokenizer):
+        raise MismatchError(f"{manifest.path} {what}: {'; '.join(wrong)}. Give another --output")
 
 
 def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
@@ -249,12 +160,6 @@ def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
     return ids_of_ranks
 
 
-def _shortened(ids_of_ranks: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Without the end in which ids only rise: what never occurred, by far the most ids of a small dataset."""
-    falls = np.flatnonzero(np.diff(ids_of_ranks) < 0)
-    return ids_of_ranks[: int(falls[-1]) + 1 if len(falls) else 0]
-
-
 def _lengthened(first: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
     """With the ids that are not there, rising. Raises UsageError for ids that are none."""
     if len(first) and not 0 <= int(first.min()) <= int(first.max()) < vocab_size:
@@ -263,8 +168,3 @@ def _lengthened(first: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
     is_left[first] = False
     whole: NDArray[np.int32] = np.concatenate([first, np.flatnonzero(is_left).astype(np.int32)])
     return whole
-
-
-def _check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: StoreSpec, what: str) -> None:
-    if wrong := manifest.differences(parameters, spec.parents, spec.tokenizer):
-        raise MismatchError(f"{manifest.path} {what}: {'; '.join(wrong)}. Give another --output")

@@ -1,13 +1,12 @@
-"""What a frozen teacher says about the microbatches of a step: one interface for none, a model, a store, or both.
+"""A teacher that is a frozen model: its hidden states for the microbatches of a step, in a layout of its own.
 
 Axes: B microbatch, S sequence, H hidden of the teacher, T = S x B tokens in megatron's order (sequence first).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,39 +14,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megakd.data.loader import StepBatch
 from megakd.layout import Coordinates, rank_of
 from megakd.model.attention import slice_sequence
 from megakd.model.gpt import HiddenGPTModel
 from megakd.parallel import Groups
-from megakd.targets import DenseTargets, Given, Unreadable
+from megakd.targets import DenseTargets
+from megakd.teachers.protocol import Batch
 
 # isort: split
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-
-class Batch(Protocol):
-    """What a teacher needs of a step's batch: any data-parallel rank's microbatches, by index."""
-
-    @property
-    def num_microbatches(self) -> int: ...
-
-    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Any: ...
-
-
-class Teacher(Protocol):
-    """Gives targets for this rank's microbatches in order. Every rank must call it, once a step."""
-
-    def targets(self, batch: StepBatch) -> Iterator[Given | Unreadable]: ...
-
-
-class NoTeacher:
-    """LM loss alone."""
-
-    def targets(self, batch: Batch) -> Iterator[None]:
-        return itertools.repeat(None)
 
 
 class ModelTeacher:

@@ -27,7 +27,7 @@ from megakd.logits.store import BatchRows, LogitsStore
 from megakd.model.attention import slice_sequence
 from megakd.parallel import Groups
 from megakd.targets import Given, SparseTargets, Unreadable
-from megakd.teachers.model_teacher import Batch
+from megakd.teachers.protocol import Batch
 
 
 class StoreTeacher:

@@ -22,7 +22,8 @@ from megakd.model.gpt import build_model, resolve_transformer_impl
 from megakd.model.initial_weights import set_initial_weights
 from megakd.parallel import Groups, build_groups
 from megakd.teachers.mixed_teacher import MixedTeacher
-from megakd.teachers.model_teacher import ModelTeacher, NoTeacher, Teacher
+from megakd.teachers.model_teacher import ModelTeacher
+from megakd.teachers.protocol import NoTeacher, Teacher
 from megakd.teachers.store_teacher import StoreTeacher
 from megakd.train.config import CheckpointConfig, DataConfig, EvaluateConfig, TrainConfig, TrainingConfig
 from megakd.train.evaluate import Evaluator

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megakd.data.loader import StepBatch
 from megakd.parallel import Groups
-from megakd.teachers.model_teacher import Teacher
+from megakd.teachers.protocol import Teacher
 from megakd.train.objective.objective import Objective
 from megakd.train.optim import NonFiniteGradientError, Student
 from megakd.train.step import run_step

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megakd.data.loader import Loader
 from megakd.parallel import Groups
-from megakd.teachers.model_teacher import Teacher
+from megakd.teachers.protocol import Teacher
 from megakd.train.objective.calibration import NUM_BINS, calibration_error
 from megakd.train.objective.objective import Objective
 from megakd.train.optim import Student

@@ -19,7 +19,7 @@ from megakd.errors import NonFiniteError
 from megakd.model.attention import slice_sequence
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
-from megakd.teachers.model_teacher import Teacher
+from megakd.teachers.protocol import Teacher
 from megakd.train.journal import Keep
 from megakd.train.objective.calibration import NUM_BINS
 from megakd.train.objective.objective import Objective, TokenLosses

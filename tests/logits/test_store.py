@@ -17,16 +17,9 @@ from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, identity_ranks, invert, rank_by_frequency
 from megakd.logits.read_ahead import prefetched
-from megakd.logits.spec import (
-    MANIFEST,
-    StoreSpec,
-    finish_store,
-    read_ids_of_ranks,
-    read_shard,
-    shard_path,
-    write_shard,
-)
+from megakd.logits.spec import MANIFEST, StoreSpec, read_ids_of_ranks, shard_path
 from megakd.logits.store import LogitsStore, verify_store
+from megakd.logits.store_writer import finish_store, read_shard, write_shard
 
 VOCAB, SEQ = 500, 16
 SPEC = StoreSpec(

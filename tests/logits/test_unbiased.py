@@ -22,8 +22,9 @@ from megakd.logits.codec import (
     identity_ranks,
 )
 from megakd.logits.rounding import RandomRounding
-from megakd.logits.spec import StoreSpec, finish_store, write_shard
+from megakd.logits.spec import StoreSpec
 from megakd.logits.store import BatchRows, LogitsStore
+from megakd.logits.store_writer import finish_store, write_shard
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.teachers.head_rows import RowReader, draw_numbers, token_positions
 

@@ -31,7 +31,7 @@ _PARAMETERS = {
 
 
 class NativeKernels:
-    """See ``kernels.Kernels``. Arithmetic is fp32; as many threads as torch uses.
+    """See ``protocol.Kernels``. Arithmetic is fp32; as many threads as torch uses.
 
     The logits of student and teacher must be contiguous, fp32 or bf16, not necessarily the same.
     """

@@ -22,7 +22,7 @@ from megakd.losses.vocab_parallel import RowStatistics, pivot
 
 
 class ReferenceKernels:
-    """See ``kernels.Kernels``. Arithmetic is fp32, or fp64 for fp64 logits."""
+    """See ``protocol.Kernels``. Arithmetic is fp32, or fp64 for fp64 logits."""
 
     def supports(self, chunk: Chunk) -> bool:
         return True

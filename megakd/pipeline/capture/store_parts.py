@@ -20,8 +20,9 @@ from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.errors import CorruptError, UsageError
 from megakd.logits.shard import ShardWriter
-from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, finish_store, read_shard, write_shard
+from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec
 from megakd.logits.store import LogitsStore
+from megakd.logits.store_writer import finish_store, read_shard, write_shard
 from megakd.pipeline.frozen.output_folder import check_output
 from megakd.pipeline.score.parts import Parts
 from megakd.work.ranges import Claim, RangeWork

@@ -84,7 +84,7 @@ def _alpha_beta_case(term: KDTerm) -> str:
 
 
 class TritonKernels:
-    """See ``kernels.Kernels``. On CPU only with Triton's interpreter, for tests (``TRITON_INTERPRET=1``).
+    """See ``protocol.Kernels``. On CPU only with Triton's interpreter, for tests (``TRITON_INTERPRET=1``).
 
     block: columns that a program takes at a time, a power of 2 and at least 32; num_warps warps share them.
     """
