@@ -169,14 +169,6 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def close_parallel() -> None:
-    """Leave the world, so that the process can end without a complaint."""
-    if dist.is_initialized():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
 def _init_world(parallel: ParallelConfig, num_ranks: int) -> torch.device:
     timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
-
-from megakd.logits.store import BatchRows, LogitsStore
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Request = tuple[NDArray[np.int64], NDArray[Any]]
-"""Sample ids ``[B]`` and input ids ``[B, S]``."""
 
 
 class ReadAhead:
@@ -60,14 +53,3 @@ class ReadAhead:
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def prefetched(
-    store: LogitsStore, requests: Iterable[Request], *, threads: int = 1, ahead: int = 2, width: int | None = None
-) -> Generator[BatchRows]:
-    """``store.read_batch`` of each request, in their order; ``ReadAhead`` says how, and what is raised when."""
-
-    def read(request: Request) -> BatchRows:
-        return store.read_batch(*request, width=width)
-
-    return ReadAhead(threads=threads, ahead=ahead)(read, requests)

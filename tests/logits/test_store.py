@@ -16,7 +16,7 @@ from megakd.artefacts.durable_files import HashingWriter
 from megakd.artefacts.manifest import Manifest, read_manifest, write_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.logits.codec import Rows, identity_ranks, invert, rank_by_frequency
-from megakd.logits.read_ahead import prefetched
+from megakd.logits.read_ahead import ReadAhead
 from megakd.logits.spec import MANIFEST, StoreSpec, read_ids_of_ranks, shard_path
 from megakd.logits.store import LogitsStore, verify_store
 from megakd.logits.store_writer import finish_store, read_shard, write_shard
@@ -125,7 +125,8 @@ def test_batches_come_ahead_in_order_and_bounded(written: Path, threads: int, ah
             taken.append(sample)
             yield np.array([sample]), padded(sample)[None]
 
-    for sample, batch in enumerate(prefetched(store, requests(), threads=threads, ahead=ahead)):
+    read_ahead = ReadAhead(threads=threads, ahead=ahead)
+    for sample, batch in enumerate(read_ahead(lambda request: store.read_batch(*request), requests())):
         assert len(taken) <= sample + ahead
         expected = store.read_batch(np.array([sample]), padded(sample)[None])
         np.testing.assert_array_equal(batch.ids_BSK, expected.ids_BSK)
@@ -135,13 +136,11 @@ def test_batches_come_ahead_in_order_and_bounded(written: Path, threads: int, ah
 
 def test_a_fault_shows_when_its_turn_comes(written: Path) -> None:
     requests = [(np.array([sample]), padded(7)[None]) for sample in (7, 8)]
-    batches = prefetched(LogitsStore(written), requests, ahead=5)
+    store = LogitsStore(written)
+    batches = ReadAhead(ahead=5)(lambda request: store.read_batch(*request), requests)
     assert next(batches).has_targets_BS.any()
     with pytest.raises(MismatchError, match="sample 8 was captured with other input ids"):
         next(batches)
-    early = prefetched(LogitsStore(written), requests)
-    next(early)
-    early.close()  # nothing hangs
 
 
 def test_the_same_rows_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
