@@ -1,4 +1,4 @@
-"""The same losses from logits that exist, for those who have made them: values and gradient in one pass, in place.
+"""Losses on logits that the caller has made: values and gradient in one pass, in place if asked for.
 
 Axes: ``T`` tokens, ``v`` this rank's slice of the vocabulary.
 """
@@ -37,15 +37,42 @@ def logits_loss(
     implementation: Implementation = "auto",
     chunk_bytes: int | None = None,
 ) -> HeadOutput:
-    """``head.head_loss`` from the student's logits ``[T, v]``, contiguous; teachers as logits or sparse.
+    """LM loss, z-loss and any number of distillation terms of logits that exist already.
 
-    inplace: the logits become their gradient, at once; nobody may read them afterwards (autograd refuses if an
-        operation before has kept them for its backward; a matrix product has not). Else a copy does.
-    chunk_bytes: how many bytes of logits, of all models together, are done at a time. Unless given: 32 MiB, but
-        everything at once, and so with one all-gather in all, where the vocabulary is split and no logits have to be
-        copied (contiguous, every token with weight, one term, and neither taid nor adaptive_kl).
+    For training loops that make the student's logits themselves. ``head.head_loss`` computes the same losses from
+    hidden states and never holds ``[T, V]`` logits; with an output head at hand it is the better choice.
 
-    Raises UsageError as ``head_loss`` does.
+    student_Tv: ``[T, v]`` fp32, bf16, fp16 or fp64: this rank's slice of the student's logits.
+    labels_T, shard, lm_weight_T, z_weight_T, implementation: as for ``head.head_loss``. On one process the shard is
+        ``VocabShard(0, V, V, None)``.
+    kd: the distillation terms, with targets ``LogitTargets`` (the teacher's logits ``[T, v]``, same slice) or
+        ``SparseTargets``.
+    inplace: True overwrites the logits with their gradient at once. Nobody may read them afterwards; autograd refuses
+        the backward if an earlier operation kept them for its own (a matrix product does not). False works on a copy.
+    chunk_bytes: bytes of logits, of all models together, that are worked on at a time; None is 32 MiB, or all at once
+        with one all-gather where the vocabulary is split and no logits must be copied (contiguous, every token with
+        weight, one term, and neither taid nor adaptive_kl).
+
+    Returns the loss, differentiable once by the logits, and detached values per token. Raises UsageError as
+    ``head_loss`` does.
+
+    >>> import torch
+    >>> from megakd.losses.head import KD, KDTerm, VocabShard
+    >>> from megakd.losses.logits import logits_loss
+    >>> from megakd.targets import LogitTargets
+    >>> student = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 2.0]])
+    >>> half = torch.full((2,), 0.5)
+    >>> output = logits_loss(
+    ...     student,
+    ...     torch.tensor([0, 1]),
+    ...     shard=VocabShard(0, 3, 3, None),
+    ...     lm_weight_T=half,
+    ...     kd=[KD(KDTerm("forward_kl", temperature=2.0), LogitTargets(teacher), half)],
+    ... )
+    >>> output.loss.backward()
+    >>> print(f"loss {output.loss:.4f}, gradient {tuple(student.grad.shape)}, top-1 {output.kd[0].agree_T.tolist()}")
+    loss 0.6930, gradient (2, 3), top-1 [True, False]
     """
     check_shapes(
         ("student_Tv", student_Tv, (student_Tv.shape[0], shard.num_rows)),
@@ -69,7 +96,7 @@ def logits_loss(
     if not wants_gradient:
         return output
     if logits_Tv.data_ptr() == student_Tv.data_ptr():
-        # kernels write past autograd: it must know, to refuse where somebody has kept these logits for a backward
+        # Kernels write behind the back of autograd, which must refuse if an operation kept these logits for its backward.
         torch.autograd.graph.increment_version(student_Tv)
     loss: Tensor = _Loss.apply(student_Tv, output.loss, logits_Tv)  # type: ignore[no-untyped-call]
     return replace(output, loss=loss)
@@ -78,7 +105,7 @@ def logits_loss(
 def _chunk_bytes(
     student: GivenStudent, terms: Sequence[SweptTerm], shard: VocabShard, implementation: Implementation
 ) -> int:
-    """Everything at once only where a chunk needs no memory of its own."""
+    """Bytes of logits to do at a time: everything at once only where a chunk needs no memory of its own."""
     copies = student.copies or len(terms) > 1
     for term in terms:
         copies |= term.term.divergence in ("taid", "adaptive_kl")
@@ -90,7 +117,7 @@ def _chunk_bytes(
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradient was made with it; the backward scales that, in place."""
+    """A loss whose gradient was made with it; the backward scales that gradient in place."""
 
     @staticmethod
     def forward(ctx: Any, student_Tv: Tensor, loss: Tensor, gradient_Tv: Tensor) -> Tensor:
@@ -103,6 +130,6 @@ class _Loss(torch.autograd.Function):
         gradient_Tv, ctx.gradient_Tv = ctx.gradient_Tv, None
         if gradient_Tv is None:
             raise RuntimeError("logits_loss keeps one gradient: a second backward over it has nothing left")
-        if grad.device.type != "cpu" or grad != 1:  # looking is free on CPU alone
-            gradient_Tv.mul_(grad)  # which has no axes: it is not rounded to the dtype of the other
+        if grad.device.type != "cpu" or grad != 1:  # reading grad stalls the queue on any device but the CPU
+            gradient_Tv.mul_(grad)  # grad has no axes, so torch does not round it to the dtype of gradient_Tv
         return gradient_Tv, None, None

@@ -1,6 +1,8 @@
-"""Losses from logits that exist: in place or not, masked or not, whole or split."""
+"""Losses on logits that exist: the example, in place or not, masked or not, whole or split."""
 
 from __future__ import annotations
+
+import doctest
 
 import pytest
 import torch
@@ -15,6 +17,12 @@ from megakd.losses.head import KD, HeadOutput, KDTerm, VocabShard
 from megakd.losses.kernels.choose import Implementation
 from megakd.losses.logits import logits_loss
 from megakd.targets import LogitTargets, SparseTargets
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    (example,) = doctest.DocTestFinder().find(logits_loss, "logits_loss", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
+
 
 SHORT = [case for case in CASES if case.term.temperature in (1.0, 0.5)]
 
