@@ -1,4 +1,5 @@
-// Whether a text holds one of some pairs of adjacent bytes: the cheap question before the dear one (engine_routes.py).
+// Search of a text for any of a set of pairs of adjacent bytes: a cheap test before an expensive one
+// (megakd/data/tokenizers).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -10,7 +11,7 @@ namespace py = pybind11;
 namespace megakd {
 namespace {
 
-// `pairs` has 65536 bytes, at 256 * first + second whether the pair is looked for; `firsts` tells it of first bytes.
+// pairs: 65536 bytes, not 0 at 256 * first + second of a pair that is looked for; firsts: not 0 at the first byte of one.
 bool holds_pair(const uint8_t* text, int64_t size, const uint8_t* firsts, const uint8_t* pairs) {
   const int64_t last = size - 1;  // starts no pair
   const auto here = [&](int64_t i) { return pairs[256 * text[i] + text[i + 1]] != 0; };

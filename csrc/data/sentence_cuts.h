@@ -5,7 +5,7 @@
 
 namespace megakd {
 
-// What a token id is to a cut; the bits of one entry of the table of classes. Made by megakd/data/sentences.py.
+// Bits of one entry of the table of token classes, which megakd/data/samples/sentences.py makes.
 enum TokenClass : uint8_t {
   kEndsAlways = 1,   // a sentence ends with it
   kEndsIfSpace = 2,  // a sentence ends with it if the next token brings a space
@@ -13,13 +13,13 @@ enum TokenClass : uint8_t {
 };
 
 struct SentenceCuts {
-  int64_t count = 0;          // entries of starts that are filled, the first one, which was given, counted
-  int64_t bad_position = -1;  // where an id stands that the table does not have, or -1
+  int64_t count = 0;          // filled entries of starts, the given first one included
+  int64_t bad_position = -1;  // position of an id that the table lacks, or -1
 };
 
-// Fills starts[1], starts[2], ... from starts[0], until `capacity` entries or the end of the tokens, which is then the
-// last entry. A window's cut comes behind the last token that ends a sentence and is not the window's first: a sample
-// of one token would have no label. The next token of a window's last one stands behind the window.
+// Fills starts[1], starts[2], ... from starts[0], up to `capacity` entries or the end of the tokens, which is then the
+// last entry. A window is cut after the last token that ends a sentence and is not the window's first, because a sample
+// of one token would have no label. The token after a window's last one lies outside the window.
 template <class Id>
 SentenceCuts cut_sentences(const Id* tokens, int64_t num_tokens, const uint8_t* classes, int64_t num_classes,
                            int64_t window, int64_t* starts, int64_t capacity) {

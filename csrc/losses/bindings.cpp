@@ -23,7 +23,8 @@ void require(bool fits, const std::string& what) {
   if (!fits) throw std::invalid_argument("sweep: " + what);
 }
 
-// The array's memory, if it has this shape, without gaps, and elements of this type. numpy has no bf16: that is uint16.
+// The array's memory. Throws unless the array has this shape, elements of this type and no gaps. numpy has no bf16, which
+// travels as uint16.
 template <class T>
 T* checked(const py::array& array, Shape shape, const char* expected) {
   using Stored = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, T>;
@@ -161,17 +162,17 @@ void sweep_sparse(const std::string& sweep, const py::array& student, int64_t nu
 void bind_sweeps(py::module_& m) {
   m.def("sweep_lm", &sweep_lm, py::arg("sweep"), py::arg("student"), py::arg("num_valid"), py::arg("labels"),
         py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
-        "A sweep over a chunk of logits for the LM loss alone.");
+        "Sweep over a chunk of logits for the LM loss alone.");
   m.def("sweep_dense", &sweep_dense, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
         py::arg("labels"), py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
         py::kw_only(), py::arg("teacher"), py::arg("kd_weight"), py::arg("divergence"), py::arg("parameters"),
         py::arg("student_temperature"), py::arg("teacher_temperature"), py::arg("kd_scale"),
-        "A sweep over a chunk of logits of student and teacher.");
+        "Sweep over a chunk of logits with the logits of a dense teacher.");
   m.def("sweep_sparse", &sweep_sparse, py::arg("sweep"), py::arg("student"), py::arg("num_valid"),
         py::arg("labels"), py::arg("lm_weight"), py::arg("z_weight"), py::arg("statistics"), py::arg("threads"),
         py::kw_only(), py::arg("columns"), py::arg("student_temperature"), py::arg("spread"),
         py::arg("factor") = py::none(), py::arg("shift") = py::none(), py::arg("listed") = py::none(),
-        "A sweep over a chunk of logits whose teacher lists ids.");
+        "Sweep over a chunk of logits with the ids that a sparse teacher lists.");
 }
 
 }  // namespace megakd

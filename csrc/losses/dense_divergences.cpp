@@ -1,4 +1,4 @@
-// The sweeps of the divergences whose value is made of sums of logits.
+// Sweeps of the divergences whose value follows from sums of the first pass.
 #include "losses/dense_sweep.h"
 
 namespace megakd {

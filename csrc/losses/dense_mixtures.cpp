@@ -1,4 +1,4 @@
-// The sweeps of the divergences whose value is made of the probabilities of both models.
+// Sweeps of the divergences whose value needs the probabilities of both models.
 #include "losses/mixtures.h"
 #include "losses/dense_sweep.h"
 

@@ -15,7 +15,8 @@ struct DenseArguments : ChunkArguments {
   Parameters parameters;
 };
 
-// The columns of a divergence that leaves the label apart, behind its sums: the label's logits, and the maxima with it.
+// Columns behind the sums of a divergence that treats the label apart: the label's logits, and the maxima of the whole
+// rows, label included.
 enum ApartColumn { kStudentLabel, kTeacherLabel, kStudentTop, kTeacherTop, kApartColumns };
 
 template <class Divergence>
@@ -28,15 +29,15 @@ float max_without(const Element* logits, int64_t n, int64_t apart) {
   return before > behind ? before : behind;
 }
 
-// The entries from i on with -inf in the place of `apart`, be that among them or not.
+// The entries from i on, with -inf in the place of `apart` if it is among them.
 inline Vec without(Vec logits, int64_t i, int64_t apart) {
   const IntVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return lanes == int32_t(apart - i) ? broadcast(-kInfinity) : logits;
 }
 
-inline float larger(float a, float b) { return b > a ? b : a; }  // a where b is NaN
+inline float larger(float a, float b) { return b > a ? b : a; }  // returns a where b is NaN
 
-// kTempered: the student's softmax in the divergence is not the one in the LM loss.
+// kTempered: the student's softmax in the divergence has another temperature than the one in the LM loss.
 template <class Divergence, bool kTempered, class Student, class Teacher>
 void dense_statistics(const DenseArguments& a, int64_t row, const Student* student, const Teacher* teacher) {
   constexpr bool kTwoSoftmaxes = kTempered || Divergence::kLabelApart;
@@ -54,7 +55,7 @@ void dense_statistics(const DenseArguments& a, int64_t row, const Student* stude
   const float lm_pivot = pivot(student_top);
   const Scale student_scale{pivot(student_max), 1.0f / a.student_temperature};
   const Scale teacher_scale{pivot(teacher_max), 1.0f / a.teacher_temperature};
-  Vec top = broadcast(-kInfinity);  // of s2 + t2, which is 0 only where both are maxima
+  Vec top = broadcast(-kInfinity);  // the maximum of s2 + t2, which is 0 only where one id is the maximum of both rows
   float totals[4 + Divergence::kFirstPass];
   sum_row<4 + Divergence::kFirstPass>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec whole = load(student + i, count);
@@ -93,14 +94,14 @@ void dense_statistics(const DenseArguments& a, int64_t row, const Student* stude
   a.at(behind + kTeacherTop, row) = teacher_top;
 }
 
-// What the second look at a row and its gradient are made from: the merged sums, and the divergence that knows them.
+// The merged sums of a row and the divergence made from them: input of the second pass and of the gradient.
 template <class Divergence>
 struct Merged {
   static constexpr int kColumns = kFirstPassColumns<Divergence> + Divergence::kSecondPass;
 
-  // second: whether those columns are there already.
-  Merged(const DenseArguments& a, int64_t row, bool second)
-      : own(columns(a, row, second)),
+  // has_second_pass: true if the columns of the second pass are filled.
+  Merged(const DenseArguments& a, int64_t row, bool has_second_pass)
+      : own(columns(a, row, has_second_pass)),
         sums{a.at(kStudentSum, row),
              a.at(kTeacherSum, row),
              {pivot(a.at(kStudentMax, row)), 1.0f / a.student_temperature},
@@ -109,11 +110,12 @@ struct Merged {
         divergence(sums, a.parameters) {}
   Merged(const Merged&) = delete;
 
-  // What exp_t and exp_s are multiplied by to be the probabilities times a weight.
+  // Factors that turn exp_t and exp_s into the probabilities p and q times a weight.
   struct Unit {
     float p, q;
   };
-  // No mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass anywhere, not 0 / 0.
+  // A row without any mass (a teacher that is certain of the label, which DKD leaves out) has probability 0 everywhere,
+  // not 0 / 0.
   Unit unit(float weight) const { return {share(weight, sums.teacher), share(weight, sums.student)}; }
   static float share(float weight, float sum) { return sum == 0.0f ? 0.0f : weight / sum; }
 
@@ -131,12 +133,12 @@ struct Merged {
   }
 
   struct Columns {
-    float values[kColumns + 1];  // one at least
+    float values[kColumns + 1];  // an array must not be empty
   };
-  static Columns columns(const DenseArguments& a, int64_t row, bool second) {
+  static Columns columns(const DenseArguments& a, int64_t row, bool has_second_pass) {
     Columns own{};
-    const int there = second ? kColumns : kFirstPassColumns<Divergence>;
-    for (int k = 0; k < there; k++) own.values[k] = a.at(kOwn + k, row);
+    const int filled = has_second_pass ? kColumns : kFirstPassColumns<Divergence>;
+    for (int k = 0; k < filled; k++) own.values[k] = a.at(kOwn + k, row);
     return own;
   }
   const Columns own;
@@ -193,20 +195,20 @@ void dense_rows(const DenseArguments& a, Student* student, const Teacher* teache
         if (both || a.sweep == Sweep::kSecondPass) dense_second_pass<Divergence>(a, row, s, t);
       }
       if (!both && a.sweep != Sweep::kGradient) continue;
-      // A row without KD weight: nothing of the teacher may reach the gradient, be it NaN.
+      // In a row without KD weight nothing of the teacher may reach the gradient, not even NaN.
       if (a.kd_weight[row] == 0.0f) lm_gradient(a, row, s);
       else dense_gradient<Divergence, kTempered>(a, row, s, t);
     }
   });
 }
 
-// A divergence as the bindings see it: how many columns of its own it has, and its sweep for every pair of types.
+// A divergence as the bindings see it: the number of its columns, and its sweep for every combination of dtypes.
 struct DenseKernel {
   using Run = void (*)(const DenseArguments&, void* student, const void* teacher);
   const char* name;
   int first_pass, second_pass;
   bool second_pass_elsewhere;
-  Run run[2][2];  // by whether student and teacher are bf16
+  Run run[2][2];  // [student is bf16][teacher is bf16]
 };
 
 template <class Divergence, class Student, class Teacher>
@@ -227,7 +229,7 @@ constexpr DenseKernel dense_kernel(const char* name) {
            {run_dense<Divergence, BFloat16, float>, run_dense<Divergence, BFloat16, BFloat16>}}};
 }
 
-// Every divergence is in one of these, compiled on their own; the end of a list has no name.
+// Every divergence is in one of these lists, which are compiled apart; an entry without a name ends a list.
 extern const DenseKernel kDivergenceKernels[], kMixtureKernels[];
 
 }  // namespace megakd

@@ -2,12 +2,12 @@
 // Those that need the probabilities for their value are in mixtures.h. Derivations are in docs/numerics.md.
 //
 // A divergence is a struct with
-//   kFirstPass       sums over the row that `accumulate` adds to, kFirstPassUnit what they are multiplied by at the end;
-//   kSecondPass      sums over the row that `accumulate_second_pass` adds to, once the first are merged over the whole row; with
-//                kSecondPassElsewhere they are made outside;
-//   kLinear      whether `slope` is of first degree in p and q, so that the row's weight can be in them already;
-//   kLabelApart  whether the label's entry stays out of all sums and has a slope of its own, `label_slope`;
-//   slope        the derivative by the student's logit over its temperature.
+//   kFirstPass   number of sums over the row that `accumulate` adds to; the result is multiplied by kFirstPassUnit;
+//   kSecondPass  number of sums over the row that `accumulate_second_pass` adds to, once the first are merged over the
+//                whole row; with kSecondPassElsewhere Python makes them (adaptive_kl.py);
+//   kLinear      true if `slope` is of first degree in p and q, so that these may contain the row's weight;
+//   kLabelApart  true if the label's entry stays out of all sums and has a slope of its own, `label_slope`;
+//   slope        derivative by the student's logit over its temperature.
 #pragma once
 
 #include <cmath>
@@ -17,34 +17,35 @@
 namespace megakd {
 
 // Entries of a row before its sums are known. s2 and t2 are the logits of student and teacher relative to the maximum of
-// their slice, after temperature, in units of log2; exp_s and exp_t are 2 to their power, exactly 0 where there is no mass.
-// s and t are the logits relative to nothing, after temperature, in nats.
+// their slice, after temperature, in units of log2; exp_s is 2^s2 and exp_t is 2^t2, exactly 0 where there is no mass.
+// s and t are the logits after temperature in nats, with no maximum subtracted.
 struct Entries {
   Vec s2, t2, exp_s, exp_t, s, t;
 };
 
-// The same once the sums of the whole row are merged; s2 and t2 are relative to the maximum of the whole row. p and q are
-// the probabilities, times the weight of the row's divergence if that is linear.
+// Entries of a row once its sums are merged. s2 and t2 are relative to the maximum of the whole row, s and t as above. p
+// and q are the probabilities of teacher and student, times the weight of the row's divergence if that is linear.
 struct Probabilities {
   Vec s2, t2, p, q, s, t;
 };
 
-// What a row's logits are relative to, and the inverse of the temperature that they are then multiplied by.
+// The pivot that is subtracted from a row's logits, and the inverse of their temperature.
 struct Scale {
   float pivot, inverse_temperature;
 
-  // Subtracted before scaled: exact where logits are huge.
+  // Subtracts before it scales, which is exact where logits are huge.
   Vec in_log2(Vec logits) const { return (logits - pivot) * (inverse_temperature * kLog2E); }
 };
 
-// The merged sums of a row: of exp_s and exp_t, and the divergence's columns in nats, first and then second.
+// Merged sums of a row: `student` of exp_s, `teacher` of exp_t, and `own`, the divergence's columns in nats, those of the
+// first pass before those of the second.
 struct RowSums {
   float student, teacher;
   Scale student_scale, teacher_scale;
   const float* own;
 };
 
-// What a divergence can be told; which is which stands at the divergence.
+// Parameters of a divergence; each divergence says what they mean.
 struct Parameters {
   float a, b;
 };
@@ -55,7 +56,7 @@ inline Vec product(Vec mass, Vec ratio) { return mass == 0.0f ? Vec{} : mass * r
 // sum += mass * ratio, leaving the sum alone where there is no mass, whatever the ratio.
 inline void add_product(Vec& sum, Vec mass, Vec ratio) { sum = mass == 0.0f ? sum : sum + mass * ratio; }
 
-// What most divergences have in common.
+// Defaults that most divergences share.
 struct Plain {
   static constexpr int kFirstPass = 1, kSecondPass = 0;
   static constexpr float kFirstPassUnit = kLn2;
@@ -95,7 +96,8 @@ struct SymmetricKL : Plain {
   float reverse_weight, mean;
 };
 
-// The same with w for each row: the tail's share of the gap, from head_gap and tail_gap, which are not made here.
+// (1 - w) KL(p || q) + w KL(q || p) with a w for each row, the tail's share of the gap: columns head_gap and tail_gap,
+// which adaptive_kl.py fills.
 struct AdaptiveKL : SymmetricKL {
   static constexpr int kSecondPass = 2;
   static constexpr bool kSecondPassElsewhere = true;
@@ -104,7 +106,7 @@ struct AdaptiveKL : SymmetricKL {
   static float tail_share(float head, float tail) { return head + tail == 0.0f ? 0.5f : tail / (head + tail); }
 };
 
-// Ids that are not ruled out by both models: all others take no part in squared differences of logits.
+// True for ids that at least one model does not rule out: the others take no part in squared differences of logits.
 inline IntVec in_play(Vec s, Vec t) { return (s != -kInfinity) | (t != -kInfinity); }
 
 // mean (s - t)^2.
@@ -144,7 +146,8 @@ struct CentredLogitMSE : Plain {
   float mean, factor;
 };
 
-// alpha (label part) + beta KL among the other ids, of which p and q are here; the parameters are alpha and beta.
+// alpha (label part) + beta KL among the other ids (DKD, arXiv 2203.08679). p and q are the distributions among the other
+// ids; the parameters are alpha and beta.
 struct Decoupled : Plain {
   static constexpr bool kLabelApart = true;
 

@@ -1,8 +1,8 @@
-// What all sweeps over a chunk of logits share: sums over a row, the row overwritten with its gradient, and the LM loss
-// alone. A sweep makes statistics of rows, or from merged ones the gradient, in place; both at once, a row at a time while
-// it is in cache, where the vocabulary is whole.
+// The sweep for the LM loss alone, and the parts that all sweeps share: sums over a row, and a row overwritten with its
+// gradient. A sweep makes the statistics of rows, or the gradient in place from merged statistics. Where one process
+// holds the whole vocabulary it does both at once, a row at a time while the row is in cache.
 //
-// Columns of the statistics, each `rows` floats, and their meaning: losses/vocab_parallel.py.
+// The statistics are columns of `rows` floats each; megakd/losses/vocab_parallel.py says what they mean.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ struct ChunkArguments {
   const int64_t* labels;   // [rows] column of the label in this slice, or outside [0, num_valid)
   const float* lm_weight;  // [rows]
   const float* z_weight;   // [rows], or null
-  float* statistics;       // [columns, rows]: out, or in for the gradient alone
+  float* statistics;       // [columns, rows]: output; input for the gradient alone
   Sweep sweep;
   int threads;
 
@@ -31,19 +31,19 @@ struct ChunkArguments {
   float z(int64_t row) const { return z_weight == nullptr ? 0.0f : z_weight[row]; }
 };
 
-// Sums over this many entries are closed before they join the row's, so that rounding does not grow with the vocabulary.
+// Entries that are summed apart before the sum joins the row's, so that rounding does not grow with the vocabulary.
 constexpr int64_t kBlock = 64 * kLanes;
 constexpr int64_t kRun = 4;  // rows that a thread takes at a time
 
 inline float pivot(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
 
-// Calls body(begin, end) on runs of rows, on all threads.
+// Calls body(begin, end) on runs of rows, shared out among the threads.
 template <class Body>
 void for_rows(const ChunkArguments& a, const Body& body) {
   parallel_for(a.rows, kRun, a.threads, body);
 }
 
-// The maximum of what `entries(i, count)` returns for the `count` entries from i on; NaN is passed over.
+// The maximum over a row of entries(i, count), which returns the `count` entries from i on; NaN is ignored.
 template <class Body>
 inline float max_row(int64_t n, const Body& entries) {
   Vec best[4];
@@ -61,7 +61,7 @@ float row_max(const Element* logits, int64_t n) {
   return max_row(n, [&](int64_t i, int64_t count) { return load(logits + i, count); });
 }
 
-// Adds up over a row what `entries(i, count, sums)` adds to its sums for the `count` entries from i on.
+// Sums over a row: entries(i, count, sums) adds the `count` entries from i on to its sums.
 template <int kSums, class Body>
 inline void sum_row(int64_t n, float totals[], const Body& entries) {
   Vec closed[kSums] = {};
@@ -76,12 +76,13 @@ inline void sum_row(int64_t n, float totals[], const Body& entries) {
   for (int k = 0; k < kSums; k++) totals[k] = reduce_add(closed[k]);
 }
 
-// Overwrites a row of logits with slope(i, count), at the label with label_slope() less its weight, and padding with 0.
+// Overwrites a row of logits with slope(i, count), its label with label_slope() minus the label's weight, and padding
+// with 0.
 template <class Element, class Body, class LabelBody>
 inline void rewrite_row(const ChunkArguments& a, int64_t row, Element* logits, const Body& slope,
                         const LabelBody& label_slope) {
   const int64_t n = a.num_valid;
-  const Vec at_label = a.owns_label(row) ? label_slope() - a.lm_weight[row] : Vec{};  // before the logit is gone
+  const Vec at_label = a.owns_label(row) ? label_slope() - a.lm_weight[row] : Vec{};  // before its logit is overwritten
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(logits + i, slope(i, kLanes));
   if (i < n) store(logits + i, slope(i, n - i), n - i);
@@ -96,7 +97,7 @@ inline void rewrite_row(const ChunkArguments& a, int64_t row, Element* logits, c
 
 inline Vec lm_exp(Vec logits, float pivot) { return exp2((logits - pivot) * kLog2E); }
 
-// What the gradient of LM loss and z-loss has of exp(s - lm_max): both are multiples of the softmax, but for the label.
+// Factor of exp(s - lm_max) in the gradient of LM loss and z-loss: but for the label, both are multiples of the softmax.
 inline float lm_factor(const ChunkArguments& a, int64_t row) {
   float weight = a.lm_weight[row];
   if (a.z(row) != 0.0f) weight += 2.0f * a.z(row) * (a.at(kLMMax, row) + std::log(a.at(kLMSum, row)));
@@ -121,7 +122,7 @@ void lm_statistics(const ChunkArguments& a, int64_t row, const Student* student)
 template <class Student>
 void lm_gradient(const ChunkArguments& a, int64_t row, Student* student) {
   const float subtract = pivot(a.at(kLMMax, row)), factor = lm_factor(a, row);
-  if (factor == 0.0f) {  // nothing of the row may reach the gradient, be it NaN
+  if (factor == 0.0f) {  // nothing of the row may reach the gradient, not even NaN
     return rewrite_row(a, row, student, [](int64_t, int64_t) { return Vec{}; });
   }
   rewrite_row(a, row, student, [&](int64_t i, int64_t count) {

@@ -1,4 +1,4 @@
-// The divergences that are a sum over ids of a function of p and q, and need both for their value: a second look at the
+// The divergences that are a sum over ids of a function of p and q. Their value needs both, hence a second pass over the
 // row. `slope` is w = q dD/dq, up to a multiple of q; the derivative by the logit is w - q sum(w).
 #pragma once
 
@@ -6,10 +6,10 @@
 
 namespace megakd {
 
-// What is divided by at least, so that ids without mass in either model do not make 0 / 0: the smallest normal number.
+// Lower bound of denominators, the smallest normal number: ids without mass in either model must not make 0 / 0.
 constexpr float kTiny = std::numeric_limits<float>::min();
 
-// The sums and the derivative from a function of one entry: Entry(row, parameters), value(e), slope(e).
+// Sums and derivative of a divergence from a function of one entry: Entry(row, parameters), value(e), slope(e).
 template <class Entry>
 struct Pointwise : Plain {
   static constexpr int kFirstPass = 0, kSecondPass = 2;  // value, slope
@@ -27,10 +27,10 @@ struct Pointwise : Plain {
   float total;
 };
 
-// mass log(mass / m): the ratio is what is precise where the two are near.
+// mass log(mass / m), by the ratio, which is precise where mass and m are close.
 inline Vec log_ratio_product(Vec mass, Vec inverse_m) { return product(mass, log2(mass * inverse_m) * kLn2); }
 
-// Of m = on_p p + (1 - on_p) q.
+// 1 / m for the mixture m = on_p p + (1 - on_p) q.
 inline Vec inverse_mixture(const Probabilities& e, float on_p) {
   return 1.0f / max(broadcast(kTiny), e.p * on_p + e.q * (1.0f - on_p));
 }
@@ -74,8 +74,8 @@ struct TotalVariation {
   }
 };
 
-// ABKD's divergence and its limits, a and b the exponents of p and q: made of log p and log q, so that what cancels in
-// the value cancels exactly. An id that both models rule out adds nothing.
+// ABKD's divergence and its limits, with a and b the exponents of p and q. Computed from log p and log q, so that terms
+// of the value that cancel do so exactly. An id that both models rule out adds nothing.
 struct AlphaBeta {
   AlphaBeta(const RowSums& row, const Parameters& with)
       : a(with.a), b(with.b), student(std::log2(row.student)), teacher(std::log2(row.teacher)) {}
@@ -89,9 +89,9 @@ struct AlphaBeta {
     return in_play(p, q) ? slope_limit(p, q, slope_in_play(p, q)) : Vec{};
   }
 
-  // What came out as a difference of infinities, which negative exponents of small probabilities make: no value is below
-  // 0, and the largest term has a positive sign, so the limit is infinite, or 0 where p = q; the slope's sign is that of
-  // q - p. NaN logits stay NaN.
+  // Limits of values and slopes that came out as a difference of infinities, which negative exponents of small
+  // probabilities make. No value is below 0 and the largest term has a positive sign, so the limit is +inf, or 0 where
+  // p = q. The slope has the sign of q - p. NaN logits stay NaN.
   static Vec value_limit(Vec p, Vec q, Vec value) {
     const Vec limit = (p > q ? p - q : q - p) + kInfinity;
     return value > -kInfinity ? value : p == q ? Vec{} : limit;

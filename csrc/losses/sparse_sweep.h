@@ -1,5 +1,6 @@
-// The sweep over a chunk's logits where the teacher is a list of ids a row: its divergence needs the logits of those ids
-// and the softmax over all others. One exp an entry makes both that and the LM loss, where their temperature is one.
+// The sweep over a chunk's logits with a sparse teacher, which lists some ids a row: its divergence needs the logits of
+// those ids and the softmax over all others. Where both have the same temperature, one exp an entry serves the softmax
+// over the others and the LM loss.
 #pragma once
 
 #include <vector>
@@ -14,14 +15,15 @@ struct SparseArguments : ChunkArguments {
   int64_t num_listed;
   const int64_t* columns;  // [rows, num_listed] columns in this slice, or outside [0, num_valid); each at most once
   float student_temperature;
-  bool spread;             // whether total and count are wanted
-  const float *factor, *shift;  // [rows], for the gradient: at an id not listed factor exp((s - rest_max) / tau) - shift
-  const float* listed;          // [num_listed, rows], for the gradient: at the listed ids
+  bool spread;  // true to fill total and count
+  // For the gradient. At an id that is not listed it is factor exp((s - rest_max) / tau) - shift.
+  const float *factor, *shift;  // [rows]
+  const float* listed;          // [num_listed, rows]: the gradient at the listed ids
 
   int first_line() const { return spread ? kSpreadColumns : kSparseColumns; }
 };
 
-// The listed ids of one row that this slice holds: their logits, and marks for walking past them.
+// The listed ids of one row that this slice holds: their logits, and marks to leave them out of sums over the others.
 template <class Student>
 class SparseRow {
  public:
@@ -46,7 +48,7 @@ class SparseRow {
     for (int64_t i = 0; i < size_; i++) marks_[column(i) / kLanes] = 0;
   }
 
-  // The entries from i on, a multiple of the lanes, with -inf for those that are marked.
+  // The entries from i on, with -inf in place of marked ones; i is a multiple of the lanes.
   Vec rest(const Student* student, int64_t i, int64_t count) const {
     const Vec logits = load(student + i, count);
     const int32_t marks = marks_[i / kLanes];
@@ -59,17 +61,17 @@ class SparseRow {
   int64_t slot(int64_t i) const { return slots_[i]; }
   int64_t column(int64_t i) const { return columns_[slots_[i]]; }
   float logit(int64_t i) const { return logits_[i]; }
-  Vec logits(int64_t i) const { return load(&logits_[i]); }  // -inf behind the last
+  Vec logits(int64_t i) const { return load(&logits_[i]); }  // -inf after the last
 
  private:
-  std::vector<uint16_t> marks_;  // a bit an entry
+  std::vector<uint16_t> marks_;  // one bit an entry
   std::vector<int64_t> slots_;
   std::vector<float> logits_;
   const int64_t* columns_ = nullptr;
   int64_t size_ = 0;
 };
 
-// kTempered: the student's softmax in the divergence is not the one in the LM loss.
+// kTempered: the student's softmax in the divergence has another temperature than the one in the LM loss.
 template <bool kTempered, class Student>
 void sparse_statistics(const SparseArguments& a, int64_t row, const Student* student, SparseRow<Student>& listed) {
   const int64_t n = a.num_valid;
@@ -79,7 +81,7 @@ void sparse_statistics(const SparseArguments& a, int64_t row, const Student* stu
   for (int64_t i = 0; i < listed.size(); i += kLanes) best = max(listed.logits(i), best);
   const float lm_max = reduce_max(best), lm_pivot = pivot(lm_max), rest_pivot = pivot(rest_max);
   const float scale = kLog2E / a.student_temperature;
-  float totals[2] = {};  // of the rest alone: in units of rest_max and of lm_max
+  float totals[2] = {};  // sums over the ids that are not listed, relative to rest_max and to lm_max
   sum_row<1 + kTempered>(n, totals, [&](int64_t i, int64_t count, Vec sums[]) {
     const Vec rest = listed.rest(student, i, count);
     sums[0] += exp2((rest - rest_pivot) * scale);
@@ -112,7 +114,7 @@ void sparse_gradient(const SparseArguments& a, int64_t row, Student* student, Sp
   if (!kTempered && on_lm != 0.0f) on_rest += on_lm * std::exp(rest_max - lm_pivot);  // the same exp serves both
   if (on_rest == 0.0f && (!kTempered || on_lm == 0.0f)) {
     rewrite_row(a, row, student, [&](int64_t, int64_t) { return Vec{} - shift; });
-  } else {  // what comes out at the listed ids is overwritten below
+  } else {  // the entries of listed ids are overwritten below
     rewrite_row(a, row, student, [&](int64_t i, int64_t count) {
       const Vec logits = load(student + i, count);
       const Vec rest = exp2((logits - rest_pivot) * scale) * on_rest - shift;

@@ -28,7 +28,7 @@ T* checked(const py::array& array, std::initializer_list<int64_t> shape, const c
   return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
-// The rank of each id: written files must be able to name every id.
+// The memory of the frequency ranks. Throws unless they are a permutation: files must be able to name every id.
 const int32_t* checked_ranks(const py::array& ranks) {
   const auto* data = checked<int32_t>(ranks, {ranks.size()}, "ranks: expected int32 [vocab_size]");
   std::vector<bool> seen(ranks.size());
@@ -129,7 +129,8 @@ void bind_row_codec(py::module_& m) {
   m.attr("ROW_CODE_LENGTHS") = kCodeLengths;
   m.attr("ROW_READ_AHEAD") = kReadAhead;
   py::class_<Encoder>(m, "RowEncoder", "Rows of a logits store to bytes (row_encoder.h).")
-      .def(py::init<const py::array&, const std::string&, const std::string&, uint32_t, int64_t>(), py::arg("frequency_ranks"),
+      .def(py::init<const py::array&, const std::string&, const std::string&, uint32_t, int64_t>(),
+           py::arg("frequency_ranks"),
            py::kw_only(), py::arg("value"), py::arg("mass"), py::arg("draws"), py::arg("rows_for_codes"))
       .def("add", &Encoder::add, py::arg("ids"), py::arg("values"), py::arg("entropies"))
       .def("finish", &Encoder::finish);

@@ -1,5 +1,5 @@
 // The code of small whole numbers in a logits store: canonical Huffman codes of at most 10 bits for classes of numbers,
-// the low bits of large numbers as they are. Bits are packed from the lowest bit of each byte on.
+// followed by the low bits of large numbers, uncoded. Bits are packed from the lowest bit of each byte on.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace megakd {
 
 constexpr int kMaxCodeBits = 10;
 constexpr uint32_t kLookups = 1u << kMaxCodeBits;
-constexpr uint8_t kOnlySymbol = 255;  // the code length of a symbol that has no other beside it: no bits at all
+constexpr uint8_t kOnlySymbol = 255;  // the code length of the only symbol of a code, which takes no bits
 
 inline int log2_floor(uint64_t n) { return 63 - __builtin_clzll(n); }
 
@@ -32,14 +32,14 @@ inline Classed classify(uint32_t number, int direct) {
   return {(1u << direct) + 2 * uint32_t(e - direct) + half, uint32_t(e - 1), number & ((1u << (e - 1)) - 1)};
 }
 
-// The least number of a class, and how many bits of a number stand behind its class.
+// The smallest number of a class, and the number of uncoded bits that follow the class.
 inline std::pair<uint32_t, uint32_t> class_range(uint32_t symbol, int direct) {
   if (symbol < (1u << direct)) return {symbol, 0};
   const uint32_t above = symbol - (1u << direct), e = direct + above / 2;
   return {(2 + above % 2) << (e - 1), e - 1};
 }
 
-// One kind of number: `contexts` codes, each with `symbols` code lengths from `first` on in a shard's table.
+// One kind of number: `contexts` codes of `symbols` code lengths each, from `first` on in a shard's table.
 struct Family {
   uint32_t first, contexts, symbols;
   int direct;
@@ -47,11 +47,11 @@ struct Family {
 };
 
 constexpr int kTop = 128;  // the largest level: probability 1
-constexpr Family kSizes{0, 1, num_classes(8), 8};  // how many ids a row has
-constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};  // by how far the ranks had come one gap before
-constexpr Family kLeast{kGaps.end(), 1, kTop + 1, 8};  // the least level of a row
-constexpr Family kLevels{kLeast.end(), 2 + kTop / 8, kTop + 1, 8};  // what is above it, by it
-constexpr Family kCounts{kLevels.end(), 9, num_classes(3), 3};  // by the number of ids
+constexpr Family kSizes{0, 1, num_classes(8), 8};  // number of ids in a row
+constexpr Family kGaps{kSizes.end(), 12, num_classes(3), 3};  // context: the rank reached one gap before
+constexpr Family kLeast{kGaps.end(), 1, kTop + 1, 8};  // smallest level of a row
+constexpr Family kLevels{kLeast.end(), 2 + kTop / 8, kTop + 1, 8};  // level minus the smallest; context: the smallest
+constexpr Family kCounts{kLevels.end(), 9, num_classes(3), 3};  // context: the number of ids
 constexpr uint32_t kCodeLengths = kCounts.end();
 
 inline uint32_t gap_context(uint64_t before) {
@@ -62,7 +62,7 @@ inline uint32_t count_context(uint32_t size) {
   return uint32_t(std::min(log2_floor(size | 1), int(kCounts.contexts) - 1));
 }
 
-// Optimal lengths of at most kMaxCodeBits (package-merge, Larmore and Hirschberg 1990); 0 for what does not occur.
+// Optimal lengths of at most kMaxCodeBits (package-merge, Larmore and Hirschberg 1990); 0 for symbols that do not occur.
 inline void code_lengths(const uint64_t* counts, uint32_t symbols, uint8_t* lengths) {
   std::vector<std::pair<uint64_t, uint32_t>> leaves;
   for (uint32_t s = 0; s < symbols; s++) {
@@ -98,7 +98,8 @@ inline void code_lengths(const uint64_t* counts, uint32_t symbols, uint8_t* leng
   }
 }
 
-// Calls use(symbol, code, length) for each symbol of a code, the code as it is packed. False if that is no whole code.
+// Calls use(symbol, code, length) for each symbol, the code's bits as they are packed. Returns false if the lengths do
+// not make a complete code.
 template <class Use>
 bool canonical_codes(const uint8_t* lengths, uint32_t symbols, const Use& use) {
   uint32_t used = 0, only = 0, next = 0;
@@ -141,13 +142,13 @@ class BitWriter {
   uint32_t num_held_ = 0;
 };
 
-constexpr int64_t kReadAhead = 16;  // bytes behind a stream that a reader may look at
+constexpr int64_t kReadAhead = 16;  // bytes after a stream that a reader may touch
 
 class BitReader {
  public:
   BitReader(const uint8_t* begin, const uint8_t* end) : begin_(begin), at_(begin), last_(end + 8), end_(end) {}
 
-  // At least 56 bits, of which what lies behind the end is not worth anything.
+  // Makes at least 56 bits available; those after the end of the stream mean nothing.
   void refill() {
     uint64_t word;
     std::memcpy(&word, at_, 8);
@@ -175,12 +176,12 @@ class BitReader {
   uint64_t num_held_ = 0;
 };
 
-constexpr uint32_t kBadCode = 128;  // in the entries of bits that are no code
+constexpr uint32_t kBadCode = 128;  // marks table entries whose bits are no code
 
-// The decoding tables of one family: what the next kMaxCodeBits bits say, for each context.
+// The decoding tables of one family: for each context, the symbol that the next kMaxCodeBits bits begin with.
 class Lookup {
  public:
-  // Throws std::invalid_argument for lengths of no code.
+  // Throws std::invalid_argument for lengths that make no code.
   Lookup(const Family& family, const uint8_t* lengths) : entries_(family.contexts * kLookups, kBadCode) {
     for (uint32_t symbol = 0; symbol < family.symbols; symbol++)
       bases_.push_back(class_range(symbol, family.direct).first);
@@ -197,7 +198,7 @@ class Lookup {
 
   const uint32_t* table(uint32_t context) const { return entries_.data() + context * kLookups; }
 
-  // The next number; `bad` collects kBadCode where there is no such code.
+  // Returns the next number; sets kBadCode in `bad` if the bits are no code.
   uint32_t next(const uint32_t* table, BitReader& in, uint32_t& bad) const {
     const uint64_t held = in.peek();
     const uint32_t entry = table[held & (kLookups - 1)], length = entry & 63, bits = (entry >> 8) & 63;

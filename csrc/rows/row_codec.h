@@ -1,8 +1,8 @@
 // Rows of a logits store to bytes and back: what a teacher says about one token position, ids with their mass.
 //
-// The record of a sample: u32 rows, u32 the most ids of a row, u32 bytes of the first stream; the two streams. The
-// first has, for each row, how many ids there are and the gaps between their frequency ranks, in rising order; the
-// second the entropy, the mass that is not listed, and what each id carries. docs/formats.md has it to the bit.
+// The record of a sample: u32 rows, u32 largest number of ids in a row, u32 bytes of the first stream, then two streams.
+// The first has for each row the number of ids and the gaps between their frequency ranks, in rising order; the second
+// the entropy, the mass that is not listed, and the value that each id carries. docs/formats.md has every bit.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,13 @@
 namespace megakd {
 
 constexpr int64_t kRecordHead = 12;
-constexpr double kEntropySteps = 2048;        // a nat
-constexpr double kTailStep = 22.0 / 32767;    // nats, of the smaller of the mass that is listed and that which is not
+constexpr double kEntropySteps = 2048;        // steps a nat
+constexpr double kTailStep = 22.0 / 32767;    // nats, of the smaller of the listed and the unlisted mass
 constexpr double kLevelPower = 8;             // levels are equal steps of the 8th root of a probability
 
 enum class Value { kLevel, kFineLevel, kFloat, kCount };
 
-// What the ids of a row carry together: 1; what the row says; or whatever their values add up to.
+// Total mass of a row's ids: 1; a number stored with the row; or free, the sum of the values whatever it is.
 enum class Mass { kOne, kStored, kFree };
 
 struct RowFormat {

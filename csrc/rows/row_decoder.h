@@ -1,4 +1,5 @@
-// Bytes of a logits store to rows: two streams side by side, by tables, never outside of the record or the arrays.
+// Bytes of a logits store to rows: two streams decoded side by side, by tables; damaged bytes never make it read outside
+// the record or write outside the arrays.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@ struct RecordHead {
   uint32_t rows, most_ids, first_bytes;
 };
 
-// Where the rows of a sample go: row r at r * width. What a row does not fill gets id 0 and -inf.
+// Arrays for the rows of a sample, row r at r * width. Slots that a row does not fill get id 0 and -inf.
 struct RowsOut {
   int64_t rows, width;
   int64_t* ids;
@@ -29,7 +30,7 @@ constexpr int64_t kWhole = -1;
 // The codes of one shard.
 class RowDecoder {
  public:
-  // ids: of each rank. Throws std::invalid_argument for lengths of no code.
+  // ids: the id of each rank. Throws std::invalid_argument for lengths that make no code.
   RowDecoder(const RowFormat& format, const int32_t* ids, const uint8_t* lengths)
       : format_(format), ids_(ids), sizes_(kSizes, lengths), gaps_(kGaps, lengths), least_(kLeast, lengths),
         levels_(kLevels, lengths), counts_(kCounts, lengths) {
@@ -42,15 +43,15 @@ class RowDecoder {
     log_probs_ = shares_.data();
   }
 
-  // The head of the record in [begin, end), if it can be one.
+  // Reads the head of the record in [begin, end); false if these bytes cannot be one.
   static bool read_head(const uint8_t* begin, const uint8_t* end, RecordHead& head) {
     if (end - begin < kRecordHead) return false;
     std::memcpy(&head, begin, kRecordHead);
     return head.first_bytes <= end - begin - kRecordHead;
   }
 
-  // Decodes the record in [begin, end), with kReadAhead bytes of the same memory behind it. Returns kWhole, or the row
-  // that is not what the encoder writes.
+  // Decodes the record in [begin, end), which kReadAhead more bytes of readable memory follow. Returns kWhole, or the
+  // number of the first row that the encoder cannot have written.
   int64_t decode(const uint8_t* begin, const uint8_t* end, const RowsOut& out) const {
     switch (format_.value) {
       case Value::kLevel: return decode_as<Value::kLevel>(begin, end, out);
@@ -87,7 +88,7 @@ class RowDecoder {
   template <Value kValue>
   bool decode_row(uint32_t size, uint32_t tail, BitReader& first_stream, BitReader& second_stream, int64_t* ids,
                   float* log_probs) const {
-    BitReader first = first_stream, second = second_stream;  // what is stored cannot alias these
+    BitReader first = first_stream, second = second_stream;  // local copies, which the stores below cannot alias
     if (size == 0) return !first.beyond_end() && !second.beyond_end();
     uint32_t bad = 0, least = 0, most = 0;
     const uint32_t* table = counts_.table(count_context(size));
@@ -119,7 +120,7 @@ class RowDecoder {
         const uint32_t bits = second.take(32);
         std::memcpy(log_probs + i, &bits, 4);
       } else {
-        const uint32_t count = counts_.next(table, second, bad);  // less one
+        const uint32_t count = counts_.next(table, second, bad);  // the count minus one
         drawn += count + uint64_t(1);
         log_probs[i] = log_prob_of[std::min(count, format_.draws - 1) + 1];
       }

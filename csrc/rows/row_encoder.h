@@ -1,4 +1,4 @@
-// Rows of a logits store to bytes: ids in the order of their ranks, numbers in codes made for the rows themselves.
+// Rows of a logits store to bytes: ids in the order of their frequency ranks, numbers in codes made for these rows.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace megakd {
 
-// Sorts by the upper half of each entry, which has this many bits.
+// Sorts entries by their upper half, which has `bits` bits.
 inline void sort_by_rank(std::vector<uint64_t>& entries, std::vector<uint64_t>& spare, int rank_bits) {
   if (entries.size() < 32) return std::sort(entries.begin(), entries.end());
   spare.resize(entries.size());
@@ -30,13 +30,13 @@ inline void sort_by_rank(std::vector<uint64_t>& entries, std::vector<uint64_t>& 
 // sample), which alone are held; records are written from then on.
 class RowEncoder {
  public:
-  // ranks: of each id, a permutation of them.
+  // ranks: the frequency rank of each id, a permutation.
   RowEncoder(const RowFormat& format, const int32_t* ranks, int64_t rows_for_codes)
       : format_(format), ranks_(ranks, ranks + format.vocab_size), rows_for_codes_(rows_for_codes),
         counts_(kCodeLengths) {}
 
-  // One sample: ids [rows, width], what each carries (float log-probabilities, -inf where there is no id; int32 counts,
-  // 0 where there is none), entropies [rows]. Returns what is wrong with them; then nothing was taken.
+  // Takes one sample: ids [rows, width], the value of each (float log-probabilities, -inf in an empty slot; or int32
+  // counts, 0 in an empty slot), entropies [rows]. Returns an empty string, or what is wrong; then nothing was taken.
   std::string add(int64_t rows, int64_t width, const int64_t* ids, const float* log_probs, const int32_t* draws,
                   const float* entropies) {
     const size_t old_heads = heads_.size(), old_gaps = gaps_.size();
@@ -63,8 +63,8 @@ class RowEncoder {
     if (!codes_.empty()) write_held();
   }
 
-  // No more rows: the records one after the other (with what a reader may look at behind them), where each starts, and
-  // the lengths of the codes.
+  // Ends the rows. Returns the records one after the other, followed by kReadAhead bytes, the offset of each record, and
+  // the code lengths.
   void finish() {
     if (codes_.empty()) make_codes(false);
     write_held();
@@ -84,7 +84,7 @@ class RowEncoder {
     uint8_t length;
   };
 
-  static constexpr double kMassSlack = 1e-3;  // of low-precision arithmetic
+  static constexpr double kMassSlack = 1e-3;  // rounding of low-precision arithmetic
 
   std::string add_row(int64_t width, const int64_t* ids, const float* log_probs, const int32_t* draws, float entropy) {
     const auto id = [&](int64_t slot) { return std::to_string(ids[slot]); };
@@ -133,7 +133,7 @@ class RowEncoder {
     return {};
   }
 
-  // Level << 8 | place inside it; or the float's bits.
+  // level << 8 | place inside the level; or the bits of the float.
   uint32_t value_of(float log_prob, double root) const {
     if (format_.value == Value::kFloat) {
       uint32_t bits;
@@ -144,12 +144,12 @@ class RowEncoder {
     return std::clamp(fine, 128u, uint32_t(kTop << 8 | 128));  // from 0 to 1
   }
 
-  // Calls use(family, context, number) for the numbers of a row with a code, in their order, both streams mixed.
+  // Calls use(family, context, number) for every coded number of a row, in the order of encoding, both streams mixed.
   template <class First, class Second>
   void walk(const Head& head, size_t at, const First& first, const Second& second) const {
     first(kSizes, 0u, head.size);
     if (format_.has_levels() && head.size) second(kLeast, 0u, uint32_t(head.least), 0u);
-    uint64_t before = 0, next_rank = 0;  // a context that is known one gap ahead: decoding need not wait for it
+    uint64_t before = 0, next_rank = 0;  // the context lags one gap, so that decoding need not wait for it
     for (size_t i = at; i < at + head.size; i++) {
       first(kGaps, gap_context(before), gaps_[i]);
       before = next_rank;
@@ -167,7 +167,7 @@ class RowEncoder {
     walk(head, at, add, add);
   }
 
-  // more: rows are still to come, which may have any number.
+  // more: true if rows are still to come, which may have any number.
   void make_codes(bool more) {
     codes_.resize(kCodeLengths), lengths_.resize(kCodeLengths);
     if (more)
@@ -228,16 +228,16 @@ class RowEncoder {
   RowFormat format_;
   std::vector<int32_t> ranks_;
   int64_t rows_for_codes_;
-  std::vector<uint64_t> counts_;  // how often each number with a code occurred
-  std::vector<Code> codes_;       // none before they are made
+  std::vector<uint64_t> counts_;  // occurrences of each coded number
+  std::vector<Code> codes_;       // empty until they are made
   std::vector<uint8_t> lengths_;
-  // what is held: rows of each sample, -1 where it has no targets, and the rows
+  // samples held until the codes are made: the number of rows of each, -1 for one without targets, and the rows
   std::vector<int64_t> samples_;
   std::vector<Head> heads_;
   std::vector<uint32_t> gaps_, values_;
   std::vector<uint8_t> payload_;
   std::vector<uint64_t> offsets_{0};
-  // of one row or sample at a time
+  // scratch memory for one row or sample
   std::vector<uint64_t> order_, spare_;
   std::vector<uint32_t> levels_;
   std::vector<uint8_t> first_, second_;

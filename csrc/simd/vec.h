@@ -1,5 +1,5 @@
-// Sixteen floats at a time: loads, stores, exp2, log2, reductions. GCC and clang vector extensions, so one source serves every
-// instruction set that the compiler is told to use; with AVX-512 a Vec is one register.
+// Sixteen floats at a time: loads, stores, exp2, log2, reductions. Written with the vector extensions of GCC and clang, so
+// one source serves every instruction set that the compiler may use; with AVX-512 a Vec is one register.
 #pragma once
 
 #include <cmath>
@@ -59,7 +59,7 @@ inline void store(BFloat16* to, Vec x) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// The first `count` lanes from memory, the others -inf, an entry that has no part in any softmax, or `fill`.
+// Loads the first `count` lanes from memory; the others are `fill`, by default -inf, which has no part in any softmax.
 template <class Element>
 inline Vec load(const Element* from, int64_t count, float fill = -kInfinity) {
   if (count >= kLanes) return load(from);
@@ -95,14 +95,14 @@ inline float reduce_add(Vec x) {
   return sums[0];
 }
 
-// 2^x with a relative error below 2e-7: exactly 1 at 0, exactly 0 for -inf, NaN for NaN; from -126 down it may be 0.
+// 2^x with a relative error below 2e-7: exactly 1 at 0, exactly 0 for -inf, NaN for NaN; 0 or tiny from -126 down.
 // The fraction in [0, 1] goes through the polynomial of degree 5 with the least relative error among those that are 1 at
 // 0.
 inline Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
   const Vec fraction = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);  // 0 for -inf
 #else
-  // Adding a number so large that fractions are rounded away leaves the integer part, biased by 127, in the low bits.
+  // Adding a number so large that fractions are rounded off leaves the integer part, biased by 127, in the low bits.
   constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2^23, and the bias
   x = min(broadcast(128.5f), max(broadcast(-126.5f), x));
   const Vec shifted = (x - 0.49999997f) + kRounder;  // a little less than a half, so that 0 goes to itself
@@ -120,8 +120,8 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// log2 x for x >= 0 with a relative error below 3e-7, near 1 too: -inf for 0, NaN for NaN and for infinity; below 2^-126
-// it may be anything from -127 down. x = 2^n (1 + f) with f in [-1/4, 1/2), and log2(1 + f) / f is a polynomial.
+// log2 x for x >= 0 with a relative error below 3e-7, near 1 too: -inf for 0, NaN for NaN and for infinity; for x below
+// 2^-126 some number from -127 down. x = 2^n (1 + f) with f in [-1/4, 1/2), and log2(1 + f) / f is a polynomial.
 inline Vec log2(Vec x) {
   const IntVec bits = (IntVec)x;
   const IntVec exponent = (bits - 0x3f400000) >> 23;

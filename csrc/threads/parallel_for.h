@@ -1,4 +1,4 @@
-// Work shared among threads: items are handed out in small runs, so that slow ones even out.
+// Work shared among threads: items are handed out in small runs, so that slow runs do not hold up the end.
 #pragma once
 
 #include <algorithm>

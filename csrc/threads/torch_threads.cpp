@@ -14,7 +14,7 @@ namespace {
 // The entry point of libgomp for a parallel region; LLVM's and Intel's libraries have it too, under the same name.
 using Parallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-// Finds the file of an OpenMP library among what is loaded; torch's own if there are several.
+// Finds the file of an OpenMP library among the libraries of the process; torch's own if there are several.
 int keep_openmp(dl_phdr_info* info, size_t, void* found) {
   const char* const path = info->dlpi_name;
   if (path == nullptr) return 0;
