@@ -1,4 +1,4 @@
-"""The divergences from dense targets: the sums over a row that each needs, its value and its gradient from them.
+"""The divergences from dense targets: the sums over a row that each needs, and its value and gradient from them.
 
 Axes: ``R`` rows (tokens), ``v`` this rank's slice of the vocabulary. p is the teacher's distribution and q the
 student's, each a softmax over the whole vocabulary after its temperature. Nothing here knows about processes: a
@@ -22,10 +22,11 @@ from megakd.losses.vocab_parallel import RowStatistics, pivot
 
 @dataclass(frozen=True)
 class DenseEntries:
-    """Entries of a row slice, for slopes: logits relative to the row's maximum after temperature, and probabilities.
+    """Entries of student and teacher in a slice of rows, ``[R, v]`` each, from which gradients are made.
 
-    is_label_Rv: bool. s_Rv, t_Rv, p_Rv and q_Rv are those of the row without its label where the divergence treats it
-    apart.
+    s_Rv, t_Rv: logits of student and teacher relative to the row's maximum, divided by their temperature.
+    p_Rv, q_Rv: probabilities of teacher and student. is_label_Rv: bool, True at the label.
+    Where a divergence treats the label apart, the first four are those of the row without its label.
     """
 
     s_Rv: Tensor
@@ -39,10 +40,10 @@ class DenseEntries:
 class Divergence:
     """One divergence D(p, q) from dense targets.
 
-    first_pass: sums its value is made of, beside the softmax statistics.
-    second_pass: sums that need the probabilities, and so a second look at the row once the first are merged.
-    value: ``[R]`` D of each row, in nats, from merged statistics.
-    gradient: ``[R, v]`` derivative of D by the student's logits divided by their temperature.
+    first_pass: names of the sums, beside the softmax statistics, that the first pass over a row makes.
+    second_pass: names of the sums that need probabilities, hence a second pass once the first sums are merged.
+    value: returns ``[R]``, D of each row in nats, from merged statistics.
+    gradient: returns ``[R, v]``, the derivative of D by the student's logits divided by their temperature.
     """
 
     first_pass: tuple[str, ...]
@@ -60,7 +61,8 @@ def teacher_entropy(rows: RowStatistics, term: KDTerm) -> Tensor:
     entropy_R = rows["teacher_sum"].log() - rows["teacher_self"] / rows["teacher_sum"]
     if "teacher_label" not in rows.columns:
         return entropy_R
-    log_odds_R, _ = label_log_odds(rows, term)  # the sums leave the label out: two parts and the choice between them
+    # The sums leave the label out: add the entropy of the choice between the label and the rest.
+    log_odds_R, _ = label_log_odds(rows, term)
     log_p = torch.nn.functional.logsigmoid(torch.stack([log_odds_R, -log_odds_R]))
     return product(log_p[1].exp(), entropy_R) - product(log_p.exp(), log_p).sum(0)
 
@@ -81,7 +83,7 @@ def reverse_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
 
 
 def _mixed_kl(rows: RowStatistics, term: KDTerm, reverse_weight_R: Tensor) -> Tensor:
-    """A direction that weighs nothing adds nothing, even where it is infinite."""
+    """(1 - w) KL(p || q) + w KL(q || p), where a direction of weight 0 adds nothing, even if it is infinite."""
     forward_R = product(1 - reverse_weight_R, forward_kl(rows, term))
     return forward_R + product(reverse_weight_R, reverse_kl(rows, term))
 
@@ -92,13 +94,13 @@ def symmetric_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
 
 
 def adaptive_reverse_weight(rows: RowStatistics) -> Tensor:
-    """What reverse KL weighs in adaptive_kl: the tail's share of the gap; half where there is no gap at all."""
+    """Weight ``[R]`` of reverse KL in adaptive_kl: the tail's share of the gap; one half where there is no gap."""
     total_R = rows["head_gap"] + rows["tail_gap"]
     return torch.where(total_R == 0, 0.5, rows["tail_gap"] / total_R)
 
 
 def adaptive_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
-    """AKL: forward KL by the head's share of the gap between p and q, reverse KL by the tail's."""
+    """AKL (arXiv 2404.02657): forward and reverse KL, weighted by the shares of head and tail in the gap of p and q."""
     return _mixed_kl(rows, term, adaptive_reverse_weight(rows))
 
 
@@ -108,7 +110,7 @@ def mean_square(rows: RowStatistics, term: KDTerm) -> Tensor:
 
 
 def label_log_odds(rows: RowStatistics, term: KDTerm) -> tuple[Tensor, Tensor]:
-    """log of p_y / (1 - p_y) of teacher and student, from rows whose sums leave the label out."""
+    """log of p_y / (1 - p_y) of teacher and student, ``[R]`` each, from rows whose sums leave the label out."""
     teacher_R = (rows["teacher_label"] - pivot(rows["teacher_max"])) / term.temperature - rows["teacher_sum"].log()
     student_R = (rows["student_label"] - pivot(rows["student_max"])) / term.student_temperature
     return teacher_R, student_R - rows["student_sum"].log()
@@ -124,7 +126,7 @@ def label_kl(rows: RowStatistics, term: KDTerm) -> Tensor:
 def decoupled(rows: RowStatistics, term: KDTerm) -> Tensor:
     """alpha · label part + beta · KL among the other ids (DKD, arXiv 2203.08679, equation 7)."""
     label_R = term.dkd_alpha * label_kl(rows, term)
-    # what weighs nothing adds nothing, even where it is infinite
+    # with a weight of 0 it adds nothing, even if it is infinite
     return label_R + term.dkd_beta * forward_kl(rows, term) if term.dkd_beta else label_R
 
 
@@ -149,7 +151,7 @@ def symmetric_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm
 
 
 def adaptive_kl_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
-    """The weights count as constants, as in the paper."""
+    """Mix of both gradients; the weights count as constants, as in the paper (arXiv 2404.02657)."""
     weight_R1 = column(adaptive_reverse_weight(rows))
     reverse = reverse_kl_gradient(dense, rows, term)
     return (1 - weight_R1) * forward_kl_gradient(dense, rows, term) + weight_R1 * reverse
@@ -170,14 +172,14 @@ def logit_mse_gradient(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -
 
 
 def centred_difference(dense: DenseEntries, rows: RowStatistics, term: KDTerm) -> Tensor:
-    """d - mean d, the mean without differences that are infinite: those make the sum of squares infinite anyway."""
+    """d - mean d. The mean leaves out infinite differences, which make the sum of squares infinite anyway."""
     both = (dense.s_Rv == -math.inf) & (dense.t_Rv == -math.inf)
     mean_R1 = column(rows["difference"] / rows["count"])
     return torch.where(both, 0.0, logit_difference(dense, rows, term) - mean_R1)
 
 
 def finite_difference(difference_Rv: Tensor) -> Tensor:
-    """Differences of logits as they enter the mean of the centred error: 0 for infinite ones; NaN stays."""
+    """Differences of logits with 0 in place of infinite ones, for the mean of the centred error; NaN stays."""
     return torch.where(difference_Rv.isinf(), 0.0, difference_Rv)
 
 

@@ -5,7 +5,7 @@ Axes: ``T`` tokens, ``R`` rows (the tokens that carry weight), ``H`` hidden, ``v
 
 A chunk's logits are made once, turned into statistics, merged over the group by one all-gather, and overwritten by
 their own gradient, from which dHidden and dWeight follow at once. So no ``[T, V]`` tensor exists, and the backward only
-multiplies by the incoming gradient and adds dHidden up over the group. The price: how much each token weighs must be
+multiplies by the incoming gradient and adds dHidden up over the group. The price is that each token's weight must be
 known before the sweep. Formulas and precision are in ``docs/numerics.md``.
 """
 
@@ -57,24 +57,24 @@ def head_loss(
     """LM loss, z-loss and any number of distillation terms of an output head whose vocabulary is split over a group.
 
     All ranks of ``shard.group`` call this with the same hidden states, labels, weights of tokens and sparse targets.
-    Tokens whose weights are all 0 are dropped before any arithmetic: NaN there changes nothing. Without gradients to
-    make (``torch.no_grad``, or inputs that ask for none) only values are computed.
+    Tokens whose weights are all 0 are dropped before any arithmetic, so NaN there changes nothing. Where no gradient is
+    wanted (under ``torch.no_grad``, or if no input requires one) only values are computed.
 
     hidden_TH: ``[T, H]`` final hidden states, whole sequence (gathered, under sequence parallelism).
-    weight_vH: ``[v, H]`` this rank's rows of the output weight; padding rows must be finite. Where megatron's buffers
-        for gradients hang on it (``main_grad``), its gradient is added there in the backward, in their precision.
+    weight_vH: ``[v, H]`` this rank's rows of the output weight; padding rows must be finite. If it has megatron's
+        buffer for gradients (``main_grad``), its gradient is added there in the backward, in the buffer's precision.
     labels_T: ``[T]`` int64 vocabulary ids. Any value where lm_weight_T is 0, unless a divergence uses the label.
-    lm_weight_T: ``[T]`` what each token weighs in the LM loss.
-    z_weight_T: ``[T]`` what the squared log-sum-exp of its logits weighs (z-loss), or None.
+    lm_weight_T: ``[T]`` the weight of each token in the LM loss.
+    z_weight_T: ``[T]`` the weight of the squared log-sum-exp of its logits (z-loss), or None.
     kd: the distillation terms. Dense targets bring hidden states and the teacher's head rows for the same slice.
     hidden_grad: ``"all_reduce"`` adds dHidden up over the group in the backward; ``"partial"`` leaves this rank's part
         to a caller that reduce-scatters it.
-    implementation: who sweeps the logits; ``"auto"`` is the fastest that can.
+    implementation: the kernels that sweep the logits; ``"auto"`` is the fastest that can.
     chunk_bytes: upper bound of the memory for one chunk's logits, of all models together.
 
     Raises UsageError for shapes that do not fit, divergences that are wrong for their targets, and, on CPU, for a label
-    with weight that is no vocabulary id. (On other devices looking would stall the queue: there such a label makes the
-    loss NaN.)
+    with weight that is no vocabulary id. (On other devices that check would stall the queue; such a label makes the
+    loss NaN there.)
     """
     check_shapes(
         ("hidden_TH", hidden_TH, (hidden_TH.shape[0], weight_vH.shape[-1])),
@@ -106,7 +106,7 @@ def head_loss(
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradients were made with it: the backward scales them, and adds dHidden up over the group."""
+    """A loss whose gradients were made with it; the backward scales them and adds dHidden up over the group."""
 
     @staticmethod
     def forward(
@@ -119,7 +119,7 @@ class _Loss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(d_hidden_TH, d_weight_vH)
-        ctx.weight_vH = weight_vH  # the parameter itself, for the buffers that hang on it
+        ctx.weight_vH = weight_vH  # the parameter itself, for megatron's buffers that are its attributes
         ctx.group = group
         return loss.clone()
 
@@ -128,7 +128,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TH, d_weight_vH = ctx.saved_tensors
         if d_hidden_TH is not None:
-            d_hidden_TH = d_hidden_TH * grad  # which has no axes: it is not rounded to the dtype of the other
+            d_hidden_TH = d_hidden_TH * grad  # grad has no axes, so torch does not round it to the dtype of d_hidden
             if ctx.group is not None:
                 dist.all_reduce(d_hidden_TH, group=ctx.group)
         if d_weight_vH is not None:

@@ -1,4 +1,4 @@
-"""Where a sweep's logits come from, chunk by chunk, and where their gradient goes.
+"""Sources of a sweep's logits, chunk by chunk, and takers of their gradient.
 
 Axes: ``R`` rows (the tokens that are computed), ``H`` hidden, ``v`` this rank's slice of the vocabulary.
 """
@@ -14,16 +14,16 @@ _PRODUCT_BLOCK_BYTES = 4 << 20
 
 
 class Logits(Protocol):
-    """Logits of rows, made or looked up a chunk at a time. ``width`` is v."""
+    """Logits of rows, made or looked up a chunk at a time. width: columns v of the slice."""
 
     width: int
     dtype: torch.dtype
 
     def buffer(self, num_rows: int) -> Tensor | None:
-        """Memory for the logits of a chunk; None where none is needed."""
+        """Allocate memory for the logits of a chunk of at most ``num_rows`` rows; None if none is needed."""
 
     def logits(self, rows: slice, buffer: Tensor | None) -> Tensor:
-        """``[R, v]`` of these rows, in the buffer if there is one."""
+        """Return the logits ``[R, v]`` of these rows, in the buffer if there is one."""
 
 
 class StudentLogits(Logits, Protocol):
@@ -53,10 +53,10 @@ class ProductLogits:
 
 
 class HeadStudent(ProductLogits):
-    """The student's output head. After the sweep:
+    """The student's output head, which turns the gradient of its logits into that of its inputs.
 
-    d_hidden_RH: this rank's part of the gradient by the hidden states, in their dtype.
-    d_weight_vH: gradient by the weight; fp32 for a bf16 weight.
+    d_hidden_RH: after the sweep, this rank's part of the gradient by the hidden states, in their dtype.
+    d_weight_vH: after the sweep, the gradient by the weight; fp32 for a bf16 weight.
     """
 
     def __init__(self, hidden_RH: Tensor, weight_vH: Tensor, *, wants_hidden: bool, wants_weight: bool) -> None:
@@ -74,9 +74,9 @@ class HeadStudent(ProductLogits):
 
 
 class GivenLogits:
-    """Logits ``[T, v]`` that exist; ``rows_R`` are the tokens that are computed, None for all.
+    """Logits ``[T, v]`` that exist. rows_R: the tokens that are computed, None for all.
 
-    Chunks are views of them, or copies where rows are left out or their memory has gaps (a slice of columns).
+    Chunks are views, or copies where tokens are left out or the memory has gaps (a slice of columns).
     """
 
     def __init__(self, logits_Tv: Tensor, rows_R: Tensor | None) -> None:
@@ -99,7 +99,7 @@ class GivenLogits:
 
 
 class GivenStudent(GivenLogits):
-    """The student's logits, which become their own gradient where it is wanted."""
+    """The student's logits, which are overwritten with their gradient if one is wanted."""
 
     def __init__(self, logits_Tv: Tensor, rows_R: Tensor | None, *, wants_gradient: bool) -> None:
         super().__init__(logits_Tv, rows_R)
@@ -117,7 +117,7 @@ def _add_product_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor)
     if sum_vH.dtype == gradient_Rv.dtype:
         sum_vH.addmm_(gradient_Rv.t(), hidden_RH)
         return
-    # A narrow product goes through a block that stays in cache, so that the wide sum is the only memory traffic.
+    # A product in the narrow dtype goes through a block that stays in cache: only the wide sum costs memory traffic.
     block = max(1, _PRODUCT_BLOCK_BYTES // (hidden_RH.shape[1] * hidden_RH.element_size()))
     for start in range(0, sum_vH.shape[0], block):
         sum_vH[start : start + block] += torch.mm(gradient_Rv[:, start : start + block].t(), hidden_RH)

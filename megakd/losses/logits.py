@@ -96,7 +96,7 @@ def logits_loss(
     if not wants_gradient:
         return output
     if logits_Tv.data_ptr() == student_Tv.data_ptr():
-        # Kernels write behind the back of autograd, which must refuse if an operation kept these logits for its backward.
+        # Autograd does not see kernels write; it must refuse if an operation kept these logits for its backward.
         torch.autograd.graph.increment_version(student_Tv)
     loss: Tensor = _Loss.apply(student_Tv, output.loss, logits_Tv)  # type: ignore[no-untyped-call]
     return replace(output, loss=loss)

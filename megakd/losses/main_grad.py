@@ -1,4 +1,4 @@
-"""The gradient of the output weight into megatron's buffers for gradients, without a copy in between."""
+"""Addition of the output weight's gradient to megatron's gradient buffers, without a copy in between."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _BLOCK_BYTES = 16 << 20
 
 
 def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor | None:
-    """Add ``grad · d_weight_vH`` to ``weight_vH.main_grad`` where megatron has put one; what autograd is to be given.
+    """Add ``grad · d_weight_vH`` to ``weight_vH.main_grad`` if megatron has put one there; return autograd's gradient.
 
-    megatron's hook adds what autograd accumulates to ``main_grad`` (distributed_data_parallel.py, megatron-core 0.16),
-    unless ``grad_added_to_main_grad`` says that it is there already: then what autograd is given only has to exist, and
-    nobody reads it. A weight that is tied to an embedding of the same stage (``zero_out_wgrad``) gets the embedding's
-    gradient through autograd too, which fires the hook: there nothing is given. Without such a buffer the product is
-    rounded to the weight's dtype as it is written.
+    megatron's hook adds the gradient that autograd accumulates to ``main_grad`` (distributed_data_parallel.py,
+    megatron-core 0.16), unless ``grad_added_to_main_grad`` says that it is there already: then autograd's gradient must
+    exist to fire the hook, but nobody reads it. A weight tied to an embedding of the same stage (``zero_out_wgrad``)
+    gets the embedding's gradient through autograd too, which fires the hook, so None is returned. Without such a buffer
+    the product is returned, rounded to the weight's dtype as it is written.
     """
-    parameter: Any = weight_vH  # with what megatron has hung on it
+    parameter: Any = weight_vH  # with the attributes that megatron adds
     if getattr(parameter, "main_grad", None) is None or not hasattr(parameter, "grad_added_to_main_grad"):
         return _scaled(d_weight_vH, grad, weight_vH.dtype)
     main_grad_vH: Tensor = parameter.main_grad
@@ -29,7 +29,7 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
 
 
 def _scaled(d_weight_vH: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad · d_weight_vH``, rounded; a block at a time: of the whole torch would make a second wide tensor."""
+    """``grad · d_weight_vH`` rounded to ``dtype``, a block at a time, for torch would make a second wide tensor."""
     scaled_vH = torch.empty_like(d_weight_vH, dtype=dtype)
     block = max(1, _BLOCK_BYTES // (d_weight_vH.shape[1] * d_weight_vH.element_size()))
     for start in range(0, d_weight_vH.shape[0], block):

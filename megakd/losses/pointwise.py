@@ -1,8 +1,7 @@
-"""The divergences that are a sum over ids, as the formulas of one entry: its value, and its slope by hand.
+"""The divergences that are a sum over ids, as formulas of one entry: its value, and its slope derived by hand.
 
-p is the teacher's probability and q the student's. The formulas are made of log-probabilities, so that an id with
-probability 0 is told from one whose probability underflows; they serve whole rows and the buckets of sparse targets
-alike. Derivations are in ``docs/numerics.md``.
+p is the teacher's probability and q the student's. The formulas take log-probabilities, which tell an id of probability
+0 from one whose probability underflows. They serve whole rows and the buckets of sparse targets alike. Derivations are in ``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megakd.losses.terms import KDTerm
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries of a row under both models: log-probabilities and probabilities, -inf and 0 for what is ruled out."""
+    """Entries of a row under both models: log-probabilities and probabilities, -inf and 0 for an id ruled out."""
 
     log_p: Tensor
     log_q: Tensor
@@ -43,7 +42,7 @@ class Pointwise:
 
 
 def product(mass: Tensor, factor: Tensor) -> Tensor:
-    """mass · factor where an entry without mass gives exactly 0, whatever its factor."""
+    """mass · factor, exactly 0 for an entry without mass, whatever its factor."""
     return torch.where(mass == 0, 0.0, mass * factor)
 
 
@@ -111,14 +110,14 @@ def total_variation_slope(e: Entries, term: KDTerm) -> Tensor:
 
 
 def _where_possible(e: Entries, values: Tensor) -> Tensor:
-    """0 for an id that both models rule out."""
+    """Values with 0 in place of those of ids that both models rule out."""
     return torch.where((e.log_p == -math.inf) & (e.log_q == -math.inf), 0.0, values)
 
 
 def _value_limit(e: Entries, values: Tensor) -> Tensor:
-    """Values that came out as a difference of infinities, which negative exponents of small probabilities make.
+    """Values with the limit in place of differences of infinities, which powers of small probabilities make.
 
-    No entry of alpha_beta is below 0, and of its terms the largest has a positive sign: so the limit is +inf, or 0
+    No entry of alpha_beta is below 0, and the largest of its terms has a positive sign, so the limit is +inf, or 0
     where p = q. NaN logits stay NaN.
     """
     limit = (e.log_p - e.log_q).abs() + math.inf
@@ -126,7 +125,7 @@ def _value_limit(e: Entries, values: Tensor) -> Tensor:
 
 
 def _slope_limit(e: Entries, slopes: Tensor) -> Tensor:
-    """Slopes that came out as a difference of infinities: alpha_beta's has the sign of q - p. NaN logits stay NaN."""
+    """Slopes of alpha_beta with the limit, of the sign of q - p, in place of differences of infinities; NaN stays."""
     limit = (e.log_q - e.log_p) * math.inf
     return torch.where(slopes == slopes, slopes, torch.where(e.log_p == e.log_q, 0.0, limit))
 

@@ -1,9 +1,9 @@
-"""What an output head says, without a loss: log-probabilities, entropies, the best ids, samples.
+"""Reading of an output head without a loss: log-probabilities, entropies, the best ids, draws.
 
 Axes: ``T`` tokens, ``R`` rows (tokens of one chunk), ``H`` hidden, ``v`` this rank's slice of the vocabulary ``V``,
 ``K`` best ids, ``N`` draws, ``n`` ranks.
 
-One engine with the losses: the same chunks, statistics and merge. No gradients are made.
+Shares chunks, statistics and merge with the losses. Makes no gradients.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ _TIES_LOOKED_AT = 32
 
 @dataclass(frozen=True)
 class HeadReading:
-    """What was asked for; None for the rest. fp32 (fp64 for fp64 inputs), nats, the same on every rank.
+    """Results of `read_head`: None for those that were not asked for. The same on every rank.
 
-    log_z_T: log-sum-exp of the logits, always.
-    log_prob_T: of ``ids_T``; 0 where the id is none of the vocabulary. entropy_T: of the softmax.
-    top_ids_TK, top_log_probs_TK: the K best ids, best first; where logits tie, the smaller id first.
-    drawn_ids_TN, drawn_log_probs_TN: one draw for each uniform number, and its log-probability under the softmax.
-    drawn_log_proposal_TN: the same under the distribution it was drawn from.
+    Values are fp32 (fp64 for fp64 inputs), in nats.
+
+    log_z_T: log-sum-exp of the logits, always there.
+    log_prob_T: log-probability of ``ids_T``; 0 where the id is not in the vocabulary.
+    entropy_T: entropy of the softmax.
+    top_ids_TK, top_log_probs_TK: the K best ids, best first, and their log-probabilities; where logits tie, the smaller
+        id comes first.
+    drawn_ids_TN, drawn_log_probs_TN: one drawn id for each uniform number, and its log-probability under the softmax.
+    drawn_log_proposal_TN: its log-probability under the distribution that it was drawn from.
     """
 
     log_z_T: Tensor
@@ -67,14 +71,17 @@ def read_head(
     """Read a head whose vocabulary is split over a group; all its ranks call this with the same tokens.
 
     hidden_TH, weight_vH: as for ``head.head_loss``.
-    ids_T: int64, whose log-probability is wanted.
-    top_k: how many of the best ids, at most the vocabulary.
-    uniforms_TN: float64 in [0, 1), multiples of 2^-53, the same on every rank; draws depend on these numbers and the
-        distribution alone (``_draw`` says how).
-    proposal_exponent: draws come from softmax(exponent · z), in proportion to this power of the probabilities.
+    ids_T: int64 ids whose log-probabilities are wanted.
+    entropy: True to compute the entropies.
+    top_k: number of best ids that are wanted, at most the vocabulary's size.
+    uniforms_TN: float64 in [0, 1), multiples of 2^-53, the same on every rank. Draws are a function of these numbers
+        and the distribution alone.
+    proposal_exponent: exponent e of the distribution softmax(e · z) that ids are drawn from, in proportion to this
+        power of their probabilities.
+    implementation, chunk_bytes: as for ``head.head_loss``.
 
-    One all-gather a chunk for log-probabilities and entropies; one more for best ids; for samples one all-reduce of
-    ``[R, N]`` for each bit of an id, and two.
+    Takes one all-gather a chunk for log-probabilities and entropies, one more for best ids, and for draws two
+    all-reduces and one of ``[R, N]`` for each bit of an id.
     Raises UsageError for shapes that do not fit.
     """
     num_tokens = hidden_TH.shape[0]
@@ -89,7 +96,7 @@ def read_head(
     if not 0 <= top_k <= shard.vocab_size:
         raise UsageError(f"top_k is {top_k}, expected 0 to the vocabulary's {shard.vocab_size}")
     logits = ProductLogits(hidden_TH.detach(), weight_vH.detach())
-    # what sorting and drawing hold beside a logit: masks and places, mass and its running sum
+    # Sorting holds masks and places beside each logit; drawing holds its mass and a running sum.
     entry_bytes = logits.dtype.itemsize + (16 if top_k else 0) + (26 if uniforms_TN is not None else 0)
     chunk_rows = max(1, chunk_bytes // (logits.width * entry_bytes))
     buffer = logits.buffer(min(chunk_rows, num_tokens))
@@ -98,9 +105,9 @@ def read_head(
         rows = slice(start, min(start + chunk_rows, num_tokens))
         labels_R = torch.full_like(hidden_TH[rows, 0], -1, dtype=torch.int64) if ids_T is None else ids_T[rows].long()
         uniforms_RN = None if uniforms_TN is None else uniforms_TN[rows]
-        made_Rv = logits.logits(rows, buffer)
+        logits_Rv = logits.logits(rows, buffer)
         chunks.append(
-            _read_chunk(made_Rv, labels_R, entropy, top_k, uniforms_RN, proposal_exponent, shard, implementation)
+            _read_chunk(logits_Rv, labels_R, entropy, top_k, uniforms_RN, proposal_exponent, shard, implementation)
         )
     parts = {field.name: [getattr(chunk, field.name) for chunk in chunks] for field in fields(HeadReading)}
     joined: dict[str, Any] = {name: None if found[0] is None else torch.cat(found) for name, found in parts.items()}
@@ -152,7 +159,7 @@ def _read_chunk(
 def _statistics(
     logits_Rv: Tensor, ids_R: Tensor, shard: VocabShard, implementation: Implementation, *, entropy: bool
 ) -> RowStatistics:
-    """Of whole rows. Entropies are a teacher's: for them the logits are compared with themselves."""
+    """Statistics of whole rows. For entropies, which are a teacher's, the logits are compared with themselves."""
     none_R = logits_Rv.new_zeros(logits_Rv.shape[0], dtype=torch.float32)
     teacher = DenseTeacher(logits_Rv, none_R, KDTerm()) if entropy else None
     chunk = Chunk(logits_Rv, shard.num_valid, ids_R, none_R, teacher=teacher)
@@ -164,19 +171,19 @@ def _statistics(
 
 
 def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Ids and logits of the best, over all slices, best first. The best of all are among the best of each slice."""
+    """Ids and logits ``[R, K]`` of the best over all slices, best first; they are among the best of each slice."""
     own_k = min(top_k, shard.num_valid)
     logits_RK, columns_RK = _stable_top(valid_Rv, own_k)
     ids_RK = columns_RK + shard.start
     if shard.world_size == 1:
         return ids_RK, logits_RK
     num_rows = valid_Rv.shape[0]
-    missing = top_k - own_k  # a slice may hold fewer ids than are wanted
+    missing = top_k - own_k  # a slice may hold fewer than top_k ids
     logits_RK = torch.cat([logits_RK, logits_RK.new_full((num_rows, missing), -torch.inf)], 1)
     ids_RK = torch.cat([ids_RK, ids_RK.new_full((num_rows, missing), shard.vocab_size)], 1)
     wide_RK = logits_RK.to(torch.promote_types(logits_RK.dtype, torch.float32))
     all_logits, all_ids = _gather_columns(wide_RK, shard), _gather_columns(ids_RK, shard)
-    # Slices stand in the order of their ids, and each is stable: so is the whole, once what fills them is behind.
+    # Slices come in the order of their ids, and each is sorted stably; with the fillers last, so is the whole.
     order_RK = (all_ids >= shard.vocab_size).sort(dim=1, stable=True).indices
     all_ids, all_logits = all_ids.gather(1, order_RK), all_logits.gather(1, order_RK)
     chosen_RK = all_logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
@@ -184,9 +191,9 @@ def _best(valid_Rv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tens
 
 
 def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest, in falling order, ties by column; the first k of a row with NaN, which has no order."""
+    """Values and columns ``[R, k]`` of the k largest, falling, ties by column; of a row with NaN, the first k."""
     values_Rv = torch.where(values_Rv.isnan().any(1, keepdim=True), 0.0, values_Rv)
-    # topk is free to take any of the columns that tie at its edge: some more are looked at, to take the first of them
+    # topk may take any of the columns that tie at its edge: fetch more of them, to keep the first
     width = min(k + _TIES_LOOKED_AT, values_Rv.shape[1]) if k else 0
     found = values_Rv.topk(width, 1)
     columns_RK, order_RK = found.indices.sort(1)
@@ -194,7 +201,7 @@ def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns_RK = columns_RK.gather(1, order_RK)
     chosen_RK, best_RK = columns_RK[:, :k].contiguous(), values_RK[:, :k].contiguous()
     if 0 < width < values_Rv.shape[1]:
-        unsure_R = (values_RK[:, -1] == values_RK[:, k - 1]).nonzero().squeeze(1)  # more may tie than were looked at
+        unsure_R = (values_RK[:, -1] == values_RK[:, k - 1]).nonzero().squeeze(1)  # more may tie than were fetched
         if len(unsure_R):
             best_RK[unsure_R], chosen_RK[unsure_R] = _top_among_many_ties(
                 values_Rv[unsure_R], best_RK[unsure_R, -1:], k
@@ -203,7 +210,7 @@ def _stable_top(values_Rv: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_among_many_ties(values_Rv: Tensor, edge_R1: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same, however many columns tie with the k-th largest value, ``edge_R1``."""
+    """Values and columns of the k largest where any number of columns tie with the k-th largest value, ``edge_R1``."""
     above_Rv, at_edge_Rv = values_Rv > edge_R1, values_Rv == edge_R1
     room_R1 = k - above_Rv.sum(1, keepdim=True)
     chosen_Rv = above_Rv | (at_edge_Rv & (at_edge_Rv.cumsum(1) <= room_R1))
@@ -215,11 +222,14 @@ def _top_among_many_ties(values_Rv: Tensor, edge_R1: Tensor, k: int) -> tuple[Te
 def _draw(
     valid_Rv: Tensor, rows: RowStatistics, uniforms_RN: Tensor, exponent: float, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """``[R, N]``: one id for each uniform number. ``[R]``: the sum of exp(exponent · (logit - the best one)), float64.
+    """Draw one id for each uniform number.
 
-    From the whole vocabulary, halved again and again, to one id: each half in proportion to its mass, by a number of
-    its own. An error in the logits so moves a draw with a chance of about log2(V) errors. By the inverse of the
-    cumulative distribution it would be V of them: each of its steps moves.
+    Returns the ids, int64 ``[R, N]``, and the sum of exp(exponent · (logit - largest logit)), float64 ``[R]``.
+
+    The vocabulary is halved again and again until one id is left; each half is taken in proportion to its mass, by a
+    number derived from the uniform number and the level. A relative error e in the masses thus changes a draw with a
+    chance of about e · log2(V). With the inverse of the cumulative distribution it would be e · V, for every step of
+    that function moves.
     """
     lm_max_R = pivot(rows["lm_max"]).to(torch.promote_types(valid_Rv.dtype, torch.float32))
     mass_Rv = valid_Rv - column(lm_max_R)
@@ -245,7 +255,7 @@ def _draw(
 
 
 def _uniform(seeds_RN: Tensor, stream: int) -> Tensor:
-    """float64 in [0, 1): of each seed, a number for each stream; ``hashing.mix64`` in int64, which wraps alike."""
+    """float64 in [0, 1), a number for each seed and stream: ``splitmix64.mix64`` in int64, which wraps alike."""
     value = seeds_RN + _signed((stream + 1) * GOLDEN)
     value = (value ^ _shifted(value, 30)) * _signed(MULTIPLIERS[0])
     value = (value ^ _shifted(value, 27)) * _signed(MULTIPLIERS[1])
@@ -253,7 +263,7 @@ def _uniform(seeds_RN: Tensor, stream: int) -> Tensor:
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Shift right by some bits, with zeros from the left."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -262,7 +272,7 @@ def _signed(bits: int) -> int:
 
 
 def _logits_of(ids_RN: Tensor, valid_Rv: Tensor, shard: VocabShard) -> Tensor:
-    """``[R, N]``: the logits of ids, from the rank that has each."""
+    """Logits ``[R, N]`` of ids, each from the rank that holds it."""
     if shard.world_size == 1:
         return valid_Rv.gather(1, ids_RN)
     columns_RN = ids_RN - shard.start
@@ -277,7 +287,7 @@ def _logits_of(ids_RN: Tensor, valid_Rv: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _gather_columns(own_RK: Tensor, shard: VocabShard) -> Tensor:
-    """``[R, n · K]`` every rank's columns, in rank order."""
+    """Gather the columns of every rank in rank order: ``[R, n · K]``."""
     if shard.world_size == 1:
         return own_RK
     gathered = own_RK.new_empty(shard.world_size * own_RK.shape[1], own_RK.shape[0])

@@ -1,4 +1,4 @@
-"""What callers of the head and of given logits share: terms and their checks, masks, and the values that come back.
+"""Rows of a sweep: the tokens that carry weight, with their labels, terms and checks, and the values that come back.
 
 Axes: ``T`` tokens, ``R`` rows (the tokens that carry weight), ``K`` listed ids, ``v`` this rank's slice of the
 vocabulary ``V``.
@@ -23,7 +23,7 @@ from megakd.targets import DenseTargets, LogitTargets, SparseTargets, Targets
 
 @dataclass(frozen=True)
 class KD:
-    """One distillation term: how to compare, with what, and what each token weighs in it (``[T]``)."""
+    """One distillation term: the comparison, its targets, and the weight of each token, ``[T]``."""
 
     term: KDTerm
     targets: Targets
@@ -32,12 +32,12 @@ class KD:
 
 @dataclass(frozen=True)
 class KDOutput:
-    """What one term says about ``T`` tokens; 0 where the token was not computed. Detached.
+    """Values of one term for ``T`` tokens, detached; 0 for tokens that were not computed.
 
     value_T: the divergence, temperature² included, fp32 (fp64 for fp64 inputs), nats.
-    agree_T: bool, student and teacher have the same top-1 id (one of them, where logits tie); for samples the one that
-        was drawn most.
-    entropy_T: the teacher's entropy after its temperature; for sparse targets what they bring, or None.
+    agree_T: bool, True if student and teacher have the same top-1 id (any shared one, where logits tie); for sampled
+        targets the teacher's is the id that was drawn most.
+    entropy_T: the teacher's entropy in nats after its temperature; for sparse targets their own ``entropy_T``, or None.
     """
 
     value_T: Tensor
@@ -47,12 +47,12 @@ class KDOutput:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What the head says about ``T`` tokens. Per-token values are detached, fp32 (fp64 for fp64 inputs), in nats.
+    """Loss over ``T`` tokens and values per token, which are detached, fp32 (fp64 for fp64 inputs), in nats.
 
     loss: scalar, sum over tokens of lm_weight · lm + z_weight · log_z² + each term's weight · value; differentiable.
-    lm_T: cross-entropy with the label; 0 where the row was not computed or the label is no vocabulary id.
-    log_z_T: log-sum-exp of the student's logits; 0 where the row was not computed.
-    kd: one entry a term, in their order.
+    lm_T: cross-entropy with the label; 0 where the token was not computed or the label is no vocabulary id.
+    log_z_T: log-sum-exp of the student's logits; 0 where the token was not computed.
+    kd: one entry for each term, in the order of the terms.
     """
 
     loss: Tensor
@@ -63,15 +63,15 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class Select:
-    """The tokens that carry weight: taken out of ``[T, ...]``, put back among zeros; no copies when all of them do."""
+    """Selection of the tokens that carry weight, out of ``[T, ...]`` and back among zeros; no copies if all do."""
 
     rows_R: Tensor
     num_tokens: int
 
     @staticmethod
     def of(num_tokens: int, lm_weight_T: Tensor, z_weight_T: Tensor | None, kd: Sequence[KD]) -> Select:
-        """Raises UsageError for weights that are not one a token."""
-        weights = [("lm_weight_T", lm_weight_T)] + [("KD.weight_T", one.weight_T) for one in kd]
+        """Select the tokens of which any weight is not 0. Raises UsageError for weights that are not ``[T]``."""
+        weights = [("lm_weight_T", lm_weight_T)] + [("KD.weight_T", entry.weight_T) for entry in kd]
         if z_weight_T is not None:
             weights.append(("z_weight_T", z_weight_T))
         check_shapes(*((name, weight_T, (num_tokens,)) for name, weight_T in weights))
@@ -92,10 +92,10 @@ class Select:
         return values_R.new_zeros(self.num_tokens, *values_R.shape[1:]).index_copy_(0, self.rows_R, values_R)
 
     def clear_others(self, values_T: Tensor) -> None:
-        """Zeros for the tokens that carry no weight, in place."""
-        others_T = torch.ones(self.num_tokens, dtype=torch.bool, device=values_T.device)
-        others_T[self.rows_R] = False
-        values_T[others_T] = 0
+        """Set the values of tokens without weight to 0, in place."""
+        is_dropped_T = torch.ones(self.num_tokens, dtype=torch.bool, device=values_T.device)
+        is_dropped_T[self.rows_R] = False
+        values_T[is_dropped_T] = 0
 
 
 def make_rows(
@@ -106,21 +106,24 @@ def make_rows(
     kd: Sequence[KD],
     shard: VocabShard,
 ) -> SweepRows:
-    """The sweep's side of a call. Raises UsageError for targets that do not fit their term or the shard, and, on CPU,
-    for a label that is used and is no vocabulary id."""
+    """Make the sweep's rows from the arguments of a loss, all ``[T]``.
+
+    Raises UsageError for targets that do not fit their term or the shard, and, on CPU, for a label that is used and is
+    no vocabulary id.
+    """
     labels_R, lm_weight_R = select(labels_T).long(), select(lm_weight_T)
     _check_labels(labels_R, lm_weight_R, kd, select, shard.vocab_size)
     return SweepRows(
         labels_R,
         lm_weight_R,
         None if z_weight_T is None else select(z_weight_T),
-        [SweptTerm(one.term, select(one.weight_T), _teacher(one, select, labels_R, shard)) for one in kd],
+        [SweptTerm(entry.term, select(entry.weight_T), _teacher(entry, select, labels_R, shard)) for entry in kd],
     )
 
 
-def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Logits | Buckets:
-    targets = one.targets
-    one.term.check(targets.kind if isinstance(targets, SparseTargets) else "dense")
+def _teacher(kd: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Logits | Buckets:
+    targets = kd.targets
+    kd.term.check(targets.kind if isinstance(targets, SparseTargets) else "dense")
     if isinstance(targets, DenseTargets):
         check_shapes(
             ("targets.hidden_TH", targets.hidden_TH, (select.num_tokens, targets.weight_vH.shape[-1])),
@@ -136,11 +139,11 @@ def _teacher(one: KD, select: Select, labels_R: Tensor, shard: VocabShard) -> Lo
     check_shapes(("targets.ids_TK", targets.ids_TK, size), ("targets.log_probs_TK", targets.log_probs_TK, size))
     chosen = replace(targets, ids_TK=select(targets.ids_TK), log_probs_TK=select(targets.log_probs_TK))
     _check_ids(chosen, shard.vocab_size)
-    return Buckets.of(chosen, labels_R, one.term, shard.vocab_size)
+    return Buckets.of(chosen, labels_R, kd.term, shard.vocab_size)
 
 
 def head_output(swept: Swept, rows: SweepRows, kd: Sequence[KD], select: Select, vocab_size: int) -> HeadOutput:
-    """Values of all tokens and the weighted sum, from what the sweep left."""
+    """The loss and the values of all tokens, from the results of the sweep."""
     lm = swept.lm
     is_id_R = (rows.labels_R >= 0) & (rows.labels_R < vocab_size)
     # (max - label) first: both are large where logits are, and their difference is exact.
@@ -150,36 +153,36 @@ def head_output(swept: Swept, rows: SweepRows, kd: Sequence[KD], select: Select,
     if rows.z_weight_R is not None:
         loss = loss + _weighted_sum(rows.z_weight_R, log_z_R.square())
     outputs = []
-    for one, term, found in zip(kd, rows.terms, swept.terms):
-        value_R = torch.where(is_id_R, found.value_R, torch.nan) if one.term.needs_label else found.value_R
+    for entry, term, result in zip(kd, rows.terms, swept.terms):
+        value_R = torch.where(is_id_R, result.value_R, torch.nan) if entry.term.needs_label else result.value_R
         loss = loss + _weighted_sum(term.weight_R, value_R)
-        entropy_T = one.targets.entropy_T if isinstance(one.targets, SparseTargets) else None
-        if found.entropy_R is not None:
-            entropy_T = select.put(found.entropy_R)
-        outputs.append(KDOutput(select.put(value_R), select.put(found.agree_R), entropy_T))
+        entropy_T = entry.targets.entropy_T if isinstance(entry.targets, SparseTargets) else None
+        if result.entropy_R is not None:
+            entropy_T = select.put(result.entropy_R)
+        outputs.append(KDOutput(select.put(value_R), select.put(result.agree_R), entropy_T))
     return HeadOutput(loss, select.put(torch.where(is_id_R, lm_R, 0.0)), select.put(log_z_R), tuple(outputs))
 
 
 def _weighted_sum(weight_R: Tensor, value_R: Tensor) -> Tensor:
-    """A value that weighs nothing adds nothing, whatever it is."""
+    """sum of weight · value, where a value of weight 0 adds nothing, not even NaN."""
     return torch.where(weight_R == 0, 0.0, weight_R.to(value_R.dtype) * value_R).sum()
 
 
 def check_shapes(*expected: tuple[str, Tensor, tuple[int, ...]]) -> None:
-    """Raises UsageError for the first tensor that has not its shape."""
+    """Raise UsageError for the first tensor that does not have its shape."""
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 def _check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], select: Select, vocab_size: int) -> None:
-    """Raises UsageError, on CPU, for a label that is used and is no vocabulary id."""
+    """Raise UsageError, on CPU, for a label that is used and is no vocabulary id."""
     if labels_R.device.type != "cpu":
         return  # head_output makes the loss NaN
     used_R = lm_weight_R != 0
-    for one in kd:
-        if one.term.needs_label:
-            used_R = used_R | (select(one.weight_T) != 0)
+    for entry in kd:
+        if entry.term.needs_label:
+            used_R = used_R | (select(entry.weight_T) != 0)
     wrong_R = ((labels_R < 0) | (labels_R >= vocab_size)) & used_R
     if wrong_R.any():
         label = int(labels_R[wrong_R][0])
@@ -190,8 +193,10 @@ def _check_labels(labels_R: Tensor, lm_weight_R: Tensor, kd: Sequence[KD], selec
 
 
 def _check_ids(targets: SparseTargets, vocab_size: int) -> None:
-    """Raises UsageError, on CPU, for listed ids that are none of the vocabulary or stand twice in a row. (On other
-    devices an id that is none makes the loss NaN.)"""
+    """Raise UsageError, on CPU, for listed ids outside the vocabulary or listed twice in a row.
+
+    On other devices an id outside the vocabulary makes the loss NaN.
+    """
     if targets.ids_TK.device.type != "cpu" or targets.ids_TK.numel() == 0:
         return
     ids_RK = torch.where(targets.log_probs_TK == -torch.inf, -1, targets.ids_TK.long())

@@ -25,12 +25,13 @@ from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import LM_COLUMNS, Gather, RowStatistics, VocabShard, merge_statistics
 
 DEFAULT_CHUNK_BYTES = 256 << 20
-"""Fewer chunks make better products and fewer sums of the weight's gradient; more of them need less memory."""
+"""Bytes of logits in a chunk. Larger chunks make faster products and fewer additions to the weight's gradient; smaller
+ones need less memory."""
 
 
 @dataclass(frozen=True)
 class SweptTerm:
-    """One divergence of the sweep: ``weight_R`` what it weighs in each row, and the teacher, whole or in buckets."""
+    """One divergence of a sweep: its term, its weight in each row ``[R]``, the teacher's logits or sparse targets."""
 
     term: KDTerm
     weight_R: Tensor
@@ -39,8 +40,11 @@ class SweptTerm:
 
 @dataclass(frozen=True)
 class TermRows:
-    """What a sweep finds for one term, ``[R]`` each: the divergence, whether the top-1 agree, the teacher's entropy
-    (None for sparse targets)."""
+    """Results of a sweep for one term, ``[R]`` each.
+
+    value_R: the divergence in nats, temperature² included. agree_R: bool, True if the top-1 ids agree. entropy_R: the
+    teacher's entropy in nats; None for sparse targets.
+    """
 
     value_R: Tensor
     agree_R: Tensor
@@ -49,7 +53,7 @@ class TermRows:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep leaves: the LM statistics of all rows, merged over the group, and every term's values."""
+    """Results of a sweep: the LM statistics of all rows, merged over the group, and the values of every term."""
 
     lm: RowStatistics
     terms: list[TermRows]
@@ -57,8 +61,11 @@ class Swept:
 
 @dataclass(frozen=True)
 class SweepRows:
-    """What the rows of a sweep are held against: labels, int64 ``[R]``; what LM loss and z-loss weigh in each, ``[R]``
-    (None for no z-loss); the divergences."""
+    """Input of a sweep beside the logits, row by row.
+
+    labels_R: int64 ``[R]``. lm_weight_R, z_weight_R: ``[R]``, the weights of LM loss and z-loss; None for no z-loss.
+    terms: the divergences.
+    """
 
     labels_R: Tensor
     lm_weight_R: Tensor
@@ -98,7 +105,7 @@ def sweep(
 
 @dataclass
 class _TermInChunk:
-    """One term's share of a chunk (or the LM loss alone): its statistics here, then those of the whole rows."""
+    """One term (or the LM loss alone) on one chunk. Its statistics are those of this slice, then of whole rows."""
 
     chunk: Chunk
     kernels: Kernels
@@ -116,7 +123,7 @@ class _Work:
 
 
 class _Walk:
-    """The state of one sweep: buffers that all chunks share, and results a row."""
+    """State of one sweep: the buffers that all chunks share, and the results of all rows."""
 
     def __init__(
         self, student: StudentLogits, rows: SweepRows, shard: VocabShard, implementation: Implementation
@@ -124,8 +131,8 @@ class _Walk:
         self._student, self._rows, self._terms = student, rows, rows.terms
         self._shard, self._implementation = shard, implementation
         self._split = shard.world_size > 1
-        # Fresh memory for each chunk would cost more in page faults than the statistics do. While a gather is under
-        # way the next chunk's logits need a place of their own.
+        # Fresh memory for each chunk would cost more in page faults than the statistics take. While a gather is under
+        # way the next chunk's logits need a buffer of their own.
         self._num_buffers = 2 if self._split else 1
         self._turn = 0
         wide = torch.promote_types(student.dtype, torch.float32)
@@ -165,14 +172,14 @@ class _Walk:
         ]
 
     def begin(self, rows: slice) -> _Work:
-        """Logits and statistics of a chunk, and the start of their gather; all of the chunk where nothing is split."""
+        """Make logits and statistics of a chunk and start their gather; where nothing is split, its gradient too."""
         turn, self._turn = self._turn, (self._turn + 1) % self._num_buffers
         student_Rv = self._student.logits(rows, self._student_buffers[turn])
         parts = []
         for index, term in enumerate(self._terms or [None]):
-            # Each term overwrites logits of its own with its gradient; the LM loss goes with the first.
-            own_Rv = student_Rv if index == 0 or not self._student.wants_gradient else student_Rv.clone()
-            chunk = self._chunk(rows, own_Rv, with_lm=index == 0)
+            # Each term overwrites a copy of the logits with its gradient; the LM loss goes with the first term.
+            logits_Rv = student_Rv if index == 0 or not self._student.wants_gradient else student_Rv.clone()
+            chunk = self._chunk(rows, logits_Rv, with_lm=index == 0)
             if term is not None:
                 buffer = self._teacher_buffers[index][turn]
                 chunk = replace(chunk, teacher=self._teacher(term, rows, student_Rv, buffer))
@@ -187,7 +194,7 @@ class _Walk:
         return _Work(rows, parts, gather)
 
     def finish(self, work: _Work) -> None:
-        """Values and gradient of a chunk, from the statistics of whole rows."""
+        """Make values and gradient of a chunk, from the statistics of whole rows."""
         if work.gather is not None:
             for part, parts_nkR in zip(work.parts, work.gather.wait()):
                 part.statistics = _merged(part, parts_nkR)
@@ -236,21 +243,21 @@ class _Walk:
         return part.term is None or part.term.term.formula != "adaptive_kl"
 
     def _add_second_pass(self, parts: list[_TermInChunk]) -> None:
-        """The sums that need the first ones merged: one more gather, of all terms together."""
+        """Add the sums of the second pass, which need those of the first merged: one more gather, for all terms."""
         late = [part for part in parts if part.gradient_Rv is None and _second_pass_columns(part)]
         if not late:
             return
-        found = []
+        sums = []
         for part in late:
             if part.term is not None and part.term.term.formula == "adaptive_kl":
-                found.append(head_and_tail_gap(part.chunk, part.statistics, self._shard))
+                sums.append(head_and_tail_gap(part.chunk, part.statistics, self._shard))
             else:
-                found.append(part.kernels.second_pass(part.chunk, part.statistics))
+                sums.append(part.kernels.second_pass(part.chunk, part.statistics))
         if self._split:
-            gathered = Gather([part.values_kR for part in found], self._shard).wait()
-            found = [RowStatistics(own.columns, parts_nkR.sum(0)) for own, parts_nkR in zip(found, gathered)]
-        for part, own in zip(late, found):
-            part.statistics = part.statistics.extended(own)
+            gathered = Gather([rows.values_kR for rows in sums], self._shard).wait()
+            sums = [RowStatistics(rows.columns, parts_nkR.sum(0)) for rows, parts_nkR in zip(sums, gathered)]
+        for part, rows in zip(late, sums):
+            part.statistics = part.statistics.extended(rows)
 
     def _keep(self, part: _TermInChunk, result: TermRows, rows: slice) -> None:
         assert part.term is not None
@@ -282,8 +289,10 @@ def _merged(part: _TermInChunk, parts_nkR: Tensor) -> RowStatistics:
 
 
 def _intermediate(student_Rv: Tensor, teacher_Rv: Tensor, t: float) -> Tensor:
-    """TAID's target (arXiv 2501.16937, equation 3): (1 - t) · student + t · teacher, the student held fixed; fp32, so
-    that logits are not rounded twice."""
+    """Logits of TAID's target (arXiv 2501.16937, equation 3): (1 - t) · student + t · teacher, the student held fixed.
+
+    fp32, so that logits are not rounded twice.
+    """
     if t in (0, 1):  # 0 · inf would be NaN
         return teacher_Rv if t == 1 else student_Rv.clone()
     wide_Rv = teacher_Rv.to(torch.promote_types(teacher_Rv.dtype, torch.float32), copy=True)

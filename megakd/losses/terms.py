@@ -1,4 +1,4 @@
-"""How student and teacher are compared, and which comparison is right for which kind of targets. No torch."""
+"""Comparisons of student and teacher, and the kinds of targets that each is right for. No torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal, get_args
 from megakd.errors import UsageError
 
 Tail = Literal["none", "renormalise", "ghost", "spread", "label"]
-"""What becomes of the mass that ``top_p_k`` targets do not list.
+"""Treatment of the tail, the mass that ``top_p_k`` targets do not list.
 
-none: nothing; the targets sum to less than 1. renormalise: the listed ids are scaled to sum to 1. ghost: all other ids
-are one bucket, in both models. spread: shared evenly by all other ids. label: the label gets it."""
+none: dropped; the targets sum to less than 1. renormalise: the listed ids are scaled to sum to 1. ghost: all other ids
+are one bucket, in both models. spread: shared evenly by all other ids. label: added to the label."""
 
 ALL_TAILS: tuple[Tail, ...] = get_args(Tail)
 
@@ -40,7 +40,7 @@ LEGAL: Mapping[str, Mapping[str, tuple[Tail, ...]]] = MappingProxyType(
         "decoupled": {"dense": ()},
     }
 )
-"""Divergence -> kind of targets -> tails that go with it; what is not here is refused. See ``docs/numerics.md``."""
+"""Divergence -> kind of targets -> legal tails; every other combination is refused. See ``docs/numerics.md``."""
 
 _WHY = {
     "samples": "sampled counts are unbiased only for losses that are linear in the teacher's probabilities",
@@ -51,17 +51,18 @@ _WHY = {
 
 @dataclass(frozen=True)
 class KDTerm:
-    """A divergence D(p, q) of the teacher's distribution p from the student's q, with everything it can be told.
+    """A divergence D(p, q) between the teacher's distribution p and the student's q, with its parameters.
 
     divergence: a key of ``LEGAL``.
     temperature: divides the teacher's logits, and the student's too when ``temperature_on`` is ``"both"``.
     scale_by_temperature_squared: multiply the divergence by temperature², so that its gradient keeps its size (Hinton
         et al., arXiv 1503.02531); only when the temperature is on both.
-    tail: what becomes of mass that sparse targets do not list.
+    tail: treatment of the mass that sparse targets do not list, see ``Tail``.
     reverse_weight: symmetric_kl is (1 - reverse_weight) · forward KL + reverse_weight · reverse KL.
     jsd_beta: weight of the teacher in the mixture of generalised_jsd (GKD, arXiv 2306.13649); 0 is forward KL and 1
         reverse KL.
-    skew_alpha: weight of the own side in the mixture of the skew divergences (DistiLLM, arXiv 2402.03898); 0: no skew.
+    skew_alpha: weight, in the mixture of the skew divergences (DistiLLM, arXiv 2402.03898), of the distribution that is
+        compared with the mixture; 0: no skew.
     akl_mu: teacher mass of the head in adaptive_kl (arXiv 2404.02657); 1 is forward KL, 0 leaves the best id alone.
     ab_alpha, ab_beta: exponents of teacher and student in alpha_beta (ABKD).
     taid_t: weight of the teacher's logits in the intermediate target of taid (arXiv 2501.16937).
@@ -113,8 +114,8 @@ class KDTerm:
 
     @property
     def formula(self) -> str:
-        """The divergence that is computed: families at their end points are exactly the divergence they end in, and
-        taid is forward KL to a target that the sweep makes."""
+        """Name of the formula that is computed: a family at an end point is the divergence that it ends in, and taid is
+        forward KL to a target that the sweep makes."""
         ends = {
             "symmetric_kl": (self.reverse_weight, "forward_kl", "reverse_kl"),
             "generalised_jsd": (self.jsd_beta, "forward_kl", "reverse_kl"),
@@ -130,13 +131,13 @@ class KDTerm:
 
     @property
     def needs_label(self) -> bool:
-        """Whether the label enters the divergence."""
+        """True if the label enters the divergence."""
         return self.divergence == "decoupled" or self.tail == "label"
 
     def check(self, kind: str) -> None:
-        """Refuse targets that this term is wrong for: ``"dense"`` or a ``SparseKind``.
+        """Raise UsageError if this term is wrong for a kind of targets, with the reason and the kinds that are right.
 
-        Raises UsageError with the reason and what would be right.
+        kind: ``"dense"`` or a ``SparseKind``.
         """
         if kind not in LEGAL["forward_kl"]:
             raise UsageError(f"targets of kind {kind!r}; expected one of {', '.join(LEGAL['forward_kl'])}")
@@ -160,7 +161,7 @@ class KDTerm:
 
 
 def legality_table() -> str:
-    """What goes with what, as the lines that ``--help`` prints."""
+    """Table of divergences, kinds of targets and tails, as ``--help`` prints it."""
     width = max(map(len, LEGAL)) + 2
     lines = [f"{'divergence':<{width}}sparse targets (dense ones always; tail in brackets)"]
     for divergence, kinds in LEGAL.items():

@@ -1,10 +1,10 @@
-"""A vocabulary split across a process group: who holds which ids, and how the statistics of a row are merged.
+"""A vocabulary split across a process group: the slice of each rank, and the merge of the statistics of a row.
 
 Axes: ``n`` ranks of the group, ``k`` statistics of a row, ``R`` rows (tokens of one chunk), ``v`` this rank's slice of
 the vocabulary ``V``.
 
-Every rank sums over its own slice relative to its own maximum. A log-sum-exp merge is associative, so the parts travel
-once, packed, in one all-gather, and every rank merges them in rank order: the results are the same bits everywhere.
+Every rank sums over its own slice relative to its own maximum. A log-sum-exp merge is associative, so one all-gather of
+the packed parts is enough. Every rank merges them in rank order, so all ranks hold the same bits.
 Formulas are in ``docs/numerics.md``.
 """
 
@@ -19,23 +19,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 LM_COLUMNS = ("lm_max", "lm_sum", "label")
-"""What the LM loss needs of a row: max s, sum of exp(s - max), the label's logit (0 on ranks that lack the label)."""
+"""Statistics of a row for the LM loss: max s, sum of exp(s - max), the label's logit (0 on ranks without it)."""
 
 DENSE_COLUMNS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
-"""What every divergence from dense targets needs. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) /
-tau_t: the sums of exp(s'), exp(t') and exp(t') t', and whether some id is a maximum of both rows (0 or 1)."""
+"""Statistics of a row for every divergence from dense targets. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) /
+tau_t: the sums of exp(s'), exp(t') and exp(t') t', and 1 if some id is a maximum of both rows, else 0."""
 
 SPARSE_COLUMNS = ("rest_max", "rest_sum")
-"""What sparse targets need: maximum and sum as above over the ids that are not listed. The logits of those that are
-travel behind, see ``RowStatistics.listed_KR``."""
+"""Statistics of a row for sparse targets: maximum and sum as above over the ids that are not listed. The logits of the
+listed ids follow the named columns, see ``RowStatistics.listed_KR``."""
 
 SPREAD_COLUMNS = ("total", "count")
-"""What tail ``spread`` needs beside: the sum of (s - lm_max) / tau_s over all ids, and how many they are."""
+"""Statistics of a row for tail ``spread`` besides: the sum of (s - lm_max) / tau_s over all ids, and their number."""
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The slice of the vocabulary that this rank's rows of an output weight stand for.
+    """The slice of the vocabulary that belongs to this rank's rows of an output weight.
 
     start: vocabulary id of the first row of the shard.
     num_rows: rows ``v`` of the shard, padding included; the same on every rank of the group.
@@ -50,7 +50,7 @@ class VocabShard:
 
     @property
     def num_valid(self) -> int:
-        """Leading rows of the shard that are not padding."""
+        """Number of leading rows of the shard that are not padding."""
         return min(max(self.vocab_size - self.start, 0), self.num_rows)
 
     @property
@@ -60,7 +60,7 @@ class VocabShard:
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Named statistics of rows: ``values_kR`` holds one line a column, fp32 (fp64 for fp64 logits)."""
+    """Named statistics of rows. values_kR: one line for each column, fp32 (fp64 for fp64 logits)."""
 
     columns: tuple[str, ...]
     values_kR: Tensor
@@ -70,21 +70,21 @@ class RowStatistics:
 
     @property
     def listed_KR(self) -> Tensor:
-        """The lines behind the named ones: logits of the listed ids (0 on ranks that lack the id)."""
+        """Lines after the named ones: logits ``[K, R]`` of the listed ids (0 on ranks without the id)."""
         return self.values_kR[len(self.columns) :]
 
     def extended(self, other: RowStatistics) -> RowStatistics:
-        """These columns and those of another; neither has listed logits."""
+        """Return these columns followed by those of another; neither may have logits of listed ids."""
         return RowStatistics(self.columns + other.columns, torch.cat([self.values_kR, other.values_kR]))
 
 
 def pivot(maximum_R: Tensor) -> Tensor:
-    """What is subtracted before exp: the maximum, or 0 where no entry is finite, because -inf - -inf is NaN."""
+    """The number to subtract before exp: the maximum, or 0 where no entry is finite, because -inf - -inf is NaN."""
     return torch.where(maximum_R == -math.inf, 0.0, maximum_R)
 
 
 class Gather:
-    """One all-gather, under way: this rank's parts of the statistics of a chunk, packed."""
+    """One all-gather under way, of this rank's packed parts of the statistics of a chunk."""
 
     def __init__(self, parts: Sequence[Tensor], shard: VocabShard) -> None:
         packed = parts[0] if len(parts) == 1 else torch.cat(list(parts))
@@ -96,7 +96,7 @@ class Gather:
         )
 
     def wait(self) -> list[Tensor]:
-        """``[n, k, R]`` of each part, in rank order."""
+        """Wait, and return ``[n, k, R]`` of each part, in rank order."""
         if self._work is not None:
             self._work.wait()
         return list(torch.split(self._gathered, self._sizes, dim=1))
@@ -105,12 +105,15 @@ class Gather:
 def merge_statistics(
     columns: tuple[str, ...], parts_nkR: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> RowStatistics:
-    """The statistics of whole rows from those of every slice, in rank order; the temperatures are those of the sums."""
+    """Merge the statistics of every slice ``[n, k, R]``, in rank order, into those of whole rows.
+
+    student_temperature, teacher_temperature: the temperatures that the sums were made with.
+    """
     ranks_nR = dict(zip(columns, parts_nkR.unbind(1)))
     merged: dict[str, Tensor] = {}
 
     def merge_maximum(name: str, temperature: float) -> Tensor:
-        """Merge a maximum; how much lower each rank's own pivot lies, in units of the temperature."""
+        """Merge a maximum; return how far each rank's pivot lies below it (at most 0), divided by the temperature."""
         merged[name] = ranks_nR[name].amax(0)
         return (pivot(ranks_nR[name]) - pivot(merged[name])) / temperature
 
@@ -137,7 +140,7 @@ def merge_statistics(
     for name in ("student_top", "teacher_top"):
         if name in columns:
             merged[name] = ranks_nR[name].amax(0)
-    for name in columns:  # plain sums: they are relative to nothing, or to what is already merged
+    for name in columns:  # plain sums, relative to no maximum or to one that is merged already
         if name not in merged:
             merged[name] = ranks_nR[name].sum(0)
     lines = [merged[name] for name in columns]
@@ -145,7 +148,7 @@ def merge_statistics(
 
 
 def _shared_maximum(ranks_nR: dict[str, Tensor]) -> Tensor:
-    """1 where some id is the maximum of both whole rows."""
+    """Return 1 where some id is the maximum of both whole rows, else 0."""
     student_nR = ranks_nR.get("student_top", ranks_nR["student_max"])
     teacher_nR = ranks_nR.get("teacher_top", ranks_nR["teacher_max"])
     at_top = (student_nR == student_nR.amax(0)) & (teacher_nR == teacher_nR.amax(0))
@@ -153,9 +156,9 @@ def _shared_maximum(ranks_nR: dict[str, Tensor]) -> Tensor:
 
 
 def _rescaled_sum(sums_nR: Tensor, drop_nR: Tensor) -> Tensor:
-    """Sums relative to each rank's pivot, added up relative to the row's.
+    """Add up sums that are relative to each rank's pivot, relative to the row's.
 
-    A slice without mass adds exactly nothing, even where its sum is infinite or its pivot means nothing.
+    A slice without mass adds exactly nothing, even where its sum is infinite or its pivot is arbitrary.
     """
     scale_nR = drop_nR.exp()
     return torch.where((sums_nR == 0) | (scale_nR == 0), 0.0, sums_nR * scale_nR).sum(0)

@@ -1,4 +1,4 @@
-"""The implementations of the chunk kernels by name, and which one does a chunk."""
+"""The implementations of the kernels by name, and the choice of one for a chunk."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ IMPLEMENTATIONS: dict[str, Callable[[], Kernels]] = {
     "triton": TritonKernels,
     "reference": ReferenceKernels,
 }
-"""In order of preference: native on CPUs, triton on GPUs where it is installed, plain torch for the rest."""
+"""Implementations in order of preference: native on CPUs, triton on GPUs if it is installed, else plain torch."""
 
 
 @cache
 def made(name: str) -> Kernels:
-    """The kernels of one name; there is one object of each."""
+    """Return the kernels of one name, always the same object."""
     return IMPLEMENTATIONS[name]()
 
 
 def kernels_for(chunk: Chunk, implementation: Implementation) -> Kernels:
-    """The named implementation; ``auto`` takes the first that can do the chunk.
+    """Return the named implementation; for ``auto`` the first that can do the chunk.
 
-    Raises UsageError where the named one cannot, or does not exist.
+    Raises UsageError if the named one cannot do it, or does not exist.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UsageError(f"implementation {implementation!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")

@@ -1,4 +1,4 @@
-"""The kernels in C++ for CPU: a row at a time while it is in cache, threads, the gradient in place; bf16 and fp32."""
+"""The kernels in C++ for CPUs, in bf16 and fp32: threaded, a row at a time while it is in cache, gradient in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megakd.losses.vocab_parallel import RowStatistics
 DTYPES = (torch.float32, torch.bfloat16)
 
 _SAME_SUMS = {"soft_cross_entropy": "forward_kl"}
-"""Formulas with the sums and the gradient of another; their value is made from the sums, in divergences.py."""
+"""Formulas with the sums and gradient of another one; divergences.py makes their value from the sums."""
 
 _PARAMETERS = {
     "symmetric_kl": ("reverse_weight",),
@@ -27,13 +27,13 @@ _PARAMETERS = {
     "alpha_beta": ("ab_alpha", "ab_beta"),
     "decoupled": ("dkd_alpha", "dkd_beta"),
 }
-"""What of a term its kernel is told, in order."""
+"""Fields of a term that are the parameters of its kernel, in order."""
 
 
 class NativeKernels:
-    """See ``protocol.Kernels``. Arithmetic is fp32; as many threads as torch uses.
+    """``protocol.Kernels`` in C++. Arithmetic is fp32; as many threads as torch uses.
 
-    The logits of student and teacher must be contiguous, fp32 or bf16, not necessarily the same.
+    The logits of student and teacher must be contiguous and fp32 or bf16; their dtypes may differ.
     """
 
     def supports(self, chunk: Chunk) -> bool:
@@ -76,7 +76,7 @@ def _empty(lines: int, chunk: Chunk) -> Tensor:
 
 
 def _sweep(sweep: Any, chunk: Chunk, statistics_kR: Tensor, slope: SparseSlope | None = None) -> None:
-    """The sweep of this name with the chunk's teacher, if any; what it means: ``_csrc.pyi``."""
+    """Run the sweep of this name (see ``_csrc.pyi``) with the chunk's teacher, if any."""
     arguments: tuple[Any, ...] = (
         sweep,
         _array(chunk.student_Rv),
@@ -124,7 +124,7 @@ def _floats(values: Tensor) -> NDArray[Any]:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as a numpy array; numpy has no bf16, so that travels as its bits."""
+    """View the tensor's memory as a numpy array; bf16, which numpy lacks, as uint16."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)

@@ -1,4 +1,4 @@
-"""The work on one chunk of logits, as every implementation must offer it.
+"""The protocol of kernels: the work on one chunk of logits that every implementation offers.
 
 Axes: ``R`` rows (tokens of the chunk), ``v`` this rank's slice of the vocabulary, ``K`` listed ids, ``k`` statistics of
 a row.
@@ -31,8 +31,11 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class SparseTeacher:
-    """Ids that a sparse target lists, as columns of this slice: int64 ``[R, K]``, negative or >= num_valid where the
-    slot is empty or another rank holds the id. Each column at most once in a row."""
+    """The sparse teacher's side of a chunk: the columns of the listed ids in this slice.
+
+    columns_RK: int64; negative or >= num_valid where the slot is empty or another rank holds the id. No column stands
+    twice in a row.
+    """
 
     columns_RK: Tensor
     term: KDTerm
@@ -44,13 +47,14 @@ class SparseTeacher:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a kernel is given.
+    """Input of a kernel.
 
     student_Rv: the student's logits. ``gradient`` may overwrite them with their gradient.
     num_valid: leading columns that are not padding.
     label_R: int64, the label's column in this slice; negative or >= num_valid where another rank holds it.
-    lm_weight_R: fp32. A weight of 0 takes its term out of the gradient before any arithmetic.
-    z_weight_R: fp32, the weight of log-sum-exp squared, or None.
+    lm_weight_R: fp32. A weight of 0 takes the LM loss out of the gradient before any arithmetic.
+    z_weight_R: fp32, the weight of log-sum-exp squared (z-loss), or None.
+    teacher: the teacher's side; None for the LM loss alone.
     """
 
     student_Rv: Tensor
@@ -62,7 +66,7 @@ class Chunk:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The statistics of a row, in order."""
+        """Names of the statistics of a row, in order."""
         return LM_COLUMNS if self.teacher is None else LM_COLUMNS + self.teacher.columns
 
 
@@ -70,8 +74,8 @@ class Chunk:
 class SparseSlope:
     """The gradient of a sparse target's weighted divergence by the student's logits (tau_s included).
 
-    At an id that is not listed: factor_R · exp((s - rest_max) / tau_s) - shift_R. At the listed ids: listed_KR.
-    Exactly 0 everywhere in rows without weight.
+    At an id that is not listed it is factor_R · exp((s - rest_max) / tau_s) - shift_R, at the listed ids listed_KR.
+    In rows without weight it is exactly 0 everywhere.
     """
 
     factor_R: Tensor
@@ -80,21 +84,29 @@ class SparseSlope:
 
 
 class Kernels(Protocol):
-    """One implementation."""
+    """One implementation of the work on a chunk."""
 
     def supports(self, chunk: Chunk) -> bool:
-        """Whether this implementation can do the chunk: device, dtypes, divergence."""
+        """Return whether this implementation can do the chunk: its device, dtypes and divergence."""
 
     def statistics(self, chunk: Chunk) -> RowStatistics:
-        """``chunk.columns`` of this slice of every row; with a sparse teacher the logits of its ids behind them, a
-        line an id, 0 where this rank lacks it."""
+        """Return ``chunk.columns`` of this slice of every row.
+
+        With a sparse teacher they are followed by the logits of the listed ids, one line for each slot, 0 where this
+        rank does not hold the id.
+        """
 
     def second_pass(self, chunk: Chunk, rows: RowStatistics) -> RowStatistics:
-        """This slice's share of the divergence's ``second_pass`` columns, from merged first statistics. Plain sums."""
+        """Return this slice's share of the divergence's ``second_pass`` columns, plain sums.
+
+        rows: the merged statistics of the first pass.
+        """
 
     def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
-        """``[R, v]``, the student's dtype: derivative of the chunk's weighted loss by its logits, from merged
-        statistics; ``slope`` is the divergence's share where the teacher is sparse."""
+        """Return the derivative of the chunk's weighted loss by its logits, ``[R, v]`` in the student's dtype.
+
+        rows: merged statistics of both passes. slope: the divergence's share, if the teacher is sparse.
+        """
 
     def statistics_and_gradient(self, chunk: Chunk) -> tuple[RowStatistics, Tensor]:
-        """All at once where the slice is the whole vocabulary; not for sparse teachers nor adaptive_kl."""
+        """Return both at once, for a slice that is the whole vocabulary; not for sparse teachers nor adaptive_kl."""

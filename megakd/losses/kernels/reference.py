@@ -1,4 +1,4 @@
-"""The kernels in plain torch: any device, bf16 to fp64, written to be read and to check the others against."""
+"""The kernels in plain torch, on any device, bf16 to fp64: written to be read and to check the others against."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megakd.losses.vocab_parallel import RowStatistics, pivot
 
 
 class ReferenceKernels:
-    """See ``protocol.Kernels``. Arithmetic is fp32, or fp64 for fp64 logits."""
+    """``protocol.Kernels`` in plain torch. Arithmetic is fp32, or fp64 for fp64 logits."""
 
     def supports(self, chunk: Chunk) -> bool:
         return True
@@ -130,8 +130,7 @@ def _dense_entries(chunk: Chunk, teacher: DenseTeacher, rows: RowStatistics) -> 
 
 
 def _shares(mass_Rv: Tensor, sum_R: Tensor) -> Tensor:
-    """Mass over its sum; no mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass
-    anywhere, not 0 / 0."""
+    """Mass over its sum, and 0 for all of a row without mass (a teacher certain of the label, which DKD leaves out)."""
     return torch.where(mass_Rv == 0, 0.0, mass_Rv / column(sum_R))
 
 
@@ -163,7 +162,7 @@ def _sparse_gradient(
 
 
 def _owned(chunk: Chunk, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
-    """``[R, K]`` which listed ids this slice holds, and columns that are safe to index with."""
+    """Return, ``[R, K]`` each, True for listed ids that this slice holds, and columns that are safe to index with."""
     owned_RK = (teacher.columns_RK >= 0) & (teacher.columns_RK < chunk.num_valid)
     return owned_RK, torch.where(owned_RK, teacher.columns_RK, 0)
 
@@ -175,13 +174,13 @@ def _is_listed(chunk: Chunk, teacher: SparseTeacher) -> Tensor:
 
 
 def _is_label(chunk: Chunk) -> Tensor:
-    """``[R, v]`` whether an entry is the label's."""
+    """``[R, v]``, True at the label's entry."""
     ids_v = torch.arange(chunk.student_Rv.shape[1], device=chunk.student_Rv.device)
     return (ids_v == column(chunk.label_R)) & (ids_v < chunk.num_valid)
 
 
 def _at_label(logits_Rv: Tensor, is_label_Rv: Tensor) -> Tensor:
-    """``[R]`` the label's logit; 0 where another rank holds it."""
+    """``[R]``, the label's logit; 0 where another rank holds it."""
     return torch.where(is_label_Rv, logits_Rv, 0.0).sum(1)
 
 
@@ -193,6 +192,6 @@ def _masked(logits_Rv: Tensor, num_valid: int) -> Tensor:
 
 
 def _weighted(weight_R: Tensor, slope_Rv: Tensor) -> Tensor:
-    """weight · slope where a weight of 0 gives exactly 0, whatever the slope."""
+    """weight · slope, exactly 0 where the weight is 0, whatever the slope."""
     weight_R1 = column(weight_R.to(slope_Rv.dtype))
     return torch.where(weight_R1 == 0, 0.0, weight_R1 * slope_Rv)

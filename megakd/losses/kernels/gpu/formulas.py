@@ -1,8 +1,8 @@
-"""The divergences for Triton: what one entry of a row adds to the sums, and its slope, as in ``pointwise.py``.
+"""The divergences for Triton: the addition of one entry of a row to the sums, and its slope, as in ``pointwise.py``.
 
 s and t are logits relative to the row's maximum after temperature, p and q probabilities of teacher and student. An
-entry that both models rule out (-inf, as what lies beyond a slice is loaded) adds exactly 0. ``FORMULA`` is a
-``KDTerm.formula``, or the case of alpha_beta; x and y are the divergence's own numbers, see ``triton_kernels.py``.
+entry that both models rule out (-inf, the value loaded for entries beyond a slice) adds exactly 0. ``FORMULA`` is a
+``KDTerm.formula``, or a case of alpha_beta; x and y are the divergence's own numbers, see ``launch.Formula``.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ import triton.language as tl
 
 @triton.jit
 def product(mass, factor):
-    """mass · factor where an entry without mass gives exactly 0, whatever its factor."""
+    """mass · factor, exactly 0 for an entry without mass, whatever its factor."""
     return tl.where(mass == 0.0, 0.0, mass * factor)
 
 
 @triton.jit
 def weighted(weight, slope):
-    """weight · slope where a weight of 0 gives exactly 0, whatever the slope."""
+    """weight · slope, exactly 0 where the weight is 0, whatever the slope."""
     return tl.where(weight == 0.0, 0.0, weight * slope)
 
 
 @triton.jit
 def pivot(maximum):
-    """What is subtracted before exp: the maximum, or 0 where no entry is finite."""
+    """The number to subtract before exp: the maximum, or 0 where no entry is finite."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def possible(s, t, values):
-    """0 for an id that both models rule out."""
+    """Values with 0 in place of those of ids that both models rule out."""
     return tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, values)
 
 
 @triton.jit
 def logit_difference(s, t, inverse_tau_s, inverse_tau_t):
-    """From logits as they are."""
+    """s / tau_s - t / tau_t from logits with no maximum subtracted; 0 for an id that both models rule out."""
     return possible(s, t, s * inverse_tau_s - t * inverse_tau_t)
 
 
 @triton.jit
 def finite_difference(difference):
-    """What of a difference of logits enters the mean of the centred error: 0 for an infinite one; NaN stays."""
+    """A difference of logits, with 0 in place of an infinite one, for the mean of the centred error; NaN stays."""
     return tl.where(tl.abs(difference) == float("inf"), 0.0, difference)
 
 
 @triton.jit
 def value_limit(log_p, log_q, value):
-    """A value of alpha_beta that came out as a difference of infinities: +inf, or 0 where p = q; NaN logits stay."""
+    """A value of alpha_beta, with +inf (0 where p = q) in place of a difference of infinities; NaN logits stay."""
     limit = tl.abs(log_p - log_q) + float("inf")
     return tl.where(value > float("-inf"), value, tl.where(log_p == log_q, 0.0, limit))
 
 
 @triton.jit
 def slope_limit(log_p, log_q, slope):
-    """A slope of alpha_beta that came out as a difference of infinities has the sign of q - p; NaN logits stay."""
+    """A slope of alpha_beta, with an infinity of q - p's sign in place of a difference of infinities; NaN stays."""
     limit = (log_q - log_p) * float("inf")
     return tl.where(slope == slope, slope, tl.where(log_p == log_q, 0.0, limit))
 
@@ -101,7 +101,7 @@ def total_variation(p, q):
 
 @triton.jit
 def alpha_beta(FORMULA: tl.constexpr, log_p, log_q, a, b):
-    """A case a limit: both exponents 0, either of them, their sum, none of these."""
+    """Value and slope of alpha_beta, one case for each limit: both exponents 0, one of them, their sum, none."""
     gap = log_p - log_q
     if FORMULA == "alpha_beta_0_0":
         return 0.5 * gap * gap, -gap
@@ -121,7 +121,7 @@ def alpha_beta(FORMULA: tl.constexpr, log_p, log_q, a, b):
 
 @triton.jit
 def value_and_slope(FORMULA: tl.constexpr, log_p, log_q, p, q, x, y, log_on_p, log_on_q):
-    """The divergences that need probabilities: value, and slope w = q · dD/dq up to a multiple of q."""
+    """Value, and slope w = q · dD/dq up to a multiple of q, of a divergence that needs probabilities."""
     if FORMULA == "generalised_jsd":
         value, slope = jsd(log_p, log_q, p, q, x, log_on_p, log_on_q)
     elif FORMULA == "skew_forward_kl":

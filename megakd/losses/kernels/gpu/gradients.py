@@ -1,6 +1,6 @@
 """The Triton kernels that turn rows of logits into their own gradient: one program a row, one read, one write.
 
-``rows`` are the merged statistics, a line a column. Rows whose weight is 0 keep that term's NaN out.
+``rows`` are the merged statistics, one line for each column. A weight of 0 keeps the NaN of its term out of the row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megakd.losses.kernels.gpu.statistics import (
 
 @triton.jit
 def softmax_weight(rows, lm_weight, z_weight, num_rows, HAS_Z: tl.constexpr):
-    """What exp(s - max) weighs in the gradient of LM and z-loss: lm / sum + 2 z log_z / sum."""
+    """Factor of exp(s - max) in the gradient of LM and z-loss: lm / sum + 2 z log_z / sum."""
     weight = tl.load(lm_weight)
     lm_sum = tl.load(rows + num_rows * LM_SUM)
     if HAS_Z:
@@ -44,7 +44,7 @@ def softmax_weight(rows, lm_weight, z_weight, num_rows, HAS_Z: tl.constexpr):
 
 @triton.jit
 def store_gradient(row, start, gradient, num_valid, width, BLOCK: tl.constexpr):
-    """In the student's dtype, and 0 for padding."""
+    """Store a block of gradient in the student's dtype, with 0 for padding."""
     columns = start + tl.arange(0, BLOCK)
     if start + BLOCK > num_valid:
         gradient = tl.where(columns < num_valid, gradient, 0.0)
@@ -69,7 +69,7 @@ def student_gradient(
     HAS_Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LM and z-loss; with SPARSE the sparse target's share too, as it is for ids that are not listed."""
+    """Gradient of LM and z-loss; with SPARSE also the share of sparse targets, in the form for ids not listed."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride
     rows += row
@@ -106,7 +106,7 @@ def sparse_gradient(
     HAS_Z: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """The gradient of the listed ids, over what ``student_gradient`` left there; the logits come from the statistics.
+    """Gradient of the listed ids, written over that of ``student_gradient``; their logits come from the statistics.
 
     listed_logits, slope: ``[K, R]``.
     """
@@ -162,8 +162,11 @@ def dense_gradient(
     HAS_Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LM, z-loss and a divergence from dense targets. scale: what the divergence's slope is multiplied by beside the
-    row's weight. FORMULA mixed_kl is both directions, x the reverse one's weight; adaptive_kl takes that from rows."""
+    """Gradient of LM, z-loss and a divergence from dense targets.
+
+    scale: factor on the divergence's slope beside the row's weight. FORMULA mixed_kl is both directions of KL, with x
+    the weight of the reverse one; adaptive_kl takes that weight from ``rows``.
+    """
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -193,7 +196,7 @@ def dense_gradient(
         t_odds = log_odds(rows, num_rows, FIRST + 2, TEACHER_MAX, TEACHER_SUM, inverse_tau_t)
         label_slope = x * (sigmoid(s_odds) - sigmoid(t_odds))
     log_s_sum, log_t_sum = tl.log(s_sum), tl.log(t_sum)
-    # no mass at all (a teacher that is certain of the label, which DKD leaves out) is no mass anywhere, not 0 / 0
+    # a row without mass (a teacher certain of the label, which DKD leaves out) has probability 0 everywhere, not 0 / 0
     one_over_s_sum = tl.where(s_sum == 0.0, 0.0, 1.0 / s_sum)
     one_over_t_sum = tl.where(t_sum == 0.0, 0.0, 1.0 / t_sum)
     for start in range(0, width, BLOCK):

@@ -22,10 +22,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Formula:
-    """What tells the device functions of ``triton_formulas.py`` a divergence and its numbers.
+    """A divergence and its numbers, as the device functions of ``formulas.py`` take them.
 
-    slope: the FORMULA of second sums and gradient. sums: the SUMS of ``dense_statistics``. log_on_p, log_on_q: logs of
-    what the two models weigh in the mixture.
+    slope: the FORMULA of the second pass and of the gradient. sums: the SUMS of ``dense_statistics``. x, y: the
+    divergence's own numbers. log_on_p, log_on_q: logarithms of the weights of p and q in a mixture.
     """
 
     slope: str
@@ -37,7 +37,7 @@ class Formula:
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """Never an int, for which Triton would compile another kernel."""
+        """The four numbers as floats; for an int Triton would compile another kernel."""
         return float(self.x), float(self.y), self.log_on_p, self.log_on_q
 
     @staticmethod
@@ -84,9 +84,9 @@ def _alpha_beta_case(term: KDTerm) -> str:
 
 
 class TritonKernels:
-    """See ``protocol.Kernels``. On CPU only with Triton's interpreter, for tests (``TRITON_INTERPRET=1``).
+    """``protocol.Kernels`` in Triton. On CPU with Triton's interpreter alone (``TRITON_INTERPRET=1``), for tests.
 
-    block: columns that a program takes at a time, a power of 2 and at least 32; num_warps warps share them.
+    block: columns that a program takes at a time, a power of 2 and at least 32. num_warps: warps that share them.
     """
 
     def __init__(self, block: int = 4096, num_warps: int = 16) -> None:
@@ -216,7 +216,7 @@ class TritonKernels:
         return rows, self.gradient(chunk, rows)
 
     def _launch(self, kernel: str, chunk: Chunk, *arguments: Tensor | int | float, **constants: int | str) -> None:
-        """One program a row, on the device of the logits."""
+        """Launch a kernel with one program for each row, on the device of the logits."""
         if chunk.student_Rv.shape[0] == 0:
             return
         num_warps = self._num_warps if "BLOCK" in constants else 4
@@ -231,7 +231,7 @@ def _is_installed() -> bool:
 
 @cache
 def _compiled() -> dict[str, Any]:
-    """The kernels by name. Where nobody asks for them triton need not be there."""
+    """The kernels by name, imported here so that triton need not be installed unless they are used."""
     from megakd.losses.kernels.gpu import gradients as triton_gradients
     from megakd.losses.kernels.gpu import statistics as triton_statistics
 
@@ -239,12 +239,12 @@ def _compiled() -> dict[str, Any]:
 
 
 def _settings(teacher: DenseTeacher) -> tuple[Formula, float, float]:
-    """Formula, the student's temperature and the teacher's."""
+    """The formula, the student's temperature and the teacher's temperature."""
     return Formula.of(teacher.term), teacher.term.student_temperature, teacher.term.temperature
 
 
 def _lines(chunk: Chunk, rows: RowStatistics) -> Tensor:
-    """The statistics of a chunk's rows; the device functions know columns by their place."""
+    """The statistics of a chunk's rows, contiguous, in the order in which the device functions expect them."""
     assert rows.columns[: len(chunk.columns)] == chunk.columns
     return rows.values_kR.contiguous()
 

@@ -1,8 +1,8 @@
 """The Triton kernels that sum over rows of logits: one program a row, one read of its logits.
 
-A program walks over its slice in blocks, keeps the maxima so far and running sums of every few neighbours, and when a
-maximum rises brings what it has onto the new one. Maxima rise a few times in a row, so the walk itself is little more
-than the exponentials. Sums are fp32. ``row`` is int64: a chunk may have more than 2^31 logits.
+A program walks over its slice in blocks. It keeps the maxima so far and running sums of groups of neighbours, and
+rescales the sums when a maximum rises. That happens a few times in a row, so the walk costs little more than the
+exponentials. Sums are fp32. ``row`` is int64: a chunk may have more than 2^31 logits.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ from megakd.losses.kernels.gpu.formulas import (
     value_and_slope,
 )
 
-# Where a column stands among the statistics of a row: LM_COLUMNS, then DENSE_COLUMNS and what the divergence adds, or
+# Lines of the columns in the statistics of a row: LM_COLUMNS, then DENSE_COLUMNS and the divergence's own sums, or
 # SPARSE_COLUMNS, see vocab_parallel.py.
 LM_MAX, LM_SUM, LABEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 STUDENT_MAX, STUDENT_SUM = tl.constexpr(3), tl.constexpr(4)
 TEACHER_MAX, TEACHER_SUM, TEACHER_SELF, AGREE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 FIRST = tl.constexpr(9)
-GROUP = tl.constexpr(8)  # what a thread loads at once in 16 bits
-NOT_SPECIAL = ["num_rows", "num_valid", "num_listed", "num_words"]  # another value of these is no other kernel
+GROUP = tl.constexpr(8)  # 16-bit logits that a thread loads at once
+NOT_SPECIAL = ["num_rows", "num_valid", "num_listed", "num_words"]  # arguments whose value does not make another kernel
 REST_MAX, REST_SUM, TOTAL, COUNT = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 
 @triton.jit
 def load_logits(row, start, num_valid, width, BLOCK: tl.constexpr):
-    """fp32, and -inf for padding. The mask of the load is the row's end and not that of the valid columns, which is
-    seldom a multiple of what one load takes."""
+    """Load a block of logits in fp32, with -inf for padding.
+
+    The load is masked by the row's end and not by that of the valid columns, which seldom is a multiple of the width of
+    one load.
+    """
     columns = start + tl.arange(0, BLOCK)
     logits = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
     if start + BLOCK > num_valid:
@@ -43,38 +46,38 @@ def load_logits(row, start, num_valid, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_owned(row, columns, num_valid):
-    """Logits of single columns: which this slice holds, and 0 for the others."""
+    """Load single columns: True for those that this slice holds, and their logits, 0 for the others."""
     owned = (columns >= 0) & (columns < num_valid)
     return owned, tl.load(row + columns, mask=owned, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def by_group(values, BLOCK: tl.constexpr):
-    """Sums of neighbouring entries, which one thread holds: a running sum for each would fill its registers."""
+    """Add up groups of neighbouring entries, which one thread holds: running sums of each would fill its registers."""
     return tl.sum(tl.reshape(values, [BLOCK // GROUP, GROUP]), 1)
 
 
 @triton.jit
 def fall(old, new):
-    """How far below the new maximum the old one lies; 0 where it stood for no entry."""
+    """Old maximum minus the new one; 0 if the old one is that of no entry."""
     return tl.where(old == float("-inf"), 0.0, old - new)
 
 
 @triton.jit
 def shrink(old, new, inverse_tau):
-    """exp of the fall; 0 where the old maximum stood for no entry."""
+    """exp of the fall times inverse_tau; 0 if the old maximum is that of no entry."""
     return tl.where(old == float("-inf"), 0.0, tl.exp((old - new) * inverse_tau))
 
 
 @triton.jit
 def rescaled(sums, scale):
-    """Sums onto another maximum. Without mass they are exactly 0, even where infinite; NaN stays."""
+    """Sums rescaled to another maximum; with a scale of 0 exactly 0, even if they are infinite; NaN stays."""
     return tl.where(scale == 0.0, tl.where(sums == sums, 0.0, sums), sums * scale)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIAL)
 def mark_listed(columns, hits, num_listed, num_valid, num_words, K_BLOCK: tl.constexpr):
-    """A bit a column: whether it is listed."""
+    """Set one bit for each listed column of the slice."""
     row = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, K_BLOCK)
     listed = tl.load(columns + row * num_listed + slots, mask=slots < num_listed, other=-1)
@@ -103,7 +106,7 @@ def student_statistics(
     BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """LM_COLUMNS; with SPARSE the columns of a sparse target too, from sums that leave the listed ids out."""
+    """Make LM_COLUMNS; with SPARSE also the columns of sparse targets, from sums that leave the listed ids out."""
     row = tl.program_id(0).to(tl.int64)
     student += row * stride
     out += row
@@ -123,7 +126,7 @@ def student_statistics(
             lm_sum = rescaled(lm_sum, shrink(maximum, top, 1.0))
             if TEMPERED:
                 rest_sum = rescaled(rest_sum, shrink(maximum, top, inverse_tau))
-            if SPREAD:  # every sum has seen as many groups as there were blocks before
+            if SPREAD:  # each running sum holds GROUP entries of every block before
                 total += (start // BLOCK * GROUP) * (pivot(maximum) - top)
             maximum = top
         lm_sum += by_group(tl.exp(kept - pivot(maximum)), BLOCK)
@@ -178,8 +181,10 @@ def dense_statistics(
     TEMPERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LM_COLUMNS, DENSE_COLUMNS and the divergence's first sums: SUMS is forward, reverse, both, difference, square or
-    none. With LABEL_APART (decoupled) the sums leave the label out."""
+    """Make LM_COLUMNS, DENSE_COLUMNS and the divergence's sums of the first pass.
+
+    SUMS is forward, reverse, both, difference, square or none. With LABEL_APART (decoupled) sums leave the label out.
+    """
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -299,14 +304,14 @@ def dense_second_pass(
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums that need the first ones: square of centred_logit_mse, value and slope of the others."""
+    """Make the sums of the second pass: square of centred_logit_mse, value and slope of the others."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     rows += row
     out += row
-    one = tl.zeros([BLOCK // GROUP], tl.float32)
-    two = tl.zeros([BLOCK // GROUP], tl.float32)
+    first_sum = tl.zeros([BLOCK // GROUP], tl.float32)
+    second_sum = tl.zeros([BLOCK // GROUP], tl.float32)
     if FORMULA == "centred_logit_mse":
         mean = tl.load(rows + num_rows * FIRST) / tl.load(rows + num_rows * (FIRST + 1))
     else:
@@ -319,15 +324,15 @@ def dense_second_pass(
         t = load_logits(teacher, start, num_valid, width, BLOCK)
         if FORMULA == "centred_logit_mse":
             centred = possible(s, t, logit_difference(s, t, inverse_tau_s, inverse_tau_t) - mean)
-            one += by_group(centred * centred, BLOCK)
+            first_sum += by_group(centred * centred, BLOCK)
         else:
             log_q = (s - s_pivot) * inverse_tau_s - log_s_sum
             log_p = (t - t_pivot) * inverse_tau_t - log_t_sum
             value, slope = value_and_slope(
                 FORMULA, log_p, log_q, tl.exp(log_p), tl.exp(log_q), x, y, log_on_p, log_on_q
             )
-            one += by_group(value, BLOCK)
-            two += by_group(slope, BLOCK)
-    tl.store(out, tl.sum(one, 0))
+            first_sum += by_group(value, BLOCK)
+            second_sum += by_group(slope, BLOCK)
+    tl.store(out, tl.sum(first_sum, 0))
     if FORMULA != "centred_logit_mse":
-        tl.store(out + num_rows, tl.sum(two, 0))
+        tl.store(out + num_rows, tl.sum(second_sum, 0))
