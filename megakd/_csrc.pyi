@@ -1,9 +1,9 @@
 """Types of the native kernels (csrc/module.cpp).
 
-All sweep over a chunk of logits ``[rows, columns]``, float32 or bf16 as uint16, whose columns from ``num_valid`` on are
-padding. ``"statistics"`` fills ``statistics`` ``[k, rows]``; ``"gradient"`` reads it and overwrites ``student``;
-``"both"`` does one after the other, row by row. Columns: losses/vocab_parallel.py. Raises ValueError for arrays that do
-not fit.
+The functions ``sweep_...`` go over a chunk of logits ``[rows, columns]``, float32 or bf16 as uint16, whose columns from
+``num_valid`` on are padding. ``"statistics"`` fills ``statistics`` ``[k, rows]``; ``"gradient"`` reads it and
+overwrites ``student``; ``"both"`` does one after the other, row by row. losses/vocab_parallel.py names the columns.
+They raise ValueError for arrays that do not fit.
 """
 
 from typing import Any, Literal
@@ -21,7 +21,7 @@ def sweep_lm(
     statistics: NDArray[np.float32],
     threads: int,
 ) -> None:
-    """The LM loss alone."""
+    """Sweep for the LM loss alone."""
 
 def sweep_dense(
     sweep: Literal["statistics", "second_pass", "gradient", "both"],
@@ -63,20 +63,26 @@ def sweep_sparse(
     shift: NDArray[np.float32] | None = None,
     listed: NDArray[np.float32] | None = None,
 ) -> None:
-    """With a teacher that lists ids, ``columns`` ``[rows, K]``, whose logits stand behind the named columns. The
-    gradient needs ``kernels.SparseSlope``."""
+    """Sweep with a sparse teacher. columns: ``[rows, K]``, the listed ids as columns of the slice.
+
+    The logits of the listed ids follow the named columns of ``statistics``. factor, shift, listed: the fields of
+    ``protocol.SparseSlope``, for ``"gradient"``.
+    """
 
 def sentence_cuts(tokens: NDArray[Any], classes: NDArray[np.uint8], window: int, starts: NDArray[np.int64]) -> int:
-    """Not a sweep: csrc/data/sentence_cuts.h. Fills ``starts`` behind its first entry; returns how many entries are
-    filled, that one counted. Raises IndexError for an id that ``classes`` has no entry for."""
+    """Cut tokens into windows that end with a sentence (csrc/data/sentence_cuts.h).
+
+    Fills ``starts`` after its first entry; returns the number of filled entries, the first included. Raises IndexError
+    for an id without an entry in ``classes``.
+    """
 
 ROW_CODE_LENGTHS: int
-"""Bytes of a shard's table of code lengths."""
+"""Size in bytes of a shard's table of code lengths."""
 ROW_READ_AHEAD: int
-"""Bytes behind a record that its decoder may look at."""
+"""Number of bytes after a record that its decoder may read."""
 
 class RowEncoder:
-    """Not a sweep: rows of a logits store to bytes (csrc/rows/row_encoder.h). frequency_ranks: the rank of each id."""
+    """Encoder of rows of a logits store (csrc/rows/row_encoder.h). frequency_ranks: the rank of each id."""
 
     def __init__(
         self,
@@ -93,16 +99,19 @@ class RowEncoder:
         values: NDArray[np.float32] | NDArray[np.int32] | None,
         entropies: NDArray[np.float32] | None,
     ) -> None:
-        """One sample: ids and what they carry ``[rows, width]``; all None for one without targets. Raises ValueError
-        for rows that cannot be stored; then nothing was taken."""
+        """Encode one sample: ids and their values ``[rows, width]``, entropies ``[rows]``; all None without targets.
+
+        Raises ValueError for rows that cannot be stored; then nothing was taken.
+        """
 
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint8]]:
-        """Payload, with the bytes to read ahead; ``[samples + 1]`` offsets in it; code lengths."""
+        """Return the payload, followed by ``ROW_READ_AHEAD`` bytes; its offsets ``[samples + 1]``; the code lengths."""
 
 class RowDecoder:
-    """Not a sweep: bytes of a logits store to rows (csrc/rows/row_decoder.h).
+    """Decoder of rows of a logits store (csrc/rows/row_decoder.h).
 
-    Raises ValueError for lengths of no code."""
+    Raises ValueError for lengths that make no code.
+    """
 
     def __init__(
         self,
@@ -120,14 +129,19 @@ class RowDecoder:
         log_probs: NDArray[np.float32],
         entropies: NDArray[np.float32],
     ) -> int:
-        """Fills the rows of a record, which has the bytes to read ahead behind it; rows behind the last are left as
-        they are. Returns -1, or the row that is not what the encoder writes."""
+        """Decode a record, which ``ROW_READ_AHEAD`` more bytes follow; array rows after its last are not touched.
+
+        Returns -1, or the number of the first row that the encoder cannot have written.
+        """
 
 class BytePairs:
-    """Not a sweep: pairs of adjacent bytes to look for in texts (csrc/data/byte_pairs.cpp)."""
+    """A set of pairs of adjacent bytes to look for in texts (csrc/data/byte_pairs.cpp)."""
 
     def __init__(self, pairs: NDArray[np.uint8]) -> None:
-        """pairs: ``[65536]``, not 0 at ``256 * first + second`` of each. Raises ValueError for another shape."""
+        """Make the set. pairs: ``[65536]``, not 0 at ``256 * first + second`` of each.
+
+        Raises ValueError for another shape.
+        """
 
     def found_in(self, text: bytes) -> bool:
-        """Whether one of them is there."""
+        """Return whether the text contains one of the pairs."""

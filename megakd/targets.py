@@ -1,6 +1,6 @@
-"""What a teacher says about one microbatch: values only, no model and no file.
+"""Targets: a teacher's distributions for one microbatch, as values, without model or file.
 
-Axes: ``T`` flattened tokens, ``K`` listed entries, ``V`` whole vocabulary, ``v`` this rank's slice of it.
+Axes: ``T`` flattened tokens, ``K`` slots for listed ids, ``V`` whole vocabulary, ``v`` this rank's slice of it.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class DenseTargets:
 
 @dataclass(frozen=True)
 class LogitTargets:
-    """The teacher's whole distribution, as logits ``[T, v]`` that somebody else has made. They are only read."""
+    """The teacher's whole distribution, as logits ``[T, v]`` that the caller has made. They are only read."""
 
     logits_Tv: Tensor
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """Some entries of the teacher's distribution. The same on every rank of the vocabulary's group.
+    """Some entries of the teacher's distribution, equal on every rank of the vocabulary's group.
 
     ids_TK: ``[T, K]`` int64 vocabulary ids, no id twice in a row; any value where the log-probability is -inf (an
         empty slot).
     log_probs_TK: ``[T, K]`` fp32, natural log of the mass each id carries.
-    kind: what that mass is.
-        ``top_p_k``: probabilities under the whole softmax; what is not listed is the tail, ``1 - sum``.
+    kind: meaning of that mass.
+        ``top_p_k``: probabilities under the whole softmax; the mass that is not listed is the tail, ``1 - sum``.
         ``samples``: shares ``count / N`` of N draws, an unbiased estimate that sums to 1 (Sparse Logit Sampling,
-        arXiv 2503.16870); of draws from another distribution q, ``count / N · p / q``, which sums to 1 on average.
-        ``renormalised_samples``: probabilities of the ids that were drawn, renormalised to 1 (Gemma 3).
-    entropy_T: ``[T]`` fp32, the entropy in nats of the whole distribution, if it is known.
-    has_targets_T: ``[T]`` bool, the tokens about which anything is said; None where that is all of them. The slots of
-        the others are empty.
+        arXiv 2503.16870); for draws from another distribution q, ``count / N · p / q``, which sums to 1 on average.
+        ``renormalised_samples``: probabilities of the ids that were drawn, renormalised to 1 (Gemma 3, arXiv
+        2503.19786).
+    entropy_T: ``[T]`` fp32, the entropy in nats of the whole distribution; None if it is unknown.
+    has_targets_T: ``[T]`` bool, True for tokens that have targets, the slots of the others are empty; None if all have.
     """
 
     ids_TK: Tensor
@@ -61,15 +61,24 @@ class SparseTargets:
 
     @staticmethod
     def from_counts(ids_TK: Tensor, counts_TK: Tensor, entropy_T: Tensor | None = None) -> SparseTargets:
-        """Sampled targets from how often each id was drawn; a count of 0 is an empty slot."""
+        """Make targets of the kind ``samples`` from counts of draws.
+
+        ids_TK: ``[T, K]`` int64. counts_TK: ``[T, K]``, the number of times that each id was drawn; 0 is an empty slot,
+        and every row has at least one draw. entropy_T: as in the class.
+        """
         counts_TK = counts_TK.float()
         log_probs_TK = (counts_TK / counts_TK.sum(-1, keepdim=True)).log()
         return SparseTargets(ids_TK, log_probs_TK, "samples", entropy_T)
 
     @staticmethod
     def from_top_1(ids_T: Tensor, mass: float) -> SparseTargets:
-        """The teacher's best id with a fixed mass. With the tail on the label this is the mix of Apple's on-device
-        models (2024): 0.9 on the teacher's top-1, 0.1 on the label."""
+        """Make targets that give a fixed mass to the teacher's best id.
+
+        With tail ``label`` and a mass of 0.9 this is the target of Apple's on-device models (arXiv 2407.21075): 0.9 on
+        the teacher's top-1 id, 0.1 on the label.
+
+        ids_T: ``[T]`` int64. mass: in (0, 1].
+        """
         ids_TK = ids_T.unsqueeze(1)
         return SparseTargets(ids_TK, ids_TK.float().fill_(math.log(mass)))
 
@@ -79,7 +88,7 @@ Targets = DenseTargets | LogitTargets | SparseTargets
 
 @dataclass(frozen=True)
 class MixedTargets:
-    """Stored targets where there are any, those of a model for the other tokens."""
+    """Targets of two teachers: stored ones for tokens that have them, those of a model for all other tokens."""
 
     stored: SparseTargets
     model: DenseTargets
@@ -87,10 +96,10 @@ class MixedTargets:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of targets that could not be read: why. The step is to be refused, on every rank."""
+    """Stand-in for targets that could not be read, with the error. The step is to be refused on every rank."""
 
     error: Exception
 
 
 Given = Targets | MixedTargets | None
-"""What a teacher gives for one microbatch; None where it says nothing about any of its tokens."""
+"""Targets of a teacher for one microbatch; None if it has none for any of its tokens."""

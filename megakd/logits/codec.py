@@ -1,4 +1,4 @@
-"""Rows of a logits store to bytes and back: ids in the order of their ranks, what they carry in few bits.
+"""Rows of a logits store to bytes and back: ids in the order of their frequency ranks, their values in few bits.
 
 Axes: ``T`` token positions of a sample, ``K`` slots for ids, ``V`` the vocabulary. The bytes: ``docs/formats.md``.
 """
@@ -21,16 +21,15 @@ Rounding = Literal["nearest", "random"]
 
 TOP_LEVEL = 128
 ENTROPY_STEP = 1 / 2048
-"""Nats. An entropy is off by at most half of it."""
+"""Step of stored entropies in nats; a stored entropy is off by at most half of it."""
 TAIL_STEP = 22 / 32767
-"""Nats: of the smaller one of the mass that is listed and the mass that is not. Off by at most half of it, where that
-mass is above 1.4e-10."""
+"""Step, in nats, of the stored logarithm of the smaller of the listed and the unlisted mass; it is off by at most half
+of it where that mass is above 1.4e-10."""
 ROWS_FOR_CODES = 65536
-"""A shard's codes are made for so many of its first rows, which are held in memory until then."""
+"""Number of a shard's first rows that its codes are made for; they are held in memory until then."""
 MAX_ENTROPY = 65535 * ENTROPY_STEP
 WEIGHT_UNIT = 64.0
-"""The mass of weighted draws is stored in this unit, which is the most that an id can carry: by chance it may be more
-than 1."""
+"""Unit of the stored mass of weighted draws, and the largest mass of an id, which by chance may be more than 1."""
 
 READ_AHEAD = _csrc.ROW_READ_AHEAD
 CODE_LENGTHS = _csrc.ROW_CODE_LENGTHS
@@ -39,16 +38,18 @@ _HEAD = np.dtype([("rows", "<u4"), ("most_ids", "<u4"), ("first_bytes", "<u4")])
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What rows hold.
+    """Format of the rows of a store.
 
     kind: as in ``targets.SparseTargets``.
-    value_bits: of a log-probability. 8: the nearest of 129 levels, which are equal steps of p^(1/8), entropy-coded to
-        about 5 bits. 16: the level, and one of 256 places inside it. 32: the float itself. No matter for ``samples``.
-    draws: how many samples were drawn for a row; for ``samples`` only, whose counts are exact.
-    weighted: of ``samples``: the draws are of another distribution than the teacher's, and each id carries its share of
-        them times a weight, a log-probability of ``value_bits``, instead of a count.
-    rounding: how values come to be those that can be stored. nearest: here, the mass of a row being kept; random: by
-        who makes the rows (``rounding.py``), up or down so that each is right on average; of weighted draws alone.
+    value_bits: bits of a stored log-probability. 8: the nearest of 129 levels, which are equal steps of p^(1/8),
+        entropy-coded to about 5 bits. 16: the level, and one of 256 places inside it. 32: the float itself. Unused for
+        counts.
+    draws: number of draws for a row, for the kind ``samples``, whose counts are exact.
+    weighted: True for ``samples`` drawn from another distribution than the teacher's: each id carries its share of the
+        draws times a weight, as a log-probability of ``value_bits``, instead of a count.
+    rounding: rounding of values to those that can be stored. nearest: done by the encoder, which keeps the mass of a
+        row. random: done by the maker of the rows (``rounding.py``), up or down so that each value is right on average;
+        for weighted draws alone.
     """
 
     kind: SparseKind
@@ -69,16 +70,16 @@ class RowFormat:
 
     @property
     def value(self) -> Literal["8", "16", "32", "count"]:
-        """The name of what an id carries, for the native codec."""
+        """Name of the value that an id carries, for the native codec."""
         if self.kind == "samples" and not self.weighted:
             return "count"
         return "8" if self.value_bits == 8 else "16" if self.value_bits == 16 else "32"
 
     @property
     def mass(self) -> Literal["one", "stored", "free"]:
-        """What the ids of a row carry together: 1; what the row says; or what their values add up to.
+        """Total mass of a row's ids: one; stored with the row; or free, the sum of their values.
 
-        A row's values are scaled to a mass that is said, which would undo what random rounding is for.
+        Values are scaled to a mass of one or a stored mass, which would undo random rounding: there the mass is free.
         """
         if self.weighted and self.rounding == "random":
             return "free"
@@ -86,18 +87,18 @@ class RowFormat:
 
     @property
     def log_unit(self) -> float:
-        """Of stored masses, in nats."""
+        """Logarithm of the unit of stored masses, in nats."""
         return math.log(WEIGHT_UNIT) if self.weighted else 0.0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a teacher says about the token positions of a sample.
+    """Sparse targets for the token positions of a sample, one row each.
 
-    ids_TK: int64, no id twice in a row; in any order, in rising rank as they come back.
-    log_probs_TK: fp32, nats, the mass each id carries (``targets.SparseTargets`` says which mass that is for which
-        kind); -inf in an empty slot, whose id is of no matter, 0 as it comes back.
-    entropy_T: fp32, nats, of the whole distribution.
+    ids_TK: int64, no id twice in a row, in any order; decoded rows are in rising frequency rank.
+    log_probs_TK: fp32, nats, the log of the mass that each id carries (``targets.SparseTargets`` defines it for every
+        kind); -inf in an empty slot, whose id may be any number and is 0 in decoded rows.
+    entropy_T: fp32, nats, the entropy of the whole distribution.
     """
 
     ids_TK: NDArray[np.int64]
@@ -112,15 +113,15 @@ class Rows:
     def from_counts(
         ids_TK: NDArray[np.int64], counts_TK: NDArray[np.int32], entropy_T: NDArray[np.float32], *, draws: int
     ) -> Rows:
-        """Rows of the kind ``samples`` from how often each id was drawn; 0 is an empty slot."""
+        """Make rows of the kind ``samples`` from the number of times that each id was drawn; 0 is an empty slot."""
         with np.errstate(divide="ignore"):
             shares = np.log(np.asarray(counts_TK, np.float64) / draws).astype(np.float32)
         return Rows(ids_TK, shares, entropy_T)
 
     def counts(self, draws: int) -> NDArray[np.int32]:
-        """``[T, K]``: how often each id was drawn, of the kind ``samples``; 0 in an empty slot.
+        """Return ``[T, K]``, the number of times that each id was drawn, for the kind ``samples``; 0 in an empty slot.
 
-        Raises UsageError where the mass is not that of a whole number of draws.
+        Raises UsageError if a mass is not that of a whole number of draws.
         """
         times: NDArray[np.float64] = np.exp(self.log_probs_TK.astype(np.float64)) * draws
         counts: NDArray[np.int32] = np.rint(times).astype(np.int32)
@@ -130,18 +131,18 @@ class Rows:
 
 
 def identity_ranks(vocab_size: int) -> NDArray[np.int32]:
-    """``[V]``: the ranks of ids that already stand in the order of their frequency, or of which nothing is known."""
+    """Frequency ranks ``[V]`` of ids that are in the order of their frequency, or whose frequency is unknown."""
     return np.arange(vocab_size, dtype=np.int32)
 
 
 def rank_by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """``[V]`` int32: the rank of each id by how often it occurs, the most frequent first, ties by id."""
+    """Frequency rank, int32 ``[V]``, of each id: the most frequent first, ties by id."""
     order: NDArray[np.int32] = np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable").astype(np.int32)
     return invert(order)
 
 
 def invert(permutation: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The id of each rank from the rank of each id, and back. Raises UsageError for what is no permutation."""
+    """Return the id of each rank from the rank of each id, or the reverse. Raises UsageError if not a permutation."""
     size = len(permutation)
     inverse: NDArray[np.int32] = np.full(size, -1, dtype=np.int32)
     if permutation.ndim == 1 and (size == 0 or (permutation.min() >= 0 and permutation.max() < size)):
@@ -153,11 +154,11 @@ def invert(permutation: NDArray[np.int32]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The records of some samples, and their codes.
+    """Records of some samples, and their codes.
 
     payload: ``[bytes + READ_AHEAD]`` uint8, one record after the other; a sample without targets has none.
-    offsets: ``[samples + 1]`` uint64: where each record starts.
-    code_lengths: ``[CODE_LENGTHS]`` uint8.
+    offsets: ``[samples + 1]`` uint64, the start of each record.
+    code_lengths: ``[CODE_LENGTHS]`` uint8, the lengths of the codes.
     """
 
     payload: NDArray[np.uint8]
@@ -166,16 +167,16 @@ class EncodedRows:
 
 
 class RowEncoder:
-    """Takes samples one after the other; the same rows give the same bytes.
+    """Encoder of samples, one after the other; equal rows give equal bytes.
 
-    frequency_ranks: ``[V]`` int32, the rank of each id; rows are small where the ids they list have low ranks.
+    frequency_ranks: ``[V]`` int32, the rank of each id; rows whose ids have low ranks take fewer bytes.
     """
 
     def __init__(
         self, row_format: RowFormat, frequency_ranks: NDArray[np.int32], *, rows_for_codes: int = ROWS_FOR_CODES
     ) -> None:
         self.row_format = row_format
-        invert(frequency_ranks)  # refuses what is no permutation
+        invert(frequency_ranks)  # raises UsageError unless they are a permutation
         self._native = _csrc.RowEncoder(
             np.ascontiguousarray(frequency_ranks, np.int32),
             value=row_format.value,
@@ -185,7 +186,7 @@ class RowEncoder:
         )
 
     def add(self, rows: Rows | None) -> None:
-        """The next sample; None for one without targets.
+        """Encode the next sample; None for one without targets.
 
         Raises UsageError for an id twice in a row or beyond the vocabulary, a log-probability that is NaN or above 0,
         an entropy outside ``[0, MAX_ENTROPY]``, counts that do not make the draws, a mass above 1 (or, of
@@ -209,16 +210,16 @@ class RowEncoder:
             raise UsageError(f"rows that cannot be stored: {error}") from error
 
     def finish(self) -> EncodedRows:
-        """All of it; nothing can be added any more."""
+        """Return everything that was added; nothing can be added afterwards."""
         return EncodedRows(*self._native.finish())
 
 
 class RowDecoder:
-    """Reads records that were written with one table of codes; from any number of threads.
+    """Decoder of records that were written with one table of codes; usable from any number of threads.
 
-    ids_of_ranks: ``[V]`` int32, the inverse of the encoder's ranks.
+    ids_of_ranks: ``[V]`` int32, the inverse of the encoder's frequency ranks.
 
-    Raises CorruptError for code lengths of no code.
+    Raises CorruptError for code lengths that make no code.
     """
 
     def __init__(self, row_format: RowFormat, ids_of_ranks: NDArray[np.int32], code_lengths: NDArray[np.uint8]) -> None:
@@ -235,9 +236,9 @@ class RowDecoder:
             raise CorruptError(str(error)) from error
 
     def size(self, record: NDArray[np.uint8]) -> tuple[int, int]:
-        """How many rows the record has, and the most ids of one, by its head: `decode` finds out if that is so.
+        """Read the number of rows and the largest number of ids in a row from the head of a record.
 
-        Raises CorruptError for what cannot be.
+        Whether they are true `decode` finds out. Raises CorruptError for numbers that are impossible.
         """
         if len(record) < _HEAD.itemsize + READ_AHEAD:
             raise CorruptError(f"a record of {len(record) - READ_AHEAD} bytes")
@@ -249,9 +250,9 @@ class RowDecoder:
         return num_rows, most_ids
 
     def decode(self, record: NDArray[np.uint8]) -> Rows:
-        """The rows of one record, which has ``READ_AHEAD`` more bytes of any content behind it.
+        """Decode one record, which ``READ_AHEAD`` more bytes of any content follow.
 
-        Raises CorruptError for bytes that the encoder does not write, wherever that shows.
+        Raises CorruptError for bytes that the encoder cannot have written, as far as that can be seen.
         """
         num_rows, most_ids = self.size(record)
         rows = empty_rows((num_rows,), most_ids)
@@ -259,7 +260,10 @@ class RowDecoder:
         return rows
 
     def decode_into(self, record: NDArray[np.uint8], out: Rows) -> None:
-        """The same into arrays with room for more rows and ids; slots get 0 and -inf, rows behind the last nothing."""
+        """Decode one record into arrays with room for more rows and ids.
+
+        Empty slots get id 0 and -inf; rows after the last are left as they were. Raises as `decode` does.
+        """
         wrong = self._native.decode(record, out.ids_TK, out.log_probs_TK, out.entropy_T)
         if wrong >= 0:
             raise CorruptError(f"row {wrong} is not what was written")
@@ -268,5 +272,5 @@ class RowDecoder:
 
 
 def empty_rows(shape: tuple[int, ...], width: int) -> Rows:
-    """Arrays for rows, of which nothing is filled."""
+    """Allocate arrays for rows, with undefined content."""
     return Rows(np.empty((*shape, width), np.int64), np.empty((*shape, width), np.float32), np.empty(shape, np.float32))

@@ -1,8 +1,8 @@
 """A journal: rows of a logits store in the order in which a model in training met its samples, with the step of each.
 
-One folder a dataset. Ranks write segments, which are shards whose "samples" are records, one after the other; when the
-run saves a checkpoint, one manifest for the steps since the last one names them, and only then do they count. So a run
-that goes on from its checkpoint finds the rows of just the steps that are behind it. See docs/formats.md.
+Every dataset has a folder. Ranks write segments: shards whose "samples" are records, one after the other. When the run
+saves a checkpoint, one manifest names the segments of the steps since the last one, and only then do they count. So a
+run that goes on from its checkpoint finds the rows of exactly the steps before it. See docs/formats.md.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ FORMAT, VERSION = "megakd-logits-journal", 1
 SEGMENTS = "segments"
 REPAIR = "restore the file, or leave its rows out: 'megakd collect --skip-damaged'"
 STEPS = "steps.i32"
-"""In a store that was made from a journal: the step of each sample's rows, -1 where it has none."""
-_SEGMENT_TOKENS = 1 << 21  # at most: a hundred megabytes or two that a rank holds until they are written
+"""File of a store that was made from a journal: the step of each sample's rows, -1 for a sample without rows."""
+_SEGMENT_TOKENS = 1 << 21  # at most; a rank holds them, one or two hundred megabytes, until they are written
 _RUN = "run"
 _EIGHT = 8 * "[0-9]"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What the manifest of its steps says about a segment."""
+    """Entry of a segment in the manifest of its steps."""
 
     name: str
     fingerprint: str
@@ -51,14 +51,14 @@ class Segment:
 
 
 def segment_samples(seq_length: int) -> int:
-    """Records of a segment, at most."""
+    """Largest number of records in a segment."""
     return max(1, _SEGMENT_TOKENS // seq_length)
 
 
 class JournalWriter:
-    """Takes the rows that one rank makes, sample by sample, in the order of the steps.
+    """Writer of the rows that one rank makes, sample by sample, in the order of the steps.
 
-    writer: the rank's name. num_records: of a segment, at most; the fewer, the smaller what a rank holds.
+    writer: the rank's name. num_records: largest number of records in a segment, which the rank holds in memory.
     """
 
     def __init__(self, folder: Path, spec: StoreSpec, *, writer: str, num_records: int) -> None:
@@ -70,7 +70,7 @@ class JournalWriter:
         self._segments: list[Segment] = []
 
     def add(self, sample_id: int, step: int, input_ids: NDArray[Any], rows: Rows) -> None:
-        """The rows of one sample, by the weights that ``step`` began with. Raises as ``ShardWriter`` does."""
+        """Add the rows of one sample, made with the weights before ``step``. Raises as ``ShardWriter`` does."""
         if self._open is None:
             self._name = f"{step:08d}-{self._name_of_writer}-{len(self._segments):04d}"
             self._open = ShardWriter(
@@ -89,10 +89,10 @@ class JournalWriter:
             self._commit_segment()
 
     def flush(self) -> list[Segment]:
-        """What was added since the last flush, durable; nothing of it counts before `commit_steps`."""
+        """Make all rows since the last flush durable, and return their segments, which count after `commit_steps`."""
         self._commit_segment()
-        found, self._segments = self._segments, []
-        return found
+        segments, self._segments = self._segments, []
+        return segments
 
     def _commit_segment(self) -> None:
         if self._open is None:
@@ -102,16 +102,20 @@ class JournalWriter:
             writer.write(np.array(self._records, "<i8").data)
             records = writer.commit()
         sizes = (manifest.files[0].size_bytes, manifest.files[1].size_bytes)
-        found = Segment(self._name, manifest.fingerprint, sizes, records, len(self._records))
-        self._segments.append(found)
+        segment = Segment(self._name, manifest.fingerprint, sizes, records, len(self._records))
+        self._segments.append(segment)
         self._open, self._records = None, []
 
 
 def commit_steps(
     folder: Path, spec: StoreSpec, segments: Sequence[Segment], *, steps: tuple[int, int], left_out: int = 0
 ) -> Manifest:
-    """Make the segments of all ranks the rows of the steps from the first to the last; from one process. They count
-    once a checkpoint names the manifest's fingerprint. left_out: how often a sample was met and has none."""
+    """Write the manifest that makes the segments of all ranks the rows of some steps, from one process.
+
+    They count once a checkpoint names the manifest's fingerprint.
+
+    steps: the first and the last step. left_out: number of times that a sample was met and got no rows.
+    """
     ordered = sorted(segments, key=lambda segment: segment.name)
     return write_manifest(
         folder / f"{steps[0]:08d}-{steps[1]:08d}.json",
@@ -120,24 +124,27 @@ def commit_steps(
         parameters={
             **spec.parameters(_ranks(spec)),
             "steps": list(steps),
-            "segments": [[found.name, found.fingerprint, *found.file_sizes] for found in ordered],
-            "num_records": sum(found.num_records for found in ordered),
+            "segments": [[segment.name, segment.fingerprint, *segment.file_sizes] for segment in ordered],
+            "num_records": sum(segment.num_records for segment in ordered),
             "left_out": left_out,
         },
         parents=spec.parents,
         tokenizer=spec.tokenizer,
-        files=[replace(found.records, name=f"{SEGMENTS}/{found.records.name}") for found in ordered],
+        files=[replace(segment.records, name=f"{SEGMENTS}/{segment.records.name}") for segment in ordered],
     )
 
 
 def training_spec(spec: StoreSpec, folder: Path, save: str | os.PathLike[str]) -> StoreSpec:
-    """``spec`` with what ties a journal in ``folder`` to the one run that writes it: where that saves, from there."""
+    """Tie the spec of a journal in ``folder`` to the run that writes it, by the relative path of the run's ``save``."""
     run = os.path.relpath(os.path.realpath(save), os.path.realpath(folder))
     return replace(spec, parents={**spec.parents, "model": "in training"}, details={**spec.details, _RUN: run})
 
 
 def run_folder(folder: Path) -> str:
-    """Where the run saves that writes the journal in ``folder``, from there. Raises UsageError where there is none."""
+    """Path, relative to ``folder``, of the checkpoints of the run that writes the journal there.
+
+    Raises UsageError if there is no journal.
+    """
     paths = manifest_paths(folder)
     if not paths:
         raise UsageError(f"{folder}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
@@ -145,44 +152,47 @@ def run_folder(folder: Path) -> str:
 
 
 def check_journal(folder: Path, spec: StoreSpec) -> None:
-    """Raise MismatchError if the folder holds rows of another kind, or of another run; reads, writes nothing."""
+    """Raise MismatchError if the folder holds rows of another kind or run. Writes nothing."""
     for manifest in _manifests(folder):
         _check_spec(manifest, spec, "give another --logits-save-dir")
 
 
 def cut_back(folder: Path, step: int, counted: Collection[str] | None = None) -> list[tuple[int, int]]:
-    """Take out what is not of the past of a run that goes on from the checkpoint of ``step``, and return its steps:
-    what was written behind it, for those steps come again, and what another branch left. From one process.
+    """Remove the rows that are not in the past of a run that goes on from the checkpoint of ``step``.
 
-    counted: fingerprints that the checkpoint names; None for one that is older than such names.
+    These are the rows after the checkpoint, whose steps come again, and those of another branch. Returns the first and
+    the last step of each removed manifest. Called from one process.
+
+    counted: fingerprints that the checkpoint names; None for a checkpoint older than such names.
     """
-    listed: set[str] = set()
-    taken: list[tuple[int, int]] = []
+    kept: set[str] = set()
+    removed: list[tuple[int, int]] = []
     for manifest in _manifests(folder):
         first, last = manifest.parameters["steps"]
         if last > step or (counted is not None and manifest.fingerprint not in counted):
             manifest.path.unlink()
-            taken.append((first, last))
+            removed.append((first, last))
         else:
-            listed.update(segment[0] for segment in manifest.parameters["segments"])
+            kept.update(segment[0] for segment in manifest.parameters["segments"])
     if folder.exists():
         fsync_directory(folder)
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(folder / SEGMENTS):
-            if entry.name.split(".")[0] not in listed:
+            if entry.name.split(".")[0] not in kept:
                 os.unlink(entry)
-    return taken
+    return removed
 
 
 class Journal:
-    """A journal, open for reading.
+    """A journal open for reading.
 
-    from_step: rows of earlier steps are left out. counted: fingerprints that the run's checkpoint names: what else is
-    there is left out; None: all is taken. skip_damaged: leave out segments that are not what was written.
-    max_open: how many segments are held open.
+    from_step: first step whose rows are read.
+    counted: fingerprints that the run's checkpoint names; manifests with others are left out. None takes all.
+    skip_damaged: True to leave out segments that are not what was written.
+    max_open: number of segments that are held open.
 
-    Raises UsageError where there is none, MismatchError for rows of several kinds or runs, CorruptError for steps that
-    are there twice.
+    Raises UsageError if there is no journal, MismatchError for rows of several kinds or runs, CorruptError for steps
+    that are there twice.
     """
 
     def __init__(
@@ -194,40 +204,42 @@ class Journal:
         skip_damaged: bool = False,
         max_open: int = 256,
     ) -> None:
-        there = list(_manifests(folder, check_files=not skip_damaged))
-        found = [each for each in there if counted is None or each.fingerprint in counted]
-        if not there:
+        all_manifests = list(_manifests(folder, check_files=not skip_damaged))
+        manifests = [entry for entry in all_manifests if counted is None or entry.fingerprint in counted]
+        if not all_manifests:
             raise UsageError(f"{folder}: no journal here: 'megakd train --logits-save-dir' writes one as it saves")
-        if not found:
+        if not manifests:
             raise UsageError(f"{folder}: the run's checkpoint names none of the rows here: let the run go on and save")
         self.folder, self._from_step = folder, from_step
-        self.not_counted = [each.path.stem for each in there if each not in found]
-        """Steps that were left out because no checkpoint names them."""
-        self.spec = StoreSpec.of(found[0])
-        for before, manifest in itertools.pairwise(found):
+        self.not_counted = [entry.path.stem for entry in all_manifests if entry not in manifests]
+        """Names of manifests whose steps were left out because the checkpoint does not name them."""
+        self.spec = StoreSpec.of(manifests[0])
+        for before, manifest in itertools.pairwise(manifests):
             _check_spec(manifest, self.spec, "a store is made from rows of one kind")
             if manifest.parameters["steps"][0] <= before.parameters["steps"][1]:
                 raise CorruptError(
                     f"{manifest.path}: steps that {before.path.name} has too; one of them is not this run's"
                 )
-        self._manifests = [each for each in found if each.parameters["steps"][1] >= from_step]
-        self._segments = [segment for each in self._manifests for segment in each.parameters["segments"]]
-        self.left_out = sum(int(each.parameters["left_out"]) for each in self._manifests)
-        """How often a sample was met and has no rows, because its logits were not finite."""
+        self._manifests = [entry for entry in manifests if entry.parameters["steps"][1] >= from_step]
+        self._segments = [segment for entry in self._manifests for segment in entry.parameters["segments"]]
+        self.left_out = sum(int(entry.parameters["left_out"]) for entry in self._manifests)
+        """Number of times that a sample was met and got no rows, because its logits were not finite."""
         self.damaged: list[str] = []
-        """Names of segments that were left out, for they are not what was written."""
+        """Names of segments that were left out because they are not what was written."""
         if skip_damaged:
-            self.damaged = [name for each in self._manifests for name in faults_of_segments(each)]
-        names = [each.fingerprint for each in self._manifests] + self.damaged
+            self.damaged = [name for entry in self._manifests for name in faults_of_segments(entry)]
+        names = [entry.fingerprint for entry in self._manifests] + self.damaged
         self.fingerprint = xxhash.xxh3_128_hexdigest("\n".join(names).encode())
-        """Of the manifests of its steps, and of what was left out as damaged."""
-        self._ids_of_ranks = _ranks(self.spec)  # which are the identity
+        """Hash of the fingerprints of the manifests, and of the names of segments left out as damaged."""
+        self._ids_of_ranks = _ranks(self.spec)  # the identity, which is its own inverse
         self._max_open = max_open
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def latest(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """``[num_samples]`` each: the last step at which each sample was met, -1 where none was, and the place of its
-        rows for `read`."""
+        """Return the last step at which each sample was met (int32) and the place of its rows for `read` (int64).
+
+        ``[num_samples]`` each; -1 for samples that were not met. Raises CorruptError for damaged records.
+        """
         steps = np.full(self.spec.num_samples, -1, np.int32)
         places = np.full(self.spec.num_samples, -1, np.int64)
         segment = -1
@@ -244,14 +256,17 @@ class Journal:
                 parts.append(np.column_stack((ids_steps, numbers)))
             rows = np.concatenate(parts)
             rows = rows[rows[:, 1] >= self._from_step]
-            rows = rows[np.lexsort((-rows[:, 2], rows[:, 1]))]  # of one step any would do: the first
-            steps[rows[:, 0]], places[rows[:, 0]] = rows[:, 1], rows[:, 2]  # of a sample the last one stays
+            rows = rows[np.lexsort((-rows[:, 2], rows[:, 1]))]  # several rows of one step: the first
+            steps[rows[:, 0]], places[rows[:, 0]] = (
+                rows[:, 1],
+                rows[:, 2],
+            )  # several steps of one sample: the last assignment stays
         return steps, places
 
     def read(self, place: int, input_ids: NDArray[Any]) -> Rows:
-        """The rows at a place; ``input_ids`` are to be those that the model saw.
+        """Read the rows at a place. input_ids: the ids that the model saw.
 
-        Raises MismatchError for others, CorruptError for a segment that is missing or not what was written.
+        Raises MismatchError for other ids, CorruptError for a segment that is missing or not what was written.
         """
         number, record = place >> 32, place & 0xFFFFFFFF
         shard = self._open.get(number)
@@ -277,8 +292,8 @@ class Journal:
 
 
 def faults_of_segments(manifest: Manifest, *, progress: OnBytes | None = None) -> dict[str, list[str]]:
-    """Name of each segment of some steps that is not what was written -> what is wrong with it; hashes every file."""
-    found: dict[str, list[str]] = {}
+    """Hash every file of the segments of some steps; return name -> faults of each segment that is damaged."""
+    damaged: dict[str, list[str]] = {}
     folder = manifest.path.parent
     for (name, fingerprint, *_), record in zip(manifest.parameters["segments"], manifest.files):
         path = folder / SEGMENTS / f"{name}.json"
@@ -293,12 +308,12 @@ def faults_of_segments(manifest: Manifest, *, progress: OnBytes | None = None) -
         except (OSError, UsageError, MismatchError, CorruptError) as error:
             faults.append(str(error))
         if faults:
-            found[name] = faults
-    return found
+            damaged[name] = faults
+    return damaged
 
 
 def manifest_paths(folder: Path) -> list[Path]:
-    """Of the steps of a journal, in their order; none where there is no journal."""
+    """Paths of the manifests of a journal, in the order of their steps; empty if there is no journal."""
     return sorted(folder.glob(f"{_EIGHT}-{_EIGHT}.json"))
 
 
@@ -308,12 +323,12 @@ def _manifests(folder: Path, *, check_files: bool = True) -> Iterator[Manifest]:
 
 
 def _check_spec(manifest: Manifest, spec: StoreSpec, remedy: str) -> None:
-    there = StoreSpec.of(manifest)
-    pairs = ((name, getattr(there, name), getattr(spec, name)) for name in StoreSpec.__dataclass_fields__)
+    recorded = StoreSpec.of(manifest)
+    values = ((name, getattr(recorded, name), getattr(spec, name)) for name in StoreSpec.__dataclass_fields__)
     wrong = [
-        f"{name} {one} there, {other} here"
-        for name, one, other in pairs
-        if name != "tokenizer" and _plain(one) != _plain(other)
+        f"{name} {stored} there, {expected} here"
+        for name, stored, expected in values
+        if name != "tokenizer" and _plain(stored) != _plain(expected)
     ]
     if wrong:
         raise MismatchError(f"{manifest.path}: rows of another kind or run: {'; '.join(wrong)}: {remedy}")
@@ -324,5 +339,5 @@ def _plain(value: Any) -> Any:
 
 
 def _ranks(spec: StoreSpec) -> NDArray[np.int32]:
-    """Of ids: as they are. What is written in passing need not be as small as a store."""
+    """Identity ranks: a journal is written in passing and need not be as small as a store."""
     return identity_ranks(spec.vocab_size)

@@ -1,4 +1,4 @@
-"""Reading ahead on threads: what they do must need no interpreter lock, so that training goes on meanwhile."""
+"""Reading ahead on threads. The work should release the interpreter lock, so that training goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 
 
 class ReadAhead:
-    """Threads that work ahead of whoever takes their results.
+    """Threads that work ahead of the taker of their results.
 
-    threads: how many items are worked on at a time. ahead: how many are held, done or being done, until one of them is
-    taken: memory is bounded by that.
+    threads: number of items that are worked on at a time. ahead: largest number of items, done or being done, that are
+    held until the next one is taken; it bounds the memory.
     """
 
     def __init__(self, *, threads: int = 1, ahead: int = 2) -> None:
@@ -23,10 +23,10 @@ class ReadAhead:
         self._ahead = max(ahead, 1)
 
     def __call__(self, read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
-        """``read(item)`` of each item, in their order; the first ones are begun at once. Items are taken by the
-        caller's thread.
+        """Yield ``read(item)`` of each item, in order; work on the first ones begins at once.
 
-        Raises what ``read`` does, when the turn of that item comes; then there are no more.
+        Items are taken from the iterator on the caller's thread. Raises the error of ``read`` when the turn of its item
+        comes, and ends there.
         """
         waiting: deque[Future[Result]] = deque()
         pending = iter(items)

@@ -1,10 +1,11 @@
-"""Random rounding: a mass becomes one that a store holds, up or down, so that it is right on average.
+"""Random rounding of masses, up or down to one that a store can hold, so that each is right on average.
 
 Axes: ``T`` token positions, ``K`` slots for ids.
 
-The weights of draws from another distribution than the teacher's are the same number whenever an id is drawn as often
-at a position like it: rounded to the nearest level they would be off by the same few per cent each time, and no number
-of draws would average that out. Rounded up with the chance of (mass - lower level) / (upper - lower), they do.
+The weight of an id that is drawn from another distribution than the teacher's is nearly the same number at all similar
+positions. Rounded to the nearest level it would be off by the same few per cent every time, and no number of draws
+would average that out. Rounded up with probability (mass - lower level) / (upper - lower level), it is right on
+average.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ _POWER = 8  # levels are equal steps of the 8th root of a mass
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """Rounding of the weights at some token positions, which decide it with a seed, the dataset and the id alone: the
-    same in every layout, and at whatever rows are made together.
+    """Rounding of weights at some token positions.
 
-    token_positions_T: of the rows, in the dataset. dataset: its fingerprint.
+    A function of seed, dataset, token position and id alone, so the same in every layout and batch.
+
+    token_positions_T: positions of the rows in the dataset. dataset: the dataset's fingerprint.
     """
 
     token_positions_T: NDArray[np.int64]
@@ -34,8 +36,10 @@ class RandomRounding:
     dataset: str
 
     def round(self, log_masses_TK: NDArray[np.float64], ids_TK: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Natural logarithms of masses up to ``WEIGHT_UNIT``, -inf in an empty slot and for a mass below the least
-        level that comes to nothing; at 32 bits as they are."""
+        """Round natural logarithms of masses up to ``WEIGHT_UNIT``; -inf is an empty slot.
+
+        A mass below the smallest level may be rounded to 0, which is -inf. With 32 bits nothing is rounded.
+        """
         if self.value_bits == 32:
             return log_masses_TK
         masses_TK = np.exp(log_masses_TK) / WEIGHT_UNIT
@@ -56,13 +60,13 @@ class RandomRounding:
 
 
 def _place(steps_TK: NDArray[np.float64], value_bits: ValueBits) -> NDArray[np.int64]:
-    """The largest place whose mass is not above one that has so many steps; -1 below all of them."""
+    """Largest place whose mass is at most that of ``steps_TK`` steps; -1 if all are larger."""
     if value_bits == 8:  # level 0 stands for a quarter of a step
         return np.where(steps_TK < 0.25, -1, np.minimum(steps_TK.astype(np.int64), TOP_LEVEL - 1))
     return np.floor(np.minimum(steps_TK - 0.5, (TOP_LEVEL << 8) - 1)).astype(np.int64)
 
 
 def _mass(place_TK: NDArray[np.int64], value_bits: ValueBits) -> NDArray[np.float64]:
-    """In ``WEIGHT_UNIT``; 0 for place -1."""
+    """Mass of a place, in units of ``WEIGHT_UNIT``; 0 for place -1."""
     steps_TK = np.maximum(place_TK, 0.25) / TOP_LEVEL if value_bits == 8 else (place_TK + 0.5) / (TOP_LEVEL << 8)
     return np.where(place_TK < 0, 0.0, steps_TK**_POWER)

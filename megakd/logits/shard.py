@@ -1,6 +1,6 @@
-"""One shard of a logits store: the records of a fixed range of samples, where each starts, and what they must hash to.
+"""One shard of a logits store: the records of a fixed range of samples, with their offsets and hashes.
 
-``NAME.rows`` is the records one after the other, ``NAME.index`` the arrays that tell where and what, ``NAME.json`` the
+``NAME.rows`` holds the records one after the other, ``NAME.index`` offsets, hashes and code lengths, ``NAME.json`` the
 manifest, written last. See docs/formats.md.
 """
 
@@ -35,10 +35,10 @@ REPAIR = "restore the file, or `megakd verify --drop-damaged STORE` and the capt
 
 
 class ShardWriter:
-    """The samples ``[first, stop)`` into ``folder/NAME.*``; they are added in rising order, and those left out have no
-    targets. The same samples give the same bytes, whoever writes them.
+    """Writer of one shard, ``folder/NAME.*``. Equal samples give equal bytes, whoever writes them.
 
-    parameters, parents, tokenizer: for the manifest.
+    samples: first sample, and the one after the last. They are added in rising order; those left out have no targets.
+    parameters, parents, tokenizer: recorded in the manifest.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ShardWriter:
         self._num_rows = self._num_samples = 0
 
     def add(self, sample_id: int, input_ids: NDArray[Any], rows: Rows) -> None:
-        """The rows of a sample, one for each of its input ids: row *j* is about the token after token *j*.
+        """Add the rows of a sample, one for each of its input ids: row *j* is about the token after token *j*.
 
         Raises UsageError for samples out of order or rows that cannot be stored; then nothing was taken.
         """
@@ -86,7 +86,10 @@ class ShardWriter:
         self._num_samples += 1
 
     def commit(self) -> Manifest:
-        """Make the shard durable under its name. Raises NoSpaceError, UsageError where another process writes it."""
+        """Make the shard durable under its name.
+
+        Raises NoSpaceError if the disk is full, UsageError if another process writes the shard.
+        """
         while self._next < self._stop:
             self._add_without_targets()
         encoded = self._encoder.finish()
@@ -120,12 +123,13 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard that is open for reading, from any number of threads.
+    """A shard open for reading, from any number of threads.
 
-    path: its manifest. ids_of_ranks: ``[V]`` int32. repair: what is to be done about damage.
+    path: its manifest. ids_of_ranks: int32 ``[V]``, the id of each frequency rank. repair: advice for messages about
+    damage.
 
-    Raises CorruptError for files that are missing, cut or damaged (all but the records, which are checked as they are
-    read), MismatchError for another format.
+    Raises CorruptError for files that are missing, cut or damaged (records are checked when they are read),
+    MismatchError for another format.
     """
 
     def __init__(
@@ -146,16 +150,16 @@ class Shard:
         self._offsets, hashes = arrays[: count + 1], arrays[count + 1 :]
         self._record_hashes, self._context_hashes = hashes[:count].tolist(), hashes[count:].tolist()
         code_lengths = np.fromfile(index_path, np.uint8, offset=8 * (3 * count + 1))
-        # Read, not mapped: a page fault would hold up every thread of the process, and a file that is cut meanwhile
-        # would end it.
+        # Read, not mapped: a page fault would hold up every thread of the process, and a file that is cut while it is
+        # mapped would kill the process.
         self._rows = open(path.parent / rows_file.name, "rb", buffering=0)
         self._rows_bytes = rows_file.size_bytes
         self._decoder = RowDecoder(row_format, ids_of_ranks, code_lengths)
 
     def record(self, sample_id: int) -> NDArray[np.uint8] | None:
-        """The bytes of a sample's record, with those to read ahead; None where it has no targets.
+        """Read the bytes of a sample's record and ``READ_AHEAD`` more; None if it has no targets.
 
-        Raises CorruptError where they are not what was written.
+        Raises CorruptError if the bytes are not those that were written.
         """
         at = sample_id - self._first
         begin, end = int(self._offsets[at]), int(self._offsets[at + 1])
@@ -172,23 +176,23 @@ class Shard:
         return record
 
     def size(self, record: NDArray[np.uint8]) -> tuple[int, int]:
-        """How many rows a record has, and the most ids of one."""
+        """Read the number of rows of a record, and the largest number of ids in a row."""
         return self._decoder.size(record)
 
     def decode(self, sample_id: int, record: NDArray[np.uint8], input_ids: NDArray[Any], out: Rows) -> None:
-        """The rows of a sample into arrays with room for them, after its context was found to be that of the teacher.
+        """Decode the rows of a sample into arrays with room for them, if the student's context is the teacher's.
 
-        input_ids: those the student sees; what stands behind the sample's is of no matter.
+        input_ids: the ids that the student sees; those after the end of the sample may be any.
 
-        Raises MismatchError for another context, CorruptError.
+        Raises MismatchError for another context, CorruptError for a damaged record.
         """
         num_rows, _ = self.size(record)
-        found = context_hash(input_ids[:num_rows])
+        actual = context_hash(input_ids[:num_rows])
         expected = self._context_hashes[sample_id - self._first]
-        if found != expected:
+        if actual != expected:
             raise MismatchError(
                 f"{self.path}: sample {sample_id} was captured with other input ids (the {num_rows} hash to "
-                f"{expected:016x}, those {min(len(input_ids), num_rows)} read now to {found:016x}): this store is of "
+                f"{expected:016x}, those {min(len(input_ids), num_rows)} read now to {actual:016x}): this store is of "
                 "another dataset or packing"
             )
         try:
@@ -197,7 +201,7 @@ class Shard:
             raise CorruptError(f"{self._rows.name}: sample {sample_id}: {error}") from error
 
     def read(self, sample_id: int, input_ids: NDArray[Any]) -> Rows | None:
-        """The rows of a sample, None where it has no targets. Raises as `record` and `decode` do."""
+        """Read the rows of a sample; None if it has no targets. Raises as `record` and `decode` do."""
         record = self.record(sample_id)
         if record is None:
             return None
@@ -207,11 +211,11 @@ class Shard:
         return rows
 
     def has_targets(self, sample_id: int) -> bool:
-        """Whether the sample has any."""
+        """Return whether the sample has targets."""
         at = sample_id - self._first
         return bool(self._offsets[at] != self._offsets[at + 1])
 
 
 def context_hash(input_ids: NDArray[Any]) -> int:
-    """XXH3-64 of the ids as little-endian int32."""
+    """XXH3-64 hash of input ids as little-endian int32."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(input_ids, dtype="<i4").data)

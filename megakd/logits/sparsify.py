@@ -1,4 +1,4 @@
-"""From what an output head says to the rows of a logits store: cut by mass, or draws: counted, weighted, renormalised.
+"""Rows of a logits store from the readings of an output head: best ids cut by mass, or draws.
 
 Axes: ``T`` token positions, ``K`` best ids or slots, ``N`` draws.
 """
@@ -19,11 +19,11 @@ from megakd.splitmix64 import GOLDEN, mix64, states_at
 
 
 def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: float = 1.0) -> Rows:
-    """The K best ids, cut to the shortest prefix whose mass under the whole softmax reaches ``top_p``.
+    """Cut the K best ids to the shortest prefix whose mass under the whole softmax reaches ``top_p``.
 
-    ids_TK, log_probs_TK: int64 and fp32, best first, as ``losses.read`` gives them: top-k comes first, then top-p
-    (arXiv 2410.16215, appendix; the same set as the k best of the nucleus). Where K ids do not reach ``top_p``, all are
-    kept; 1.0 keeps all that have any mass.
+    ids_TK, log_probs_TK: int64 and fp32, best first, from ``losses.read``. So top-k applies first, then top-p (arXiv
+        2410.16215, appendix), which gives the k best ids of the nucleus.
+    top_p: in (0, 1]. If K ids do not reach it all are kept; 1.0 keeps all ids with any mass.
 
     Raises UsageError for a ``top_p`` outside (0, 1].
     """
@@ -39,7 +39,7 @@ def top_p_k(ids_TK: Tensor, log_probs_TK: Tensor, entropy_T: Tensor, *, top_p: f
 
 
 def sampled_counts(drawn_ids_TN: Tensor, entropy_T: Tensor) -> Rows:
-    """How often each id was drawn, as shares of N (arXiv 2503.16870): rows of the kind ``samples``."""
+    """Make rows of the kind ``samples``: the number of times each id was drawn, over N (arXiv 2503.16870)."""
     drawn = _array(drawn_ids_TN)
     ids, counts, _ = _runs(drawn)
     return Rows.from_counts(ids, counts, _array(entropy_T).astype(np.float32), draws=drawn.shape[1])
@@ -53,12 +53,14 @@ def weighted_samples(
     *,
     rounding: RandomRounding | None = None,
 ) -> Rows:
-    """Draws from another distribution q than the teacher's p: each id carries count/N · p/q (arXiv 2503.16870), so that
-    its mass is p on average; a row sums to 1 on average only. An id carries at most ``WEIGHT_UNIT``, the most that a
-    store holds: with an exponent of 1.5 an id of p = 1e-8 alone may weigh more, once in a hundred thousand rows. Rows
-    of the kind ``samples``.
+    """Make rows of the kind ``samples`` from draws of another distribution q than the teacher's p.
 
-    log_probs_TN, log_proposal_TN: of the drawn ids under p and q. rounding: to masses that a store holds; None: none.
+    Each id carries count/N · p/q (arXiv 2503.16870), so its mass is p on average; a row sums to 1 on average only. The
+    mass of an id is cut at ``WEIGHT_UNIT``, the most that a store holds. (With an exponent of 1.5 only an id of
+    p = 1e-8 can weigh more, once in a hundred thousand rows.)
+
+    log_probs_TN, log_proposal_TN: log-probabilities of the drawn ids under p and q.
+    rounding: rounding to masses that a store holds; None for none.
     """
     drawn = _array(drawn_ids_TN)
     ids, counts, slots = _runs(drawn)
@@ -74,10 +76,12 @@ def weighted_samples(
 
 
 def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: Tensor) -> Rows:
-    """The ids that were drawn, each once, with their probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786): by
-    construction no unbiased estimate, for an id carries more than p wherever it was drawn, and likely ids always are.
+    """Make rows of the distinct ids that were drawn, with probabilities renormalised to 1 (Gemma 3, arXiv 2503.19786).
 
-    log_probs_TN: of the drawn ids under the whole softmax.
+    By construction not an unbiased estimate: an id carries more than p wherever it was drawn, and likely ids always
+    are.
+
+    log_probs_TN: log-probabilities of the drawn ids under the whole softmax.
     """
     ids, counts, slots = _runs(_array(drawn_ids_TN))
     log_probs = np.full(counts.shape, -np.inf)
@@ -90,11 +94,11 @@ def renormalised_samples(drawn_ids_TN: Tensor, log_probs_TN: Tensor, entropy_T: 
 def uniform_numbers(
     token_positions: NDArray[np.int64], num_draws: int, *, seed: int, dataset: str
 ) -> NDArray[np.float64]:
-    """``[T, N]`` float64 in [0, 1): the numbers that decide what is drawn at each token position.
+    """Uniform numbers in [0, 1), float64 ``[T, N]``, that decide the draws at each token position.
 
-    A function of (seed, fingerprint of the dataset, token position, number of the draw) and nothing else: for each
-    position the stream of a splitmix64 generator (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-    generators") whose state is the hash of the rest.
+    A function of seed, fingerprint of the dataset, token position and number of the draw alone: for each position the
+    stream of a splitmix64 generator (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators")
+    whose state is a hash of seed, dataset and position.
     """
     states = states_at(token_positions, f"draws {seed} {dataset}")
     steps = np.arange(1, num_draws + 1, dtype=np.uint64) * np.uint64(GOLDEN)
@@ -102,7 +106,7 @@ def uniform_numbers(
 
 
 def _runs(drawn: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Ids and counts ``[T, K]`` of each row's distinct ids, rising, and the slot of each draw ``[T, N]``."""
+    """Distinct ids of each row, rising, and their counts, ``[T, K]`` each; and the slot of each draw, ``[T, N]``."""
     order = np.argsort(drawn, axis=1, kind="stable")
     ordered = np.take_along_axis(drawn, order, 1)
     starts = np.ones(ordered.shape, np.bool_)

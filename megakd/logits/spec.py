@@ -19,25 +19,26 @@ from megakd.logits.codec import Rounding, RowFormat, ValueBits, invert
 from megakd.targets import SparseKind
 
 FORMAT, VERSION, READABLE = "megakd-logits", 2, (1, 2)
-_YOUNGER = {"proposal_exponent", "rounding"}  # than the first stores, which are as its default says
+_YOUNGER = {"proposal_exponent", "rounding"}  # fields that the first stores lack; their defaults describe those stores
 MANIFEST, ORDER, SHARDS = "store.json", "order.i32", "shards"
-_RANKS = "ranks.i32"  # of version 1, whole
+_RANKS = "ranks.i32"  # version 1's file: the rank of every id
 DEFAULT_DRAWS: dict[str, int] = {"top_p_k": 0, "samples": 50, "renormalised_samples": 256}
-"""Of a row: none, as in arXiv 2503.16870, as in Gemma 3."""
+"""Kind -> draws for a row: none for ``top_p_k``; 50 as in arXiv 2503.16870; 256 as in Gemma 3."""
 
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What makes a store what it is: with the same, the same bytes come out, however the work was divided.
+    """Identity of a store: equal specs give equal bytes, however the work was divided.
 
     kind, value_bits, draws: see ``codec.RowFormat``.
-    top_k, top_p: how a row was cut (``sparsify``); 0 and 1.0 where it was not.
-    seed: of the draws. proposal_exponent: of ``samples``: the power of the teacher's probabilities they come from.
-    rounding: of the weights that other exponents than 1 give; see ``codec.RowFormat``.
-    vocab_size: ids of the teacher's distribution, padding left out.
-    packing, seq_length, num_samples: of the dataset. shard_samples: how many samples a shard's range has.
-    parents: fingerprints of ``dataset`` and ``model``. tokenizer: the manifest's.
-    details: what else the rows depend on: precision, training step of the teacher.
+    top_k, top_p: the cut of a row (``sparsify.top_p_k``); 0 and 1.0 for kinds that are drawn.
+    seed: seed of the draws. proposal_exponent: for ``samples``, the power of the teacher's probabilities that ids are
+        drawn in proportion to.
+    rounding: rounding of the weights that an exponent other than 1 gives; see ``codec.RowFormat``.
+    vocab_size: number of ids in the teacher's distribution, without padding.
+    packing, seq_length, num_samples: those of the dataset. shard_samples: number of samples in a shard's range.
+    parents: fingerprints of ``dataset`` and ``model``. tokenizer: the record of the dataset's tokenizer.
+    details: anything else that the rows depend on, such as precision and training step of the teacher.
     """
 
     kind: SparseKind
@@ -62,7 +63,7 @@ class StoreSpec:
             raise UsageError(f"{self}: vocab_size, seq_length, num_samples and shard_samples: expected at least 1")
         if not {"dataset", "model"} <= set(self.parents):
             raise UsageError(f"parents {sorted(self.parents)}: expected dataset and model")
-        _ = self.row_format  # refuses what it cannot hold
+        _ = self.row_format  # raises UsageError for fields that make no format
 
     @staticmethod
     def rows(
@@ -75,9 +76,9 @@ class StoreSpec:
         seed: int,
         proposal_exponent: float = 1.0,
     ) -> dict[str, Any]:
-        """The fields that say what a row is, from settings of which some mean nothing for the kind.
+        """Make the fields that describe a row, from settings of which some are unused for the kind.
 
-        value_bits: as flags have it, "8", "16" or "32". draws: None: the default of the kind.
+        value_bits: a flag's "8", "16" or "32". draws: None for the default of the kind.
         """
         best = kind == "top_p_k"
         return {
@@ -101,38 +102,38 @@ class StoreSpec:
         return -(-self.num_samples // self.shard_samples)
 
     def samples_of(self, shard: int) -> tuple[int, int]:
-        """First sample of a shard, and the one after its last."""
+        """Return the first sample of a shard, and the one after its last."""
         return shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.num_samples)
 
     def parameters(self, frequency_ranks: NDArray[np.int32]) -> dict[str, Any]:
-        """For the manifests, with the hash of the ranks."""
+        """Parameters for the manifests of store and shards, with the hash of the frequency ranks."""
         without = {"parents", "tokenizer", "details"} | ({"rounding"} if self.rounding == "nearest" else set())
         plain = {name: value for name, value in vars(self).items() if name not in without}
         hashed = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(frequency_ranks, "<i4").data)
         return {**plain, "details": dict(self.details), "ranks": hashed}
 
     def check(self, manifest: Manifest, frequency_ranks: NDArray[np.int32]) -> None:
-        """Raise MismatchError for the manifest of another store, with what differs."""
+        """Raise MismatchError, with the differences, for the manifest of another store."""
         check_identity(manifest, self.parameters(frequency_ranks), self, "holds another store than this")
 
     @staticmethod
     def of(manifest: Manifest) -> StoreSpec:
-        """From the manifest of a store or of a shard."""
+        """Make the spec from the manifest of a store or of a shard."""
         names = set(StoreSpec.__dataclass_fields__) - {"parents", "tokenizer"}
         if missing := names - set(manifest.parameters) - _YOUNGER:
             raise CorruptError(f"{manifest.path}: parameters without {', '.join(sorted(missing))}")
-        given = {name: manifest.parameters[name] for name in names & set(manifest.parameters)}
-        return StoreSpec(**given, parents=manifest.parents, tokenizer=manifest.tokenizer)
+        fields = {name: manifest.parameters[name] for name in names & set(manifest.parameters)}
+        return StoreSpec(**fields, parents=manifest.parents, tokenizer=manifest.tokenizer)
 
 
 def bits_of(kind: SparseKind, flag: str, *, weighted: bool = False) -> ValueBits:
-    """Of a stored log-probability, from a flag's "8", "16" or "32"; counts have none, and 8 stands there."""
+    """Bits of a stored log-probability, from a flag's "8", "16" or "32". Counts store none; 8 is recorded for them."""
     bits: dict[str, ValueBits] = {"8": 8, "16": 16, "32": 32}
     return 8 if kind == "samples" and not weighted else bits[flag]
 
 
 def shard_path(folder: str | os.PathLike[str], shard: int) -> Path:
-    """The manifest of a shard."""
+    """Path of the manifest of a shard."""
     return Path(folder) / SHARDS / f"{shard:08d}.json"
 
 
@@ -143,9 +144,9 @@ def check_identity(manifest: Manifest, parameters: Mapping[str, Any], spec: Stor
 
 
 def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
-    """``[V]`` int32, the id of each rank, of the store that the manifest is of.
+    """Read the id of each frequency rank, int32 ``[V]``, of the store with this manifest.
 
-    Raises CorruptError where the file is not what was written.
+    Raises CorruptError if the file is not what was written.
     """
     folder, spec = manifest.path.parent, StoreSpec.of(manifest)
     path = folder / (_RANKS if manifest.version == 1 else ORDER)
@@ -161,7 +162,7 @@ def read_ids_of_ranks(manifest: Manifest) -> NDArray[np.int32]:
 
 
 def _lengthened(first: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
-    """With the ids that are not there, rising. Raises UsageError for ids that are none."""
+    """Append all ids that are missing, rising. Raises UsageError for ids outside the vocabulary."""
     if len(first) and not 0 <= int(first.min()) <= int(first.max()) < vocab_size:
         raise UsageError(f"ids of ranks beyond {vocab_size}")
     is_left = np.ones(vocab_size, np.bool_)

@@ -1,7 +1,7 @@
-"""A logits store, open for reading: what a teacher said about the samples of one dataset under one packing.
+"""A logits store open for reading: a teacher's sparse targets for the samples of one dataset under one packing.
 
-``store.json`` is the manifest, written when all shards are there; ``order.i32`` the id of each rank; ``shards/`` the
-shards, each a fixed range of samples. See docs/formats.md.
+``store.json`` is the manifest, written when all shards are there; ``order.i32`` the id of each frequency rank;
+``shards/`` the shards, each a fixed range of samples. See docs/formats.md.
 
 Axes: ``B`` samples, ``S`` sequence, ``K`` slots for ids.
 """
@@ -30,9 +30,10 @@ from megakd.logits.spec import FORMAT, MANIFEST, READABLE, SHARDS, StoreSpec, re
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Rows of several samples. ids_BSK, log_probs_BSK, entropy_BS: as in ``codec.Rows``.
+    """Rows of several samples.
 
-    has_targets_BS: bool; where it is not, all slots are empty and the entropy is 0.
+    ids_BSK, log_probs_BSK, entropy_BS: as in ``codec.Rows``.
+    has_targets_BS: bool; where it is False all slots are empty and the entropy is 0.
     """
 
     ids_BSK: NDArray[np.int64]
@@ -41,10 +42,12 @@ class BatchRows:
     has_targets_BS: NDArray[np.bool_]
 
     def within(self, vocab_size: int, *, conditional: bool) -> BatchRows:
-        """Without ids from ``vocab_size`` on, which are padding that a teacher gave mass to.
+        """Leave out ids from ``vocab_size`` on, padding that a teacher gave mass to.
 
-        conditional: the others get the mass of them in proportion, as the softmax over the vocabulary gives them (of
-        what is listed, which is nearly all: padding is unlikely). A row that listed nothing else has no targets.
+        A row that listed nothing else has no targets afterwards.
+
+        conditional: True gives their mass to the other ids in proportion, as the softmax over the true vocabulary
+            would. (The mass of padding that is not listed is unknown, and small.)
         """
         beyond_BSK = (self.ids_BSK >= vocab_size) & (self.log_probs_BSK > -np.inf)
         if not beyond_BSK.any():
@@ -64,15 +67,16 @@ class BatchRows:
 
 
 class LogitsStore:
-    """A store that is open for reading, from any number of threads.
+    """A store open for reading, from any number of threads.
 
-    dataset, tokenizer (its hash), packing, seq_length: what the reader has; None is not compared.
-    max_open: how many shards are held open.
+    dataset, tokenizer, packing, seq_length: the reader's dataset fingerprint, tokenizer hash, packing and sequence
+        length, which must be the store's; None is not compared.
+    max_open: number of shards that are held open.
 
-    Opening looks at the names and the sizes of all files; a shard is opened when it is first read.
+    Opening checks the names and sizes of all files; a shard is opened when it is first read.
 
-    Raises UsageError where there is none, MismatchError for a store of something else, CorruptError for a shard that is
-    missing, cut or another one.
+    Raises UsageError if there is no store, MismatchError for a store of something else, CorruptError for a shard that
+    is missing, cut or replaced.
     """
 
     def __init__(
@@ -89,16 +93,16 @@ class LogitsStore:
         self.manifest = read_manifest(self.folder / MANIFEST, format=FORMAT, version=READABLE)
         self.spec = StoreSpec.of(self.manifest)
         recorded = self.spec.tokenizer or {}
-        for what, there, here in (
+        for what, stored, expected in (
             ("dataset", self.spec.parents["dataset"], dataset),
             ("tokenizer", recorded.get("hash"), tokenizer),
             ("packing", self.spec.packing, packing),
             ("seq_length", self.spec.seq_length, seq_length),
         ):
-            if here is not None and there != here:
+            if expected is not None and stored != expected:
                 raise MismatchError(
-                    f"{self.folder}: a store of {what} {there}, expected {here}: capture this one's targets, or train "
-                    "on what the store was captured from"
+                    f"{self.folder}: a store of {what} {stored}, expected {expected}: capture this one's targets, or "
+                    "train on what the store was captured from"
                 )
         self._shards: list[list[Any] | None] = self.manifest.parameters["shards"]
         self._check_shards()
@@ -112,17 +116,16 @@ class LogitsStore:
         return self.manifest.fingerprint
 
     def has_targets(self, sample_id: int) -> bool:
-        """Whether there are any for a sample."""
+        """Return whether a sample has targets."""
         shard = self._shard(sample_id)
         return shard is not None and shard.has_targets(sample_id)
 
     def read(self, sample_id: int, input_ids: NDArray[Any]) -> Rows | None:
-        """The rows of a sample, one for each of its input ids; None where it has no targets.
+        """Read the rows of a sample, one for each of its input ids; None if it has no targets.
 
-        input_ids: at least the sample's, which is what the teacher saw.
+        input_ids: the sample's input ids, which must be those that the teacher saw; more may follow.
 
-        Raises MismatchError where the teacher saw something else, CorruptError where the record is not what was
-        written.
+        Raises MismatchError if the teacher saw other ids, CorruptError if the record is not what was written.
         """
         shard = self._shard(sample_id)
         return None if shard is None else shard.read(sample_id, input_ids)
@@ -130,28 +133,29 @@ class LogitsStore:
     def read_batch(
         self, sample_ids: NDArray[np.int64], input_ids_BS: NDArray[Any], *, width: int | None = None
     ) -> BatchRows:
-        """The rows of several samples in arrays that are as wide as the widest of their rows, or as said.
+        """Read the rows of several samples into one set of arrays.
 
-        input_ids_BS: as the model gets them, with anything behind a sample that is shorter.
+        input_ids_BS: the input of the model, with any ids after the end of a shorter sample.
+        width: number of slots for ids; None for that of the widest row.
 
-        Raises as `read` does, and UsageError where a row is wider than said.
+        Raises as `read` does, and UsageError if a row is wider than ``width``.
         """
-        found = []
+        records = []
         for sample_id in sample_ids.tolist():
             shard = self._shard(sample_id)
             record = None if shard is None else shard.record(sample_id)
-            found.append((sample_id, shard, record))
-        sizes = [(0, 0) if shard is None or record is None else shard.size(record) for _, shard, record in found]
+            records.append((sample_id, shard, record))
+        sizes = [(0, 0) if shard is None or record is None else shard.size(record) for _, shard, record in records]
         most_ids = max((most for _, most in sizes), default=0)
         if width is not None and most_ids > width:
             raise UsageError(f"{self.folder}: rows of up to {most_ids} ids, asked for {width}")
         batch, seq_length = input_ids_BS.shape
         rows = empty_rows((batch, seq_length), most_ids if width is None else width)
         has_targets = np.zeros((batch, seq_length), np.bool_)
-        for at, ((sample_id, shard, record), (num_rows, _)) in enumerate(zip(found, sizes)):
+        for at, ((sample_id, shard, record), (num_rows, _)) in enumerate(zip(records, sizes)):
             if shard is not None and record is not None:
-                own = Rows(rows.ids_TK[at], rows.log_probs_TK[at], rows.entropy_T[at])
-                shard.decode(sample_id, record, input_ids_BS[at], own)
+                sample_rows = Rows(rows.ids_TK[at], rows.log_probs_TK[at], rows.entropy_T[at])
+                shard.decode(sample_id, record, input_ids_BS[at], sample_rows)
             has_targets[at, :num_rows] = True
             rows.ids_TK[at, num_rows:] = 0
             rows.log_probs_TK[at, num_rows:] = -np.inf
@@ -159,7 +163,7 @@ class LogitsStore:
         return BatchRows(rows.ids_TK, rows.log_probs_TK, rows.entropy_T, has_targets)
 
     def _shard(self, sample_id: int) -> Shard | None:
-        """The open shard of a sample; None where its range has no targets."""
+        """Return the open shard of a sample; None if its range has no targets."""
         if not 0 <= sample_id < self.spec.num_samples:
             raise IndexError(f"sample {sample_id} of {self.spec.num_samples}")
         number = sample_id // self.spec.shard_samples
@@ -173,7 +177,7 @@ class LogitsStore:
         opened = self._open_shard(number, entry)
         with self._lock:
             self._open[number] = opened
-            while len(self._open) > self._max_open:  # closed once nobody reads it
+            while len(self._open) > self._max_open:  # the file is closed once no thread reads it
                 self._open.popitem(last=False)
         return opened
 
@@ -211,15 +215,18 @@ class LogitsStore:
 
 
 def verify_store(folder: str | os.PathLike[str], *, progress: OnBytes | None = None) -> list[str]:
-    """Hash every file of a store; one line for each fault."""
+    """Hash every file of a store and return one line for each fault."""
     path = Path(folder) / MANIFEST
     faults = verify_files(path, progress=progress)
     return faults + [fault for _, several in _faults_of_shards(folder, progress) for fault in several]
 
 
 def drop_damaged(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove the shards that are not what was written, and the manifest, so that the capture which made the store makes
-    them anew and finishes it again; the names of what was removed. No other process may write the store."""
+    """Remove the shards that are not what was written, and the manifest; return the names of the removed files.
+
+    The command that captured the store then makes them anew and finishes the store. No other process may write it
+    meanwhile.
+    """
     folder, removed = Path(folder), []
     for shard, faults in _faults_of_shards(folder, None):
         for path in [shard.with_suffix(suffix) for suffix in (".json", ".index", ".rows")] if faults else []:
@@ -231,18 +238,18 @@ def drop_damaged(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _faults_of_shards(folder: str | os.PathLike[str], progress: OnBytes | None) -> Iterator[tuple[Path, list[str]]]:
-    """The manifest of each shard, and what is wrong with it and its files."""
+    """Yield the manifest's path of each shard, and the faults of the shard."""
     manifest = read_manifest(Path(folder) / MANIFEST, format=FORMAT, version=READABLE)
     for number, entry in enumerate(manifest.parameters["shards"]):
         if entry is None:
             continue
         shard = shard_path(folder, number)
         try:
-            found = read_manifest(shard, format=shards.FORMAT, version=shards.READABLE).fingerprint
+            fingerprint = read_manifest(shard, format=shards.FORMAT, version=shards.READABLE).fingerprint
             faults = verify_files(shard, progress=progress)
         except (UsageError, MismatchError, CorruptError) as error:
             yield shard, [str(error)]
             continue
-        if found != entry[0]:
-            faults = [f"{shard.name}: shard {found}, {MANIFEST} names {entry[0]}", *faults]
+        if fingerprint != entry[0]:
+            faults = [f"{shard.name}: shard {fingerprint}, {MANIFEST} names {entry[0]}", *faults]
         yield shard, faults

@@ -27,9 +27,11 @@ def write_shard(
     *,
     rows_for_codes: int = ROWS_FOR_CODES,
 ) -> ShardWriter:
-    """The writer of one shard: `add` the samples that have targets, in rising order, then `commit`.
+    """Open the writer of one shard: `add` the samples that have targets, in rising order, then `commit`.
 
-    frequency_ranks: ``[V]`` int32, the same for all shards of a store.
+    frequency_ranks: ``[V]`` int32, equal for all shards of a store. rows_for_codes: see ``codec.ROWS_FOR_CODES``.
+
+    Raises UsageError for ranks of another vocabulary than the spec's.
     """
     if len(frequency_ranks) != spec.vocab_size:
         raise UsageError(f"{len(frequency_ranks)} ranks for a vocabulary of {spec.vocab_size}")
@@ -50,9 +52,9 @@ def write_shard(
 def read_shard(
     folder: str | os.PathLike[str], spec: StoreSpec, frequency_ranks: NDArray[np.int32], shard: int
 ) -> Manifest | None:
-    """The manifest of a shard that is whole; None where there is none, or a file of it is missing or cut.
+    """Read the manifest of a whole shard; None if there is none, or a file of it is missing or cut.
 
-    Raises MismatchError for a shard of another store, with what differs.
+    Raises MismatchError, with the differences, for a shard of another store.
     """
     path = shard_path(folder, shard)
     if not path.exists():
@@ -61,8 +63,8 @@ def read_shard(
         manifest = read_manifest(path, format=shards.FORMAT, version=shards.READABLE)
     except CorruptError:
         return None
-    own = spec.parameters(frequency_ranks) | {"samples": list(spec.samples_of(shard))}
-    check_identity(manifest, own, spec, "is a shard of another store")
+    parameters = spec.parameters(frequency_ranks) | {"samples": list(spec.samples_of(shard))}
+    check_identity(manifest, parameters, spec, "is a shard of another store")
     return manifest
 
 
@@ -74,12 +76,12 @@ def finish_store(
     present: Iterable[int] | None = None,
     more_files: Sequence[FileRecord] = (),
 ) -> Manifest:
-    """Write the manifest that makes the shards a store; from one process. Their records are not read again.
+    """Write the manifest that makes the shards a store, from one process. Their records are not read again.
 
     present: the shards that must be there, all by default; the ranges of the others have no targets.
-    more_files: what else is to be found in the folder, durable.
+    more_files: records of other durable files in the folder that belong to the store.
 
-    Raises UsageError where one is missing or not whole, MismatchError for one of another store.
+    Raises UsageError for a shard that is missing or not whole, MismatchError for one of another store.
     """
     folder = Path(folder)
     listed: list[Any] = [None] * spec.num_shards
@@ -113,6 +115,6 @@ def finish_store(
 
 
 def _shortened(ids_of_ranks: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Without the end in which ids only rise: what never occurred, by far the most ids of a small dataset."""
+    """Cut off the end in which ids only rise: ids that never occurred, most of the vocabulary for a small dataset."""
     falls = np.flatnonzero(np.diff(ids_of_ranks) < 0)
     return ids_of_ranks[: int(falls[-1]) + 1 if len(falls) else 0]

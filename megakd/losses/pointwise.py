@@ -1,7 +1,8 @@
 """The divergences that are a sum over ids, as formulas of one entry: its value, and its slope derived by hand.
 
 p is the teacher's probability and q the student's. The formulas take log-probabilities, which tell an id of probability
-0 from one whose probability underflows. They serve whole rows and the buckets of sparse targets alike. Derivations are in ``docs/numerics.md``.
+0 from one whose probability underflows. They serve whole rows and the buckets of sparse targets alike. Derivations are
+in ``docs/numerics.md``.
 """
 
 from __future__ import annotations

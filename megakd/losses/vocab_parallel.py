@@ -22,8 +22,9 @@ LM_COLUMNS = ("lm_max", "lm_sum", "label")
 """Statistics of a row for the LM loss: max s, sum of exp(s - max), the label's logit (0 on ranks without it)."""
 
 DENSE_COLUMNS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "teacher_self", "agree")
-"""Statistics of a row for every divergence from dense targets. With s' = (s - student_max) / tau_s and t' = (t - teacher_max) /
-tau_t: the sums of exp(s'), exp(t') and exp(t') t', and 1 if some id is a maximum of both rows, else 0."""
+"""Statistics of a row for every divergence from dense targets. With s' = (s - student_max) / tau_s and
+t' = (t - teacher_max) / tau_t: the sums of exp(s'), exp(t') and exp(t') t', and 1 if some id is a maximum of both rows,
+else 0."""
 
 SPARSE_COLUMNS = ("rest_max", "rest_sum")
 """Statistics of a row for sparse targets: maximum and sum as above over the ids that are not listed. The logits of the

@@ -1,4 +1,4 @@
-"""From a model's hidden states to rows of a logits store: the same for a teacher that is captured and one in training.
+"""Rows of a logits store from a model's hidden states, for teachers that are captured and models in training.
 
 Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``K`` best ids, ``N`` draws.
 """
@@ -28,7 +28,7 @@ from megakd.losses.vocab_parallel import VocabShard
 
 
 class RowReader:
-    """Reads what a store of ``spec`` keeps from this rank's slice of an output head."""
+    """Reader of an output head, of which this rank has a slice, for the rows of a store of ``spec``."""
 
     def __init__(self, spec: StoreSpec, *, shard: VocabShard, implementation: Implementation, chunk_bytes: int) -> None:
         self._spec, self._shard = spec, shard
@@ -36,13 +36,13 @@ class RowReader:
 
     @property
     def draws(self) -> bool:
-        """Whether `read` needs numbers that decide draws."""
+        """True if `read` needs uniform numbers that decide draws."""
         return self._spec.kind != "top_p_k"
 
     def read(
         self, hidden_TH: Tensor, weight_vH: Tensor, *, uniforms_TN: Tensor | None = None, ids_T: Tensor | None = None
     ) -> HeadReading:
-        """What rows are made of, and the log-probabilities of ``ids_T``; all ranks of the tensor group call it."""
+        """Read the head for `rows`, and the log-probabilities of ``ids_T``. All ranks of the tensor group call it."""
         return read_head(
             hidden_TH,
             weight_vH,
@@ -57,7 +57,7 @@ class RowReader:
         )
 
     def rows(self, reading: HeadReading, positions_T: NDArray[np.int64] | None = None) -> Rows:
-        """The rows of all positions. positions_T: where they stand in the dataset; weighted draws need it."""
+        """Make the rows of all positions. positions_T: their token positions in the dataset, for weighted draws."""
         assert reading.entropy_T is not None
         if self._spec.kind == "top_p_k":
             assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
@@ -76,21 +76,23 @@ class RowReader:
 
 
 def draw_numbers(starts_B: NDArray[np.int64], width: int, spec: StoreSpec) -> NDArray[np.float64]:
-    """``[S, B, N]``: what decides the draws of ``width`` positions from ``starts_B`` on; a function of seed, dataset
-    and token position, so the same in every layout."""
+    """Uniform numbers, float64 ``[S, B, N]``, that decide the draws of ``width`` positions from ``starts_B`` on.
+
+    A function of seed, dataset and token position, so the same in every layout.
+    """
     positions_T = token_positions(starts_B, width)
     numbers_TN = uniform_numbers(positions_T, spec.draws, seed=spec.seed, dataset=spec.parents["dataset"])
     return numbers_TN.reshape(width, len(starts_B), spec.draws)
 
 
 def token_positions(starts_B: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """``[T]``: of ``width`` positions from ``starts_B`` on, sequence first."""
+    """Token positions ``[T]`` of ``width`` positions from ``starts_B`` on, sequence first."""
     positions_SB: NDArray[np.int64] = starts_B + np.arange(width)[:, None]
     return positions_SB.reshape(-1)
 
 
 def finite_samples(reading: HeadReading, batch: int) -> NDArray[np.bool_]:
-    """``[B]``: of which samples all logits are finite."""
+    """Return bool ``[B]``, True for samples whose logits are all finite."""
     assert reading.entropy_T is not None
     good_T = torch.isfinite(reading.entropy_T) & torch.isfinite(reading.log_z_T)
     good_B: NDArray[np.bool_] = good_T.view(-1, batch).all(0).cpu().numpy()
@@ -98,8 +100,8 @@ def finite_samples(reading: HeadReading, batch: int) -> NDArray[np.bool_]:
 
 
 def split_samples(rows: Rows, num_rows_B: NDArray[np.int64]) -> Iterator[Rows]:
-    """The rows of each sample, as many as it has labels, out of those of all positions."""
+    """Yield the rows of each sample, as many as it has labels, from those of all positions."""
     batch = len(num_rows_B)
     for column, num_rows in enumerate(num_rows_B.tolist()):
-        own = slice(column, num_rows * batch, batch)  # positions of one sample, sequence first
-        yield Rows(rows.ids_TK[own], rows.log_probs_TK[own], rows.entropy_T[own])
+        positions = slice(column, num_rows * batch, batch)  # of one sample; rows are sequence first
+        yield Rows(rows.ids_TK[positions], rows.log_probs_TK[positions], rows.entropy_T[positions])

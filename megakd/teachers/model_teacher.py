@@ -30,12 +30,12 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 class ModelTeacher:
     """A frozen model beside the student, in a layout of its own.
 
-    Where both have one stage and the same layout it runs inside the student's forward step. Else it runs its own
-    forward-only schedule over the microbatches of the whole step first, and its hidden states travel to the student's
-    last stage; the student's schedule then runs untouched.
+    If both have one pipeline stage and the same layout, it runs inside the student's forward step. Otherwise it runs
+    its own forward-only schedule over the microbatches of the whole step first, and sends its hidden states to the
+    student's last stage; the student's schedule is unchanged.
 
     chunks: the teacher without its head. head_weight_vH: the head's rows for the *student's* slice of the vocabulary,
-    on ranks of the student's last stage; None elsewhere.
+    on ranks of the student's last stage; None elsewhere. groups: the teacher's. student: the student's groups.
     """
 
     def __init__(
@@ -50,16 +50,19 @@ class ModelTeacher:
         self._inline = same_groups and groups.parallel.pipeline_model_parallel_size == 1
 
     def targets(self, batch: Batch, needed: NDArray[np.bool_] | None = None) -> Iterator[DenseTargets | None]:
-        """needed: ``[microbatches of the step, of all data-parallel ranks]``, all by default;
-        the same on every rank. The others come as None and are not computed (where experts make data-parallel ranks run
-        together, unless another rank needs its own)."""
+        """Yield the targets of this rank's microbatches in order; None for those that are not needed.
+
+        needed: bool ``[microbatches of the step, of all data-parallel ranks]``, the same on every rank; all by default.
+            The others are not computed. (Experts make data-parallel ranks run together: there a microbatch is computed
+            if that of any rank is needed.)
+        """
         every = batch.num_microbatches
         flags = np.ones(every * self._student.data_size, np.bool_) if needed is None else needed
         if self._student.parallel.expert_model_parallel_size > 1:
             flags = np.repeat(flags.reshape(every, -1).any(1), self._student.data_size)
         if self._inline:
-            own = flags.reshape(every, -1)[:, self._student.data_rank].tolist()
-            return (self._targets(self._hidden(batch.microbatch(i))) if own[i] else None for i in range(every))
+            is_needed = flags.reshape(every, -1)[:, self._student.data_rank].tolist()
+            return (self._targets(self._hidden(batch.microbatch(i))) if is_needed[i] else None for i in range(every))
         hidden = self._run_step(batch, np.flatnonzero(flags).tolist())
         if not self._student.is_last_stage:
             return iter(())
@@ -90,21 +93,22 @@ class ModelTeacher:
     def _run_step(self, batch: Batch, numbers: list[int]) -> dict[int, Tensor]:
         """Hidden states of this rank's microbatches by index, on the student's last stage; empty elsewhere.
 
-        numbers: the microbatches of the step that are needed; the teacher's ranks take them in turn."""
+        numbers: the microbatches of the step that are needed; the teacher's ranks take them in turn.
+        """
         student_data = self._student.data_size
         mine = numbers[self._groups.data_rank :: self._groups.data_size]
         microbatches = [batch.microbatch(number // student_data, number % student_data) for number in mine]
         if self._groups.parallel.pipeline_model_parallel_size == 1:
-            made = [self._hidden(microbatch) for microbatch in microbatches]
+            hidden = [self._hidden(microbatch) for microbatch in microbatches]
         else:
-            made = self._run_pipeline(microbatches)
-        own = batch.microbatch(0).tokens_BS
+            hidden = self._run_pipeline(microbatches)
+        tokens_BS = batch.microbatch(0).tokens_BS
         context = self._groups.parallel.context_parallel_size
-        shape = (own.shape[1] // context, own.shape[0], self._model.config.hidden_size)
-        return self._redistribute(dict(zip(mine, made)), numbers, shape)
+        shape = (tokens_BS.shape[1] // context, tokens_BS.shape[0], self._model.config.hidden_size)
+        return self._redistribute(dict(zip(mine, hidden)), numbers, shape)
 
     def _run_pipeline(self, microbatches: list[Any]) -> list[Tensor]:
-        """Megatron's forward-only schedule in the teacher's groups; results on its last stage."""
+        """Run megatron's forward-only schedule in the teacher's groups; results on its last stage, empty elsewhere."""
         if not microbatches:
             return []
 
@@ -115,7 +119,7 @@ class ModelTeacher:
             return model(self._tokens(next(iterator)), None, None), keep
 
         config = self._model.config
-        made: list[Tensor] = forward_backward_pipelining_without_interleaving(
+        hidden: list[Tensor] = forward_backward_pipelining_without_interleaving(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),
             model=self._model,
@@ -127,9 +131,9 @@ class ModelTeacher:
             p2p_communicator=P2PCommunicator(self._groups.collection.pp, config),
             pg_collection=self._groups.collection,
         )
-        return made if self._groups.is_last_stage else []
+        return hidden if self._groups.is_last_stage else []
 
-    def _redistribute(self, made: dict[int, Tensor], numbers: list[int], shape: tuple[int, ...]) -> dict[int, Tensor]:
+    def _redistribute(self, hidden: dict[int, Tensor], numbers: list[int], shape: tuple[int, ...]) -> dict[int, Tensor]:
         """Send each microbatch's hidden states from the teacher's last stage to the student's.
 
         Both sides walk the same list of (microbatch, source, destination) in one order, so that messages between two
@@ -140,9 +144,9 @@ class ModelTeacher:
         for number, source, destination in self._routes(numbers):
             index = number // self._student.data_size
             if source == destination == rank:
-                received[index] = made[number]
+                received[index] = hidden[number]
             elif source == rank:
-                operations.append(dist.P2POp(dist.isend, made[number].contiguous(), destination, tag=number))
+                operations.append(dist.P2POp(dist.isend, hidden[number].contiguous(), destination, tag=number))
             elif destination == rank:
                 dtype = self._model.config.params_dtype
                 received[index] = torch.empty(shape, dtype=dtype, device=self._groups.device)
@@ -153,16 +157,16 @@ class ModelTeacher:
         return received
 
     def _routes(self, numbers: list[int]) -> Iterator[tuple[int, int, int]]:
-        """(microbatch of the step, teacher rank that made it, student rank that needs it)."""
-        own, student = _sizes(self._groups), _sizes(self._student)
-        last_own = self._groups.parallel.pipeline_model_parallel_size - 1
+        """Yield (microbatch of the step, teacher rank that made it, student rank that needs it)."""
+        teacher, student = _sizes(self._groups), _sizes(self._student)
+        last_teacher = self._groups.parallel.pipeline_model_parallel_size - 1
         last_student = self._student.parallel.pipeline_model_parallel_size - 1
         for turn, number in enumerate(numbers):
             for context in range(student["context"]):
                 for tensor in range(student["tensor"]):
-                    place = Coordinates(tensor % own["tensor"], context, turn % own["data"], last_own)
+                    place = Coordinates(tensor % teacher["tensor"], context, turn % teacher["data"], last_teacher)
                     need = Coordinates(tensor, context, number % student["data"], last_student)
-                    yield number, rank_of(place, **own), rank_of(need, **student)
+                    yield number, rank_of(place, **teacher), rank_of(need, **student)
 
 
 def _sizes(groups: Groups) -> dict[str, int]:

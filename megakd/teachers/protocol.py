@@ -11,7 +11,7 @@ from megakd.targets import Given, Unreadable
 
 
 class Batch(Protocol):
-    """What a teacher needs of a step's batch: any data-parallel rank's microbatches, by index."""
+    """A step's batch as teachers read it: the microbatches of any data-parallel rank, by index."""
 
     @property
     def num_microbatches(self) -> int: ...
@@ -20,13 +20,13 @@ class Batch(Protocol):
 
 
 class Teacher(Protocol):
-    """Gives targets for this rank's microbatches in order. Every rank must call it, once a step."""
+    """Source of targets for this rank's microbatches, in order. Every rank must call it once a step."""
 
     def targets(self, batch: StepBatch) -> Iterator[Given | Unreadable]: ...
 
 
 class NoTeacher:
-    """LM loss alone."""
+    """Teacher for LM loss alone: no targets for any microbatch."""
 
     def targets(self, batch: Batch) -> Iterator[None]:
         return itertools.repeat(None)

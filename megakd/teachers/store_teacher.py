@@ -1,4 +1,4 @@
-"""A teacher that speaks from a logits store: rows that were captured once, read while the student runs.
+"""A teacher that reads a logits store: rows that were captured once are read while the student runs.
 
 Axes: B microbatch, S sequence (this rank's part under context parallelism), K slots for ids, T = S x B tokens in
 megatron's order (sequence first).
@@ -31,14 +31,14 @@ from megakd.teachers.protocol import Batch
 
 
 class StoreTeacher:
-    """Reads the rows of this rank's microbatches from the stores of their datasets.
+    """Teacher that reads the rows of this rank's microbatches from the stores of their datasets.
 
-    Ranks of the student's last stage read, each for itself; the others have no use for targets. A token has the id that
-    its sample has in the whole dataset, so neither order, blend, selection nor layout is of any matter.
+    Each rank of the student's last stage reads for itself; the others need no targets. Rows are found by the sample's
+    id in the whole dataset, so order, blend, selection and layout do not matter.
 
-    stores: one for each dataset of the blend, None for one without; all of one kind. vocab_size: the true vocabulary;
-    what a store has of ids behind it is left out. threads: that read and decode microbatches. ahead: microbatches that
-    are held, besides the one in use.
+    stores: one for each dataset of the blend, None for a dataset without; all of one kind.
+    vocab_size: size of the true vocabulary; ids of a store from there on are left out.
+    threads: threads that read and decode microbatches. ahead: microbatches that are held besides the one in use.
     """
 
     def __init__(
@@ -59,12 +59,14 @@ class StoreTeacher:
 
     @property
     def incomplete(self) -> NDArray[np.bool_]:
-        """``[datasets]``: of which samples that are trained on may be without targets, as the manifests say."""
+        """Bool ``[datasets]``, True if samples that are trained on may lack targets, by the manifests."""
         return np.array([not _is_complete(*both) for both in zip(self._stores, self._datasets)])
 
     def targets(self, batch: Batch) -> Iterator[Given | Unreadable]:
-        """The targets of this rank's microbatches in order; reading begins now. After one that cannot be read all
-        others are as it is."""
+        """Yield the targets of this rank's microbatches in order; reading begins at once.
+
+        After one that cannot be read, all later ones are ``Unreadable`` with the same error.
+        """
         if not self._groups.is_last_stage:
             return iter(())
         return self._in_turn(self._read_ahead(partial(self._read, batch), range(batch.num_microbatches)))
@@ -77,7 +79,7 @@ class StoreTeacher:
                 targets = next(read)
             except StopIteration:
                 return
-            except (UsageError, OSError) as error:  # a file that is gone, or on a disk that is
+            except (UsageError, OSError) as error:  # a file or its disk is gone
                 fault = CorruptError(f"stored targets cannot be read: {error}")
             except (MismatchError, CorruptError) as error:
                 fault = error
@@ -87,7 +89,7 @@ class StoreTeacher:
             yield None if targets is None else self._to_device(targets)
 
     def _agree(self, fault: Exception | None) -> Exception | None:
-        """What any rank of the tensor group met: they share the head's collectives, so all of them or none go on."""
+        """Share a fault over the tensor group: its ranks take part in the head's collectives, so all or none go on."""
         group = self._groups.tensor
         if group.size() == 1:
             return fault
@@ -97,10 +99,10 @@ class StoreTeacher:
             return None
         faults: list[Exception | None] = [None] * group.size()
         dist.all_gather_object(faults, fault, group=group)
-        return next(one for one in faults if one is not None)
+        return next(entry for entry in faults if entry is not None)
 
     def _read(self, batch: Batch, index: int) -> SparseTargets | None:
-        """The targets of a microbatch, on the host; None where none of its samples has any. Runs on a thread."""
+        """Read the targets of a microbatch, on the host; None if none of its samples has any. Runs on a thread."""
         microbatch = batch.microbatch(index)
         rows = self._rows(microbatch.dataset_ids_B, microbatch.sample_ids_B, microbatch.tokens_BS)
         if not rows.has_targets_BS.any():
@@ -122,13 +124,15 @@ class StoreTeacher:
             if store is not None:
                 ids = ids_in_dataset(self._datasets[dataset], sample_ids_B[here_B])
                 rows = store.read_batch(ids, tokens_BS[here_B])
-                if store.spec.vocab_size > self._vocab_size:  # weighted draws are of p itself, whatever a row lists
+                if (
+                    store.spec.vocab_size > self._vocab_size
+                ):  # weighted draws estimate p itself, so they are not renormalised
                     rows = rows.within(self._vocab_size, conditional=not store.spec.row_format.weighted)
                 found.append((here_B, rows))
         width = max((rows.ids_BSK.shape[-1] for _, rows in found), default=0)
         if width and len(found) == 1 and found[0][0].all():
             return found[0][1]
-        joined = empty_rows(tokens_BS.shape, max(width, 1))  # the head takes no rows without slots
+        joined = empty_rows(tokens_BS.shape, max(width, 1))  # the head refuses rows without slots
         joined.ids_TK[:], joined.log_probs_TK[:], joined.entropy_T[:] = 0, -np.inf, 0
         has_targets_BS = np.zeros(tokens_BS.shape, np.bool_)
         for here_B, rows in found:
@@ -139,7 +143,7 @@ class StoreTeacher:
         return BatchRows(joined.ids_TK, joined.log_probs_TK, joined.entropy_T, has_targets_BS)
 
     def _tokens_first(self, array_BS: NDArray[Any]) -> Tensor:
-        """``[B, S, ...]`` of the whole sequence as ``[T, ...]`` of this rank's part of it."""
+        """Turn ``[B, S, ...]`` of the whole sequence into ``[T, ...]`` of this rank's part of it."""
         size = self._groups.parallel.context_parallel_size
         part_BS = slice_sequence(torch.from_numpy(array_BS), dim=1, rank=self._groups.context_rank, size=size)
         tokens_T = part_BS.transpose(0, 1).flatten(0, 1).contiguous()
