@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megakd.errors import UsageError
 from megakd.pipeline.report.scoring import OTHER, REFERENCE, SCORE, TEACHER, Block, Scoring
+from megakd.splitmix64 import GOLDEN, mix64
 
 SAMPLE_TOKENS, DOCUMENT_TOKENS = "scored tokens of the sample", "tokens of the document it starts in"
 _IMAGE_BITS = 20
@@ -148,6 +149,7 @@ def count(scoring: Scoring, *, bins: int, num_extremes: int, num_drawn: int) -> 
         by_length[DOCUMENT_TOKENS] = Amounts.zeros(64)
     largest, smallest = Least(num_extremes), Least(num_extremes)
     drawn = {"all": Least(num_drawn), "kept": Least(num_drawn)}
+    drawing_key = np.uint64((scoring.seed * 2 + 1) * GOLDEN & (1 << 64) - 1)
     decisions = np.zeros((2, 2), np.int64)
     by_ratio = scoring.threshold(candidates) if scoring.selection is None or OTHER in columns else None
     by_other = scoring.threshold(candidates, OTHER) if OTHER in columns else None
@@ -173,7 +175,7 @@ def count(scoring: Scoring, *, bins: int, num_extremes: int, num_drawn: int) -> 
         largest.offer(-scores.astype(np.float64), block.ids)
         smallest.offer(scores.astype(np.float64), block.ids)
         if num_drawn:
-            lots = _lots(block.ids, scoring.seed)
+            lots = mix64(block.ids.astype(np.uint64) + drawing_key).astype(np.float64)
             drawn["all"].offer(lots, block.ids)
             drawn["kept"].offer(lots[kept], block.ids[kept])
 
@@ -255,11 +257,3 @@ def _add_products(sums: NDArray[np.float64], rows: Sequence[NDArray[np.float64]]
 def _correlation(sums: NDArray[np.float64], i: int, j: int) -> float:
     spread = np.sqrt(sums[i, i]) * np.sqrt(sums[j, j])
     return float(sums[i, j] / spread) if spread > 0 else float("nan")
-
-
-def _lots(ids: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
-    """A number from 0 to 1 for each sample, by a keyed hash (splitmix64) of its id."""
-    value = ids.astype(np.uint64) + np.uint64((seed * 2 + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
-    return (value ^ (value >> np.uint64(31))).astype(np.float64) * 2.0**-64
