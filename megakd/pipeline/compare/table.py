@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megakd.pipeline.compare.groups import Group, Spread, paired
 from megakd.run_folder.figures import HeldOutKey, Run, reached
+from megakd.work import text_table
 
 FORMAT, VERSION = "megakd-compare", 1
 Metric = Literal["lm_loss", "bits_per_byte"]
@@ -194,12 +195,12 @@ def markdown(comparison: Comparison) -> str:
     columns = _columns(comparison)
     by = "bits per byte" if comparison.metric == "bits_per_byte" else "loss"
     titles = ["run", columns[0].title, f"{by} less {comparison.base.label}", *(column.title for column in columns[1:])]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = []
     for group in comparison.groups:
         cells = [column.text(group) for column in columns]
         label = group.label if len(group.runs) == 1 else f"{group.label}, {len(group.runs)} runs"
-        row = [label, cells[0], _difference(comparison.difference(group)), *cells[1:]]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+        rows.append([label, cells[0], _difference(comparison.difference(group)), *cells[1:]])
+    lines = text_table.markdown(titles, rows, aligned=False)
     if comparison.target is not None:
         lines += ["", f"Counted up to a {UNITS[comparison.metric]}, of {comparison.target:.4f}; empty: not reached."]
     if any(len(group.runs) > 1 for group in comparison.groups):

@@ -19,6 +19,7 @@ from megakd.pipeline.planning.costs import (
 )
 from megakd.pipeline.planning.curves import Curve
 from megakd.pipeline.planning.scaling_law import Estimate, ScalingFit
+from megakd.work.text_table import markdown
 
 _RATIOS = (0.5, 0.25, 0.125)  # what the paper compared where data is short
 
@@ -60,7 +61,7 @@ def describe_fit(curve: Curve, fit: ScalingFit, flops: Sequence[float], first: t
         f"L(C) = {law.floor:.4f} + {law.coefficient:.3g} / C^{law.exponent:.4f}, from {len(fit.loss_n)} points, "
         f"C {fit.flops_n[0]:.3g} to {fit.flops_n[-1]:.3g}, mean distance {noise:.2%}.",
         "",
-        *table(["", "value", f"{percent} from", "to"], rows),
+        *markdown(["", "value", f"{percent} from", "to"], rows),
     ]
     name, other = first
     if fit is not other:
@@ -89,7 +90,7 @@ def _models(plan: Refinement) -> list[str]:
         "A token costs 2N FLOPs forward, 6N in training. N: the parameters that multiply a token, with one projection",
         "to the vocabulary, without an untied input embedding (a lookup) and attention scores; a number is taken as N.",
         "",
-        *table(["", "", "N", "attention scores would add"], rows),
+        *markdown(["", "", "N", "attention scores would add"], rows),
         "",
     ]
 
@@ -114,7 +115,7 @@ def _work(config: CostConfig, plan: Refinement) -> list[str]:
             row += [f"{hours:,.1f}"]
             row += [f"{hours / 24 / config.num_gpus:.2f}"] if config.num_gpus is not None else []
         rows.append(row)
-    return ["## Work", "", *table(headings, rows), ""]
+    return ["## Work", "", *markdown(headings, rows), ""]
 
 
 def _steps(plan: Refinement) -> list[str]:
@@ -126,7 +127,7 @@ def _steps(plan: Refinement) -> list[str]:
     return [
         "## Steps at equal FLOPs of training",
         "",
-        *table(["student", "alone, or on refined data", "vanilla KD", "MiniLLM"], rows),
+        *markdown(["student", "alone, or on refined data", "vanilla KD", "MiniLLM"], rows),
         "",
         "Scoring is not in this comparison (nor in the paper's); it is below.",
         "",
@@ -138,7 +139,7 @@ def _amortisation(plan: Refinement) -> list[str]:
     return [
         "## The work before, as a share of one student's training, when so many students use it",
         "",
-        *table(["student", *map(str, STUDENT_COUNTS)], rows),
+        *markdown(["student", *map(str, STUDENT_COUNTS)], rows),
         "",
         f"From {plan.break_even_runs:.1f} students on it costs less than a teacher beside each of them for "
         f"{plan.train_tokens:.3g} tokens.",
@@ -158,7 +159,7 @@ def _data(plan: Refinement) -> list[str]:
     return [
         f"## Data: {plan.scored_tokens:.4g} tokens to choose from, {plan.train_tokens:.4g} to train on",
         "",
-        *table(["ratio", "tokens kept", "epochs", "", ""], rows),
+        *markdown(["ratio", "tokens kept", "epochs", "", ""], rows),
         "",
         advice.text,
         "Measured was training on 0.5 and on 1 times the tokens there are; between and beyond is a rule of thumb.",
@@ -175,7 +176,7 @@ def _storage(config: CostConfig, plan: Refinement) -> list[str]:
         ["the selection", _bytes(on_disk.selection)],
         ["a refined copy (--materialize; training from the selection needs none)", _bytes(on_disk.refined)],
     ]
-    return ["## Storage", "", *table(["", ""], rows), ""]
+    return ["## Storage", "", *markdown(["", ""], rows), ""]
 
 
 def _bytes(count: int) -> str:
@@ -193,17 +194,3 @@ def _tokens(curve: Curve, flops: float) -> str:
 
 def _spread(estimate: Estimate, form: str) -> list[str]:
     return [format(value, form) for value in (estimate.value, estimate.low, estimate.high)]
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table with its columns aligned; numbers to the right."""
-    widths = [max(3, *(len(row[column]) for row in [headings, *rows])) for column in range(len(headings))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(headings, widths)) + " |"]
-    lines.append("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    for row in rows:
-        cells = [
-            cell.rjust(width) if cell.lstrip("-")[:1].isdigit() else cell.ljust(width)
-            for cell, width in zip(row, widths)
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from megakd.pipeline.planning.costs_text import table
 from megakd.pipeline.planning.distillation import Account, DistillPlan, Pair, StudentPlan, law_parameters
 from megakd.pipeline.planning.distillation_law import PUBLISHED, DistillationLaw
+from megakd.work.text_table import markdown
 
 _ACCOUNTS = ("its outputs are there", "it runs along", "it is trained too")
 
@@ -28,7 +28,7 @@ def _law(plan: DistillPlan) -> list[str]:
         "",
         f"N: parameters without embeddings, D: tokens, L_T: the teacher's loss. Constants: {law.source}.",
         "",
-        *table(["", "E", "A", "B", "a", "b", "g", "c0", "c1", "f1", "d1"], _constants(law)),
+        *markdown(["", "E", "A", "B", "a", "b", "g", "c0", "c1", "f1", "d1"], _constants(law)),
     ]
     if plan.fit is not None:
         alone, distilled = plan.fit.alone_residuals_n, plan.fit.distilled_residuals_n
@@ -62,14 +62,14 @@ def _student(plan: StudentPlan) -> list[str]:
     lines = [
         f"### {plan.student.name} on {plan.tokens:.3g} tokens: {plan.alone_loss:.4f} alone",
         "",
-        *table(["teacher", "its loss", "distilled", "better by", "wins at equal tokens", ""], rows),
+        *markdown(["teacher", "its loss", "distilled", "better by", "wins at equal tokens", ""], rows),
         "",
     ]
     priced = [pair for pair in plan.pairs if len(pair.accounts) > 1]
     if priced:
         rows = [_row_of_account(pair, name, each) for pair in priced for name, each in zip(_ACCOUNTS, pair.accounts)]
         headings = ["teacher", "counted", "FLOPs", "alone, at as many", "better by", "wins at equal FLOPs", "worth it"]
-        lines += [*table(headings, rows), ""]
+        lines += [*markdown(headings, rows), ""]
     least = plan.best_teacher_loss
     body = law_parameters(plan.student)
     return [*lines, f"The best teacher for {body:.3g} parameters and so many tokens would have loss {least:.3f}.", ""]

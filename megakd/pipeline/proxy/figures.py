@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from megakd.work.text_table import columns
+
 Values = NDArray[np.float64]
 
 
@@ -53,11 +55,11 @@ def fit_line(x: Values, y: Values) -> tuple[float, float]:
 
 def table(figures: Mapping[str, Mapping[str, float | None]], *, ratio: float) -> str:
     """A line for each prediction, the one that agrees best first."""
-    lines = [f"{'':<24}{'Pearson':>9}{'Spearman':>10}{'R²':>9}{f'agrees at {ratio:g}':>16}"]
+    rows = [("", "Pearson", "Spearman", "R²", f"agrees at {ratio:g}")]
     for name, row in sorted(figures.items(), key=lambda item: -(item[1]["keep_agreement"] or 0)):
         cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("pearson", "spearman", "r_squared")]
-        lines.append(f"{name:<24}{cells[0]:>9}{cells[1]:>10}{cells[2]:>9}{row['keep_agreement']:>16.4f}")
-    return "\n".join(lines)
+        rows.append((name, *cells, f"{row['keep_agreement']:.4f}"))
+    return "\n".join(columns(rows, widths=(24, 9, 10, 9, 16), gap=""))
 
 
 def draw(true: Values, predicted: Values) -> bytes:

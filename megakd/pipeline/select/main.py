@@ -15,6 +15,7 @@ from megakd.pipeline.select.preflight import open_scored
 from megakd.pipeline.select.run import Outcome, select
 from megakd.pipeline.select.warnings import degenerate_warnings, quota_warnings
 from megakd.work.console import tell
+from megakd.work.text_table import columns
 
 HELP = "keep the samples with the largest difference of scores"
 _DESCRIPTION = (
@@ -55,9 +56,7 @@ def _table(outcome: Outcome) -> str:
         share = f"{d.kept / d.candidates:.4f}" if d.candidates else "-"
         threshold = "-" if d.threshold is None else f"{d.threshold:.6g}"
         rows.append((name, str(d.candidates), str(d.kept), share, str(d.kept_tokens), threshold))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
+    lines = columns(rows)
     survey = outcome.survey
     known = [f"{name} {value:.3f}" for name, value in outcome.correlations.items()]
     lines.append(
