@@ -13,7 +13,7 @@ from planted import sample_kinds
 
 from megakd.data.scores.artefact import Scores
 from megakd.data.selection import Selection
-from megakd.run_folder.figures import Source, measure
+from megakd.run_folder.figures import RunName, measure
 from megakd.run_folder.record import read_run
 
 Record = dict[str, Any]
@@ -159,8 +159,8 @@ def draw(runs: Path, score: NDArray[np.float64], kept: NDArray[np.bool_], kinds:
     left.axvline(score[kept].min(), color="grey", ls="--", lw=1, label="kept from here on")
     left.set(xlabel="NLL reference - NLL teacher, nats a token", ylabel="samples")
     for name, title in STUDENTS.items():
-        source = Source(None, runs / f"student-{name}", None)
-        points = measure(source, read_run(source.folder, flag=""), None).curve
+        run = RunName(None, runs / f"student-{name}", None)
+        points = measure(run, read_run(run.folder, flag=""), None).curve
         millions, losses = [point.tokens / 1e6 for point in points], [point.values["lm_loss"] for point in points]
         right.plot(millions, losses, marker="o", ms=3, label=title)
     right.set(xlabel="training tokens, millions", ylabel="held-out LM loss, nats a token")

@@ -17,7 +17,7 @@ from megakd.run_folder.record import Evaluation, RunRecord, Step, checkpoints, r
 
 
 @dataclass(frozen=True)
-class Source:
+class RunName:
     """One RUN of the command line. label: given by the user, or None. evaluation: whose held-out figures stand."""
 
     label: str | None
@@ -64,7 +64,7 @@ class Run:
     curve: evaluations of the run itself on the data of its last one; curve_key: what that is.
     """
 
-    source: Source
+    name: RunName
     record: RunRecord
     costs: Costs | None
     final: dict[str, float] | None
@@ -101,7 +101,7 @@ class Run:
         return self.costs.student[-1], self.costs.whole(-1)
 
 
-def parse_source(text: str) -> Source:
+def parse_run_name(text: str) -> RunName:
     """Read ``[NAME=]FOLDER[+EVALUATION]``; a folder whose own name has these signs is taken as it is."""
     label, rest = None, text
     if "=" in text and not Path(text).is_dir():
@@ -112,7 +112,7 @@ def parse_source(text: str) -> Source:
     if not folder.is_dir() and "+" in rest:
         first, _, second = rest.rpartition("+")
         folder, evaluation = Path(first), Path(second)
-    return Source(label, folder, evaluation)
+    return RunName(label, folder, evaluation)
 
 
 def tokens_per_second(steps: Sequence[Step]) -> float | None:
@@ -128,7 +128,7 @@ def tokens_per_second(steps: Sequence[Step]) -> float | None:
     return only.tokens / only.seconds if only is not None and only.step == 1 and only.seconds else None
 
 
-def measure(source: Source, record: RunRecord, costs: Costs | None) -> Run:
+def measure(name: RunName, record: RunRecord, costs: Costs | None) -> Run:
     """Put together what a run's record tells. Raises MismatchError for an evaluation of another run's checkpoint."""
     own = _of_its_training(record)
     curve_key = held_out_key(own[-1], record) if own else None
@@ -138,14 +138,14 @@ def measure(source: Source, record: RunRecord, costs: Costs | None) -> Run:
         if curve_key is not None and held_out_key(evaluation, record).same(curve_key)
     ]
     final, whose = (record.evaluations[-1], record) if record.evaluations else (None, record)
-    if source.evaluation is not None:
-        whose = read_run(source.evaluation, flag="")
+    if name.evaluation is not None:
+        whose = read_run(name.evaluation, flag="")
         if not whose.evaluations:
-            raise UsageError(f"{source.evaluation}: no evaluation there; 'megakd train --skip-train' writes one")
+            raise UsageError(f"{name.evaluation}: no evaluation there; 'megakd train --skip-train' writes one")
         final = whose.evaluations[-1]
-        _check_checkpoint(final, source)
+        _check_checkpoint(final, name)
     return Run(
-        source=source,
+        name=name,
         record=record,
         costs=costs,
         final=None if final is None else dict(final.values),
@@ -202,14 +202,14 @@ def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None) -> Po
     return Point(steps[index].tokens, flops, whole, dict(evaluation.values))
 
 
-def _check_checkpoint(evaluation: Evaluation, source: Source) -> None:
+def _check_checkpoint(evaluation: Evaluation, name: RunName) -> None:
     """An evaluation that records what it was of must be of a checkpoint of this run, where any are left to tell."""
     found: dict[str, Any] = {
-        read_manifest(checkpoint_path(source.folder, iteration) / MANIFEST, check_files=False).fingerprint: iteration
-        for iteration in checkpoints(source.folder)
+        read_manifest(checkpoint_path(name.folder, iteration) / MANIFEST, check_files=False).fingerprint: iteration
+        for iteration in checkpoints(name.folder)
     }
     if evaluation.checkpoint is not None and found and evaluation.checkpoint not in found:
         raise MismatchError(
-            f"{source.evaluation}: evaluates the checkpoint {evaluation.checkpoint}, which is none of {source.folder} "
+            f"{name.evaluation}: evaluates the checkpoint {evaluation.checkpoint}, which is none of {name.folder} "
             f"({', '.join(found)}); name the run that it was made of"
         )

@@ -84,8 +84,8 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
     keys: dict[int, str] = {}
     by_setting: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
-        if run.source.label is not None:
-            keys[number] = f"label {run.source.label}"
+        if run.name.label is not None:
+            keys[number] = f"label {run.name.label}"
         else:
             by_setting.setdefault(f"{setting(run.record)} {run.key}", []).append(number)
     for key, members in by_setting.items():
@@ -170,16 +170,15 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     """What the user said, or what the names of the folders have in common; the whole path where that is no name."""
     labels = [_label(runs) for runs in groups]
     return [
-        label if labels.count(label) == 1 else f"{label} ({runs[0].source.folder})"
-        for label, runs in zip(labels, groups)
+        label if labels.count(label) == 1 else f"{label} ({runs[0].name.folder})" for label, runs in zip(labels, groups)
     ]
 
 
 def _label(runs: Sequence[Run]) -> str:
-    given = runs[0].source.label
+    given = runs[0].name.label
     if given is not None:
         return given
-    names = [_name(run.source.folder) for run in runs]
+    names = [_name(run.name.folder) for run in runs]
     if len(set(names)) == 1:
         return names[0]
     common = re.sub(r"([-_.]?(seed|s))?[-_.]*$", "", _common_beginning(names))
@@ -201,6 +200,6 @@ def find_group(groups: Iterable[Group], name: str) -> Group:
     if name in found:
         return found[name]
     for group in found.values():
-        if any(Path(name).resolve() == run.source.folder.resolve() for run in group.runs):
+        if any(Path(name).resolve() == run.name.folder.resolve() for run in group.runs):
             return group
     raise UsageError(f"--baseline {name}: no such run; expected one of {', '.join(found)}, or its folder")

@@ -16,7 +16,7 @@ from megakd.pipeline.compare.groups import find_group, make_groups
 from megakd.pipeline.compare.plot import draw
 from megakd.pipeline.compare.table import Comparison, as_csv, as_dict, compare, markdown
 from megakd.run_folder.costs import Known, count_costs, teacher_folders
-from megakd.run_folder.figures import measure, parse_source
+from megakd.run_folder.figures import measure, parse_run_name
 from megakd.run_folder.record import read_run
 
 HELP = compare_config.HELP
@@ -49,7 +49,7 @@ def compare_runs(config: CompareConfig) -> Comparison:
     Raises UsageError for what is no run, CorruptError for a damaged record, MismatchError for an evaluation of another
     run than it is named with.
     """
-    named = [parse_source(text) for text in config.run]
+    named = [parse_run_name(text) for text in config.run]
     sources = list({(each.label, each.folder.resolve(), each.evaluation): each for each in named}.values())  # once
     records = [read_run(source.folder, flag="") for source in sources]
     known = Known()

@@ -99,7 +99,7 @@ def _notes(groups: Sequence[Group], base: Group, metric: Metric) -> list[str]:
 
 
 def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
-    name = group.label if len(group.runs) == 1 else f"{group.label} ({run.source.folder})"
+    name = group.label if len(group.runs) == 1 else f"{group.label} ({run.name.folder})"
     notes = []
     if run.unfinished is not None:
         notes.append(f"{name} {run.unfinished}: its figures are those of its last evaluation.")
@@ -264,8 +264,8 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 def _run_as_dict(run: Run, columns: Sequence[_Column]) -> dict[str, Any]:
     figures = {column.name: found for column in columns if (found := column.value(run)) is not None}
     return {
-        "folder": str(run.source.folder),
-        "evaluation": None if run.source.evaluation is None else str(run.source.evaluation),
+        "folder": str(run.name.folder),
+        "evaluation": None if run.name.evaluation is None else str(run.name.evaluation),
         "seed": run.seed,
         "steps": run.record.steps[-1].step if run.record.steps else 0,
         "held_out": None if run.key is None else asdict(run.key),

@@ -95,7 +95,7 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """Some of the sample: what is trained on, or what is held out."""
 
     ids: NDArray[np.int64]
@@ -119,8 +119,8 @@ class ProxyPlan:
     eod_token: int | None
     """What ends a document beside the index, if the mask policy asks."""
     tokenizer: dict[str, Any] | None
-    trained: Part
-    held_out: Part
+    trained: Portion
+    held_out: Portion
     settings: dict[str, Any]
     parents: dict[str, str]
     resume: CheckpointRecord | None
@@ -213,7 +213,7 @@ def _check_scores(config: ProxyConfig, teacher: Scores, reference: Scores) -> No
                 )
 
 
-def _split(config: ProxyConfig, teacher: Scores, reference: Scores) -> tuple[Part, Part]:
+def _split(config: ProxyConfig, teacher: Scores, reference: Scores) -> tuple[Portion, Portion]:
     """What is trained on and what is held out: a function of the scored ids, the fraction and the seed."""
     ids = np.flatnonzero(np.asarray(reference.counts) > 0)
     counts = reference.counts[ids].astype(np.float64)
@@ -233,17 +233,17 @@ def _split(config: ProxyConfig, teacher: Scores, reference: Scores) -> tuple[Par
         )
     key = xxhash.xxh3_64_intdigest(f"held out {config.seed}".encode()) >> 2
     order = permute(np.arange(len(ids)), num_samples=len(ids), seed=key, epoch=0)
-    parts = [
-        Part(ids[places], difference[places], nll_reference[places])
+    portions = [
+        Portion(ids[places], difference[places], nll_reference[places])
         for places in (np.sort(order[num_held_out:]), np.sort(order[:num_held_out]))
     ]
-    for part, name in zip(parts, ("train on", "judge by")):
-        if not part.difference.std() > 0:
+    for portion, name in zip(portions, ("train on", "judge by")):
+        if not portion.difference.std() > 0:
             raise UsageError(
-                f"{teacher.folder} and {reference.folder}: the difference is {part.difference[0]:g} for all "
-                f"{len(part.ids)} samples to {name}: there is nothing to learn"
+                f"{teacher.folder} and {reference.folder}: the difference is {portion.difference[0]:g} for all "
+                f"{len(portion.ids)} samples to {name}: there is nothing to learn"
             )
-    return parts[0], parts[1]
+    return portions[0], portions[1]
 
 
 def _find_earlier(plan: ProxyPlan, folder: Path) -> ProxyPlan:
