@@ -1,1 +1,1 @@
-"""Scores of samples: on disk, and as they are compared."""
+"""Scores of samples: on disk, and opened together for comparison."""

@@ -1,4 +1,4 @@
-"""Scores on disk: what one model says about every sample of one dataset, as raw arrays addressed by sample id."""
+"""Scores on disk: one model's log-probability of every sample of one dataset, in raw arrays by sample id."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ LOG_PROBS, COUNTS = "log_probs.f32", "counts.i32"
 TOKEN_LOG_PROBS, TOKEN_ENTROPIES = "token_log_probs.f16", "token_entropies.f16"
 DTYPES = {LOG_PROBS: "<f4", COUNTS: "<i4", TOKEN_LOG_PROBS: "<f2", TOKEN_ENTROPIES: "<f2"}
 PER_TOKEN = (TOKEN_LOG_PROBS, TOKEN_ENTROPIES)
-"""The columns with one value for each position of a sample; they need not be there."""
+"""Optional columns, with one value for each position of a sample."""
 UNSCORED = {LOG_PROBS: np.nan, COUNTS: 0, TOKEN_LOG_PROBS: np.nan, TOKEN_ENTROPIES: np.nan}
-"""What stands for a sample that was not scored, in scores of a part of the samples."""
+"""Column -> its value for a sample that was not scored, where only a part of the samples was."""
 
 
 class Scores:
     """A folder of scores, its arrays read-only views of the mapped files.
 
     log_probs: ``[num_samples]`` fp32, nats: the sum of log p over the scored tokens of each sample.
-    counts: ``[num_samples]`` int32: how many tokens that were.
-    sampled: ``fraction``, ``seed`` and ``num_scored`` where only a part of the samples was scored; the others have
-        NaN and a count of 0. None: all were.
+    counts: ``[num_samples]`` int32: the number of scored tokens.
+    sampled: ``fraction``, ``seed`` and ``num_scored`` where only a part of the samples was scored; the rest have NaN
+        and a count of 0. None: all were scored.
     token_log_probs, token_entropies: ``[num_samples, seq_length]`` fp16, nats, NaN where a position is not scored;
-        None where they were not asked for. Position *j* is about the token after token *j* of the sample.
+        None if the scores were made without them. Position *j* is about the token after token *j* of the sample.
 
-    Raises UsageError where there are none, CorruptError for files that are not whole, MismatchError if
+    Raises UsageError for a folder without scores, CorruptError for incomplete files, MismatchError if
     ``expect_dataset`` is not the fingerprint of the dataset that was scored.
     """
 
@@ -86,8 +86,8 @@ def write_scores(
 ) -> Manifest:
     """Write scores that fit in memory; ``num_samples`` is added to the parameters.
 
-    parameters: ``packing``, ``seq_length``, ``mask_policy``, ``precision``, and what else made the scores what they
-    are. parents: ``dataset`` and ``model``.
+    parameters: ``packing``, ``seq_length``, ``mask_policy``, ``precision``, and anything else that the scores depend
+    on. parents: fingerprints of ``dataset`` and ``model``.
     """
     return finish_scores(
         folder,
@@ -108,11 +108,12 @@ def finish_scores(
     parents: Mapping[str, str],
     tokenizer: Mapping[str, Any] | None,
 ) -> Manifest:
-    """Write scores of any size, each column piece by piece in the order of the samples; the manifest comes last.
+    """Write scores of any size, each column block by block in the order of the samples; the manifest comes last.
 
-    columns: by file name, ``LOG_PROBS`` and ``COUNTS`` at least. The other arguments are those of ``write_scores``.
+    columns: file name -> blocks of its values; ``LOG_PROBS`` and ``COUNTS`` at least. The remaining arguments are
+    those of ``write_scores``.
 
-    Raises NoSpaceError, UsageError where another process writes the same files.
+    Raises NoSpaceError on a full disk, UsageError if another process writes the same files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

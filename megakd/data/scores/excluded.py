@@ -1,4 +1,4 @@
-"""Which samples are never kept: ids of selections and files, sorted on disk, in memory that does not grow with them."""
+"""Ids of samples that are never kept, from selections and files: sorted on disk, so that memory does not grow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def read_excluded(
     exclude_ids: folders of selections, and files of sample ids. datasets: fingerprints of all datasets that are
     selected from; a selection from another one of them names no id of this one.
 
-    Raises UsageError for files without ids and for ids that are no sample's, MismatchError for selections from others.
+    Raises UsageError for a file without ids and for an id that no sample has, MismatchError for a selection from
+    another dataset.
     """
     parts: list[NDArray[np.int64]] = []
     parents: dict[str, str] = {}
@@ -41,11 +42,11 @@ def read_excluded(
                     f"{', '.join(sorted(datasets))}"
                 )
             if selection.dataset != scores.manifest.parents["dataset"]:
-                continue  # it speaks of another one of the datasets
-            for key, own in (("packing", selection.packing), ("seq_length", selection.seq_length)):
-                if own != scores.manifest.parameters[key]:
+                continue  # its ids are of another one of the datasets
+            for key, selected in (("packing", selection.packing), ("seq_length", selection.seq_length)):
+                if selected != scores.manifest.parameters[key]:
                     raise MismatchError(
-                        f"--exclude-ids {path}: selected with {key} {own}, the scores have "
+                        f"--exclude-ids {path}: selected with {key} {selected}, the scores have "
                         f"{scores.manifest.parameters[key]}: its ids name other samples"
                     )
             parents[f"excluded {len(parents)}"] = selection.fingerprint
@@ -58,7 +59,7 @@ def read_excluded(
 
 
 def sort_unique(pieces: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """All values of the pieces, ascending, each once, in a file without a name."""
+    """All values of the pieces, ascending and without duplicates, as a view of a temporary file."""
     with tempfile.TemporaryFile() as stream:
         count = 0
         with explain_no_space(Path(tempfile.gettempdir()) / "sorted ids"):

@@ -1,4 +1,4 @@
-"""What a selection is made from: scores that belong together, and which samples are out of question."""
+"""Sources of a selection: scores of one dataset under several models that belong together, and the excluded ids."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ class Source:
     output: Path
     scores: dict[str, Scores]
     samples: Samples | None
-    """The dataset's samples, where --data-path tells it."""
+    """The dataset's samples; None without --data-path."""
     divisor: NDArray[np.int32] | int
-    """``[num_samples]``: an NLL is divided by it."""
+    """``[num_samples]``, or one number for all: each NLL is divided by it."""
     excluded: NDArray[np.int64]
-    """Sorted ids that are never kept."""
+    """Sorted ids of samples that are never kept."""
     excluded_by: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of the selections among what excludes."""
+    """Fingerprints of the selections that exclude samples, by the names that a manifest gives them."""
 
     @property
     def any_scores(self) -> Scores:
+        """The scores of one model, for everything that all of them share."""
         return next(iter(self.scores.values()))
 
     @property
@@ -69,15 +70,15 @@ def open_sources(
     exclude_ids: Sequence[str] = (),
     tokenizer_model: str | None = None,
 ) -> list[Source]:
-    """The scores of every dataset, in the order of the outputs.
+    """Open the scores of every dataset under every model, in the order of the outputs.
 
     models: name -> folders of scores, one for each dataset; the first model's are in the order of the outputs.
     outputs: a name for each dataset. data_path: prefixes of the datasets in that order, or none. exclude_ids: folders
-    of selections, or files of sample ids. tokenizer_model: the tokenizer's file, where it is not where the datasets
-    record it.
+    of selections, or files of sample ids. tokenizer_model: the tokenizer's file, if it was moved since the dataset
+    recorded its path.
 
-    Raises MismatchError, with both values, for scores that do not belong together or to the datasets given; UsageError
-    for missing or doubled ones.
+    Raises MismatchError, with both values, for scores that do not belong together or to the datasets; UsageError for
+    missing scores, and for two folders of one model and dataset.
     """
     opened = {name: [Scores(folder) for folder in folders] for name, folders in models.items()}
     for name, several in opened.items():
@@ -87,22 +88,22 @@ def open_sources(
             )
         _check_one_model(name, several)
     _check_tokenizers(opened, data_path, tokenizer_model)
-    first, *others = opened
+    first, *more = opened
     datasets = {scores.manifest.parents["dataset"] for scores in opened[first]}
     sources = []
     for index, output in enumerate(outputs):
         anchor = opened[first][index]
         dataset = anchor.manifest.parents["dataset"]
         scores = {first: anchor}
-        for name in others:
-            found = {each.manifest.parents["dataset"]: each for each in opened[name]}
-            if dataset not in found:
-                listing = ", ".join(f"{each.folder} of dataset {which}" for which, each in found.items())
+        for name in more:
+            by_dataset = {several.manifest.parents["dataset"]: several for several in opened[name]}
+            if dataset not in by_dataset:
+                listing = ", ".join(f"{several.folder} of dataset {key}" for key, several in by_dataset.items())
                 raise MismatchError(
                     f"no scores of {name} for dataset {dataset}, which {first} scored in {anchor.folder}; there are "
                     f"{listing}: score the same dataset with both"
                 )
-            scores[name] = found[dataset]
+            scores[name] = by_dataset[dataset]
             _check_pair(anchor, scores[name])
         samples = _open_samples(data_path[index], anchor, tokenizer_model) if data_path else None
         excluded, excluded_by = read_excluded(exclude_ids, datasets, anchor)
@@ -120,7 +121,7 @@ def open_sources(
 
 
 def _check_one_model(name: str, several: Sequence[Scores]) -> None:
-    """One name is one model, and each folder another dataset."""
+    """Refuse scores of several models under one name, and two folders of one dataset."""
     by_dataset: dict[str, Scores] = {}
     for scores in several:
         parents = scores.manifest.parents
@@ -135,30 +136,30 @@ def _check_one_model(name: str, several: Sequence[Scores]) -> None:
             raise UsageError(f"scores of {name}: {twin.folder} and {scores.folder} are of one dataset")
 
 
-def _check_pair(one: Scores, other: Scores) -> None:
-    """Refuse scores that are not of the same tokens of the same samples."""
+def _check_pair(left: Scores, right: Scores) -> None:
+    """Refuse two models' scores that are not of the same tokens of the same samples."""
     for key in ("packing", "seq_length", "mask_policy", "boundaries", "num_samples", "sampled"):
-        values = [scores.manifest.parameters.get(key) for scores in (one, other)]
+        values = [scores.manifest.parameters.get(key) for scores in (left, right)]
         if values[0] != values[1]:
             raise MismatchError(
-                f"{one.folder} (fingerprint {one.fingerprint}) has {key} {values[0]}, {other.folder} (fingerprint "
-                f"{other.fingerprint}) has {values[1]}: score anew with the same"
+                f"{left.folder} (fingerprint {left.fingerprint}) has {key} {values[0]}, {right.folder} (fingerprint "
+                f"{right.fingerprint}) has {values[1]}: score anew with the same"
             )
-    vocabularies = _vocabulary(one), _vocabulary(other)
+    vocabularies = _vocabulary(left), _vocabulary(right)
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise MismatchError(
-            f"{one.folder} has log-probabilities over {vocabularies[0]} ids, {other.folder} over {vocabularies[1]}: "
+            f"{left.folder} has log-probabilities over {vocabularies[0]} ids, {right.folder} over {vocabularies[1]}: "
             "they do not compare; score anew with one --vocab-size, the tokenizer's number of ids"
         )
-    if one.fingerprint == other.fingerprint:
+    if left.fingerprint == right.fingerprint:
         raise UsageError(
-            f"{one.folder} and {other.folder} are the same scores: their difference says nothing; give those of two "
+            f"{left.folder} and {right.folder} are the same scores: their difference says nothing; give those of two "
             "models"
         )
-    hashes = [next(f.xxh3_128 for f in scores.manifest.files if f.name == COUNTS) for scores in (one, other)]
+    hashes = [next(f.xxh3_128 for f in scores.manifest.files if f.name == COUNTS) for scores in (left, right)]
     if hashes[0] != hashes[1]:
         raise MismatchError(
-            f"{one.folder} and {other.folder} scored different tokens: {COUNTS} is {hashes[0]} and {hashes[1]}"
+            f"{left.folder} and {right.folder} scored different tokens: {COUNTS} is {hashes[0]} and {hashes[1]}"
         )
 
 
@@ -171,7 +172,7 @@ def _vocabulary(scores: Scores) -> int | None:
 def _check_tokenizers(
     opened: Mapping[str, Sequence[Scores]], data_path: Sequence[str], tokenizer_model: str | None
 ) -> None:
-    """Of all scores, of the datasets given, and of ``--tokenizer-model``, as far as they are known."""
+    """Refuse scores, datasets and a ``--tokenizer-model`` whose tokenizers differ, as far as they are recorded."""
     sides = [
         Side(f"the scores {scores.folder}", scores.manifest.tokenizer)
         for several in opened.values()
@@ -199,7 +200,7 @@ def _open_samples(prefix: str, scores: Scores, tokenizer_model: str | None) -> S
 
 
 def outdated(source: Source) -> str | None:
-    """A warning where scores that leave labels out were made before the index told which; None where none were."""
+    """A warning if scores leave labels out by end-of-document ids alone, as older versions did; else None."""
     for scores in source.scores.values():
         policy = scores.manifest.parameters.get("mask_policy", "all")
         if policy != "all" and "boundaries" not in scores.manifest.parameters:
@@ -228,10 +229,10 @@ def _divisor(
 def sample_bytes(
     samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None, skip_starts: bool = False
 ) -> NDArray[np.int32]:
-    """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a file without a name.
+    """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a temporary file.
 
-    skip_after, skip_starts: labels behind this id, and those with which documents of the index start, were not scored
-        and do not count.
+    skip_after: labels behind this id were not scored and do not count. skip_starts: nor do the labels with which
+        documents of the index start.
     """
     with tempfile.TemporaryFile() as stream:
         stream.truncate(4 * samples.num_samples)

@@ -1,4 +1,4 @@
-"""How well a proxy predicts differences it was not fitted on, beside what one has without it: figures, table, plot."""
+"""Quality of a proxy on differences that it was not fitted to, beside the baselines: figures, table, plot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Values = NDArray[np.float64]
 
 
 def describe(true: Values, predictions: Mapping[str, Values], *, ratio: float) -> dict[str, dict[str, float | None]]:
-    """For each prediction ``[n]`` of ``true`` ``[n]``, and for a constant, what `judge` finds; and ``constant``.
+    """Figures of `judge` for each prediction ``[n]`` of ``true`` ``[n]``, and under ``constant`` for a constant.
 
-    A constant keeps at random: it agrees where both keep or both drop by chance, r² + (1 - r)².
+    A constant keeps samples at random, and agrees with probability r² + (1 - r)², r the share kept.
     """
     figures = {name: judge(true, predicted, ratio=ratio) for name, predicted in predictions.items()}
     share = math.floor(ratio * len(true)) / len(true)
@@ -26,10 +26,11 @@ def describe(true: Values, predictions: Mapping[str, Values], *, ratio: float) -
 
 
 def judge(true: Values, predicted: Values, *, ratio: float) -> dict[str, float | None]:
-    """``pearson``, ``spearman``; ``r_squared``: 1 - squared error / variance; ``keep_agreement``: the share of samples
-    that are kept by both or by neither, where each keeps the ``ratio`` with the largest values.
+    """Hold predictions ``[n]`` against the truth ``[n]``.
 
-    Correlations with what is the same for all are None.
+    ``pearson`` and ``spearman``: correlations, None where either side is constant. ``r_squared``: 1 - squared error /
+    variance. ``keep_agreement``: the share of samples that are kept by both or by neither, where each keeps the
+    ``ratio`` with the largest values.
     """
     return {
         "pearson": correlation(true, predicted),
@@ -39,22 +40,22 @@ def judge(true: Values, predicted: Values, *, ratio: float) -> dict[str, float |
     }
 
 
-def correlation(one: Values, other: Values) -> float | None:
-    """Pearson's."""
-    spreads = one - one.mean(), other - other.mean()
+def correlation(x: Values, y: Values) -> float | None:
+    """Pearson's correlation; None where either is constant."""
+    spreads = x - x.mean(), y - y.mean()
     size = math.sqrt((spreads[0] ** 2).sum() * (spreads[1] ** 2).sum())
     return float((spreads[0] * spreads[1]).sum() / size) if size > 0 else None
 
 
 def fit_line(x: Values, y: Values) -> tuple[float, float]:
-    """``(a, b)`` of the least squares of ``y - a - b x``."""
+    """Return ``(a, b)`` with the least sum of squares of ``y - a - b x``."""
     spread = x - x.mean()
     slope = float((spread * y).sum() / (spread**2).sum()) if spread.any() else 0.0
     return float(y.mean()) - slope * float(x.mean()), slope
 
 
 def table(figures: Mapping[str, Mapping[str, float | None]], *, ratio: float) -> str:
-    """A line for each prediction, the one that agrees best first."""
+    """The figures as text, a line for each prediction, the best agreement first."""
     rows = [("", "Pearson", "Spearman", "R²", f"agrees at {ratio:g}")]
     for name, row in sorted(figures.items(), key=lambda item: -(item[1]["keep_agreement"] or 0)):
         cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("pearson", "spearman", "r_squared")]
@@ -63,7 +64,7 @@ def table(figures: Mapping[str, Mapping[str, float | None]], *, ratio: float) ->
 
 
 def draw(true: Values, predicted: Values) -> bytes:
-    """A PNG: predicted against true differences, a point a sample."""
+    """Draw predicted against true differences, a point for each sample, as a PNG."""
     import matplotlib  # late: it loads for a second, and --help and refusals draw nothing
 
     matplotlib.use("Agg")
@@ -83,7 +84,7 @@ def draw(true: Values, predicted: Values) -> bytes:
 
 
 def _ranks(values: Values) -> Values:
-    """Ranks from 0, the mean of their ranks for equal ones."""
+    """Ranks from 0; equal values have the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     means: Values = (ends - 1 + ends - counts) / 2.0

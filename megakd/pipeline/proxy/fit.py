@@ -1,10 +1,11 @@
 """Fitting a proxy: a small model tuned, by squared error, to the difference of two models' scores.
 
-As MiniPLM's appendix E has it, from memory (no code of it is public): the reference model with a linear head over the
-mean of its last hidden states, both tuned on a random subset; its values then stand for the differences.
+The recipe is that of MiniPLM's appendix E (arXiv 2410.17215), of which no code is public: the reference model with a
+linear head over the mean of its last hidden states, both tuned on a random subset; its values then stand for the
+differences.
 
-What every update sees is a function of the settings and its number, so any number of ranks, and a run that continues,
-fit the same proxy but for the order of sums. Axes: S sequence, B microbatch.
+The samples of an update are a function of the settings and its number, so that any number of ranks, and a run that
+continues, fit the same proxy up to the order of sums. Axes: S sequence, B microbatch.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def fit(config: ProxyConfig, plan: ProxyPlan) -> ExitStatus:
 
 
 class _Fit:
-    """A fit under way: what it has learnt, how far it is, and what it says."""
+    """A fit in progress: weights, number of updates, held-out errors of the epochs, and progress lines."""
 
     def __init__(self, config: ProxyConfig, plan: ProxyPlan, groups: Groups) -> None:
         self._config, self._plan, self._groups = config, plan, groups
@@ -118,17 +119,17 @@ class _Fit:
 
     @property
     def ended(self) -> bool:
-        """Whether all epochs are done, or the last ``patience`` were no better than one before."""
+        """True if all epochs are done, or the last ``patience`` were no better than an earlier one."""
         done = len(self.history)
         return done == self._config.epochs or (done > 0 and done - self.best["epoch"] >= self._config.patience)
 
     def say(self, text: str) -> None:
-        """A line on stderr, from the first rank."""
+        """Print a line on stderr, from the first rank."""
         if self._groups.rank == 0:
             tell(text)
 
     def update(self, *, stop: bool) -> bool:
-        """The next update. Returns whether any rank was asked to stop."""
+        """Make the next update. Return whether any rank was asked to stop."""
         epoch, place = divmod(self.step, self.steps)
         size = self._config.global_batch_size
         trained = self._plan.trained
@@ -165,7 +166,7 @@ class _Fit:
         self.say(f"epoch {len(self.history)}: held-out error {error:.4f} of {constant:.4f} that a constant has")
 
     def save(self) -> None:
-        """A checkpoint to go on from. Those that are neither it nor the best epoch's go. All ranks call it."""
+        """Save a checkpoint to go on from, and remove all others but the best epoch's. All ranks call it."""
         plan = self._plan
         self._writer.save(
             self.step,
@@ -188,7 +189,7 @@ class _Fit:
         _remove_others(self._groups, Path(self._config.output), kept)
 
     def finish(self) -> Manifest:
-        """Go back to the best epoch, judge it, and write the proxy. All ranks call it."""
+        """Load the best epoch, judge it, and write the proxy. All ranks call it."""
         config, plan, folder = self._config, self._plan, Path(self._config.output)
         record = read_record(folder, int(self.best["iteration"]), role="--output")
         if record.iteration != self.step:
@@ -234,7 +235,7 @@ class _Fit:
         return ValueTuner(chunks[0], head, groups, weight_decay=config.weight_decay, clip_grad=config.clip_grad)
 
     def _microbatches(self, ids: NDArray[np.int64]) -> list[Microbatch]:
-        """This rank's microbatches of the samples: which samples meet does not depend on the number of ranks."""
+        """This rank's microbatches of the samples. Microbatches are the same for any number of ranks."""
         pieces = cut_range(
             self._plan.samples.lengths(ids),
             micro_batch_size=self._config.micro_batch_size,
@@ -244,14 +245,14 @@ class _Fit:
         return [read_piece(self._loader, ids[piece.places], piece.width) for piece in mine]
 
     def _values(self, microbatch: Microbatch) -> torch.Tensor:
-        """``[B]``: standardised predictions."""
+        """``[B]`` fp32: standardised predictions."""
         device = self._groups.device
         tokens_BS = torch.from_numpy(microbatch.tokens_BS).to(device)
         return self._tuner.values(tokens_BS, torch.from_numpy(microbatch.loss_mask_BS).to(device))
 
     @torch.no_grad()
     def _predict(self) -> Values:
-        """``[held out]`` float64: the difference of each held-out sample, nats a token. All ranks call it."""
+        """``[held out]`` float64: the predicted difference of each held-out sample, nats a token. All ranks call it."""
         ids = self._plan.held_out.ids
         values = torch.zeros(len(ids), dtype=torch.float64, device=self._groups.device)
         for microbatch in self._microbatches(ids):
@@ -262,7 +263,7 @@ class _Fit:
         return predicted
 
     def _head(self) -> Values:
-        """``[H + 1]``: the head that gives nats a token."""
+        """``[H + 1]`` float64: weights and bias of a head that predicts nats a token, not standardised."""
         head = self._tuner.head
         weight, bias = (p.detach().double().cpu().numpy() * self._std for p in (head.weight, head.bias))
         return np.concatenate([weight, bias + self._mean])
@@ -271,7 +272,7 @@ class _Fit:
         return (difference - self._mean) / self._std
 
     def _learning_rate(self) -> float:
-        """Up linearly over the first share of all updates, then down to 0 at their end."""
+        """Learning rate: linear warm-up over the first share of all updates, then linear to 0 at their end."""
         total = self.steps * self._config.epochs
         warmup = max(1, round(self._config.warmup_fraction * total))
         if self.step <= warmup:
@@ -300,7 +301,7 @@ def _report(groups: Groups, folder: Path, manifest: Manifest, state: str) -> Non
 
 
 def _tidy(groups: Groups, folder: Path, manifest: Manifest) -> None:
-    """Leave the checkpoint of the proxy alone, and make it the newest."""
+    """Remove all checkpoints but the proxy's, and record that one as the latest."""
     iteration = int(manifest.parameters["iteration"])
     if groups.rank == 0:
         atomic_write(folder / TRACKER, f"{iteration}\n".encode())
@@ -308,7 +309,7 @@ def _tidy(groups: Groups, folder: Path, manifest: Manifest) -> None:
 
 
 def _remove_others(groups: Groups, folder: Path, kept: set[int]) -> None:
-    """Remove the fit's checkpoints, whole or not, but for those of the iterations ``kept``."""
+    """Remove the fit's checkpoints, finished or not, except those of the iterations ``kept``."""
     if groups.rank == 0:
         names = {checkpoint_path(folder, iteration).name for iteration in kept}
         for path in folder.glob("iter_*"):

@@ -1,4 +1,4 @@
-"""``megakd proxy``: a small model that predicts what a teacher and a reference would say. `proxy_fit` does the work."""
+"""``megakd proxy``: fit a small model that predicts score differences of a teacher and a reference (``fit.py``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HELP = "fit a small model to the score differences of a sample (under torchrun o
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb; returns its exit status."""
+    """Run the verb and return its exit status."""
     config = parse(
         ProxyConfig,
         argv,

@@ -1,4 +1,4 @@
-"""What ``megakd proxy`` is asked to do, checked against what is on disk; every refusal, without torch."""
+"""Flags of ``megakd proxy`` checked against scores, dataset and model on disk: every refusal, without torch."""
 
 from __future__ import annotations
 
@@ -36,38 +36,42 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """What ``megakd proxy`` is asked to do."""
+    """The flags of ``megakd proxy``."""
 
-    load: str = option(..., "the model to begin with: a small one, as the reference; a folder of 'megakd train'")
+    load: str = option(..., "checkpoint folder of the model to begin with: a small one, such as the reference")
     teacher_scores: str = option(..., "the teacher's scores of a sample (megakd score --sample-fraction)")
-    reference_scores: str = option(..., "the reference model's, of the same sample")
+    reference_scores: str = option(..., "the reference model's scores of the same sample")
     data_path: str = option(..., "the dataset that was scored: PREFIX, without .bin or .idx")
     output: str = option(..., "folder for the proxy; an unfinished fit in it is continued")
     seq_length: int | None = option(None, "tokens of one sample (default: as it was scored)", common=True)
-    packing: Packing | None = option(None, "how samples are cut (default: as they were scored)", common=True)
+    packing: Packing | None = option(None, "packing of the samples (default: as they were scored)", common=True)
     teacher_scale: float = option(1.0, "lambda in difference = NLL_reference - lambda * NLL_teacher", common=True)
-    held_out_fraction: float = option(0.1, "share of the sample that is judged by and never trained on", common=True)
-    ratio: float = option(0.5, "agreement is about keeping this share", common=True)
-    epochs: int = option(5, "passes over the sample, at most", common=True)
-    patience: int = option(2, "end after so many epochs in a row without a better one", common=True)
-    micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
+    held_out_fraction: float = option(
+        0.1, "share of the sample that is held out: judged by, never trained on", common=True
+    )
+    ratio: float = option(0.5, "share to keep, for the agreement of predictions with the truth", common=True)
+    epochs: int = option(5, "largest number of passes over the sample", common=True)
+    patience: int = option(2, "epochs in a row without a better one after which the fit ends", common=True)
+    micro_batch_size: int = option(4, "samples that a rank passes through the model at once", common=True)
     global_batch_size: int = option(32, "samples of one update, over all ranks", common=True)
     lr: float = option(1e-4, "peak learning rate; warms up, then falls to 0 over all epochs", common=True)
     warmup_fraction: float = option(0.05, "share of the updates that warm up")
-    weight_decay: float = option(0.01, "of matrices")
+    weight_decay: float = option(0.01, "weight decay of matrices")
     clip_grad: float = option(1.0, "largest norm of a gradient")
-    seed: int = option(1234, "of what is held out, and of the order", common=True)
-    iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
+    seed: int = option(1234, "seed of the held-out part, and of the order of samples", common=True)
+    iteration: int | None = option(None, "iteration of the checkpoint in --load (default: the latest)")
     save_interval: int = option(0, "updates between checkpoints, beside those after each epoch; 0: none")
     log_interval: float = option(10.0, "seconds between progress lines", common=True)
     vocab_size: int | None = option(
         None, "number of ids (default: the tokenizer's); the rows that the model has from there on are padding"
     )
     tokenizer_model: str | None = option(
-        None, "where the tokenizer of dataset and model lies now; sentence packing that is not written yet needs it"
+        None, "path of the tokenizer, if it was moved; sentence packing that is not on disk yet needs it"
     )
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
-    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "implementation of the model's layers"
+    )
+    distributed_timeout_minutes: float = option(10.0, "longest wait of a collective; a longer one is an error")
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
@@ -90,20 +94,20 @@ class ProxyConfig:
         self.parallel().validate()
 
     def parallel(self) -> ParallelConfig:
-        """Data parallelism alone."""
+        """The parallel layout: data parallelism alone."""
         return ParallelConfig(distributed_timeout_minutes=self.distributed_timeout_minutes)
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Some of the sample: what is trained on, or what is held out."""
+    """The trained part of the sample, or the held-out part."""
 
     ids: NDArray[np.int64]
-    """Sample ids, ascending."""
+    """``[n]``: sample ids, ascending."""
     difference: NDArray[np.float64]
-    """NLL of the reference - lambda NLL of the teacher, nats a token."""
+    """``[n]``: NLL of the reference - lambda * NLL of the teacher, nats a token."""
     reference_nll: NDArray[np.float64]
-    """Nats a token."""
+    """``[n]``: nats a token."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,11 @@ class ProxyPlan:
     record: CheckpointRecord
     """The model to begin with."""
     shape: ModelShape
-    """Of the fit: fp32, no dropout."""
+    """Shape of the model in the fit: fp32, no dropout."""
     samples: Samples
     mask_policy: str
     eod_token: int | None
-    """What ends a document beside the index, if the mask policy asks."""
+    """Id that ends a document, beside the index; None if the mask policy does not ask."""
     tokenizer: dict[str, Any] | None
     trained: Portion
     held_out: Portion
@@ -128,7 +132,7 @@ class ProxyPlan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes a fit the one that it is."""
+        """Settings and inputs that a fit depends on; a run that continues must have the same."""
         return {"settings": self.settings, "parents": self.parents}
 
 
@@ -205,19 +209,20 @@ def _refuse_predictions(folders: Mapping[str, str]) -> None:
 def _check_scores(config: ProxyConfig, teacher: Scores, reference: Scores) -> None:
     for scores in (teacher, reference):
         for key in ("packing", "seq_length"):
-            own, asked = scores.manifest.parameters[key], getattr(config, key)
-            if asked is not None and asked != own:
+            scored, asked = scores.manifest.parameters[key], getattr(config, key)
+            if asked is not None and asked != scored:
                 raise MismatchError(
-                    f"{scores.folder}: scored with {key} {own}, --{key.replace('_', '-')} is {asked}: leave it out, "
+                    f"{scores.folder}: scored with {key} {scored}, --{key.replace('_', '-')} is {asked}: leave it out, "
                     "or score with it"
                 )
 
 
 def _split(config: ProxyConfig, teacher: Scores, reference: Scores) -> tuple[Portion, Portion]:
-    """What is trained on and what is held out: a function of the scored ids, the fraction and the seed."""
+    """The trained and the held-out portion: a function of the scored ids, the fraction and the seed."""
     ids = np.flatnonzero(np.asarray(reference.counts) > 0)
     counts = reference.counts[ids].astype(np.float64)
-    nll_teacher, nll_reference = (-each.log_probs[ids].astype(np.float64) / counts for each in (teacher, reference))
+    nlls = [-scores.log_probs[ids].astype(np.float64) / counts for scores in (teacher, reference)]
+    nll_teacher, nll_reference = nlls
     difference = nll_reference - config.teacher_scale * nll_teacher
     if not np.isfinite(difference).all():
         bad = ids[~np.isfinite(difference)]
@@ -247,7 +252,7 @@ def _split(config: ProxyConfig, teacher: Scores, reference: Scores) -> tuple[Por
 
 
 def _find_earlier(plan: ProxyPlan, folder: Path) -> ProxyPlan:
-    """The plan with what is there of the same fit. Raises MismatchError for that of another."""
+    """The plan, with the finished or unfinished fit in the folder. Raises MismatchError for a different fit."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: a file is there; expected a folder, new or there")
     if (folder / MANIFEST).exists():
@@ -282,5 +287,5 @@ def _check_same(folder: Path, there: dict[str, Any], plan: ProxyPlan) -> None:
 
 
 def steps_an_epoch(plan: ProxyPlan) -> int:
-    """Updates in one pass over what is trained on; the last one may have fewer samples."""
+    """Updates in one pass over the trained portion; the last one may have fewer samples."""
     return math.ceil(len(plan.trained.ids) / int(plan.settings["global_batch_size"]))

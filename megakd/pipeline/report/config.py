@@ -12,17 +12,19 @@ from megakd.errors import UsageError
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which scores to look at, what was kept of them, and what to compare them with."""
+    """The scores to look at, the selection made from them, and a second scoring to compare with."""
 
     output: str = option(..., "folder for report.html, the tables (.csv) and the plots (.png)")
     teacher_scores: str = option(..., "the teacher's scores of the dataset", common=True)
-    reference_scores: str = option(..., "the reference model's", common=True)
-    selection: str | None = option(None, "what was kept (default: the --ratio with the largest scores)", common=True)
+    reference_scores: str = option(..., "the reference model's scores of the dataset", common=True)
+    selection: str | None = option(
+        None, "selection to show (default: the --ratio with the largest scores)", common=True
+    )
     other_teacher_scores: str | None = option(
-        None, "compare keep and drop with those by another teacher's scores (default: the same teacher's)"
+        None, "another teacher's scores, to compare keep and drop with (default: the same teacher's)"
     )
     other_reference_scores: str | None = option(
-        None, "compare keep and drop with those by another reference, for instance a larger one", common=True
+        None, "another reference's scores, to compare keep and drop with, for instance a larger one's", common=True
     )
     ratio: float | None = option(
         None, "share that either scoring keeps (default: the selection's, else 0.5)", common=True
@@ -31,21 +33,23 @@ class ReportConfig:
         None, "lambda in score = NLL_reference - lambda * NLL_teacher (default: the selection's, else 1)", common=True
     )
     normalise: Literal["token", "sample", "byte"] | None = option(
-        None, "NLL is per token, sample or byte (default: the selection's, else token)"
+        None, "unit that NLLs are per: token, sample or byte (default: the selection's, else token)"
     )
     data_path: str | None = option(
         None, "the dataset's prefix: adds document lengths, decoded extremes and diversity", common=True
     )
     domains: str | None = option(None, "file of lines NAME FIRST STOP, ranges of documents, as select reads it")
-    exclude_ids: list[str] = option([], "leave these samples out: a selection, or a file of ids, as select reads it")
+    exclude_ids: list[str] = option([], "samples to leave out: selections, or files of ids, as select reads them")
     tokenizer_model: str | None = option(None, "the tokenizer's file (default: as the dataset records)")
-    tokenizer_type: TokenizerType | None = option(None, "its type, where the dataset records none")
-    vocab_size: int | None = option(None, "of a NullTokenizer that is not recorded")
-    bins: int = option(100, "of the histograms, along each axis")
-    extremes: int = option(10, "how many samples to show from either end; 0 for none")
-    extreme_chars: int = option(1200, "characters of each that are shown")
-    diversity_samples: int = option(2000, "samples in which n-grams are counted; 0 for none")
-    seed: int | None = option(None, "of ties and of the samples n-grams are counted in (default: the selection's)")
+    tokenizer_type: TokenizerType | None = option(None, "type of the tokenizer, if the dataset records none")
+    vocab_size: int | None = option(None, "number of ids of a NullTokenizer that is not recorded")
+    bins: int = option(100, "histogram bins along each axis")
+    extremes: int = option(10, "number of samples to show from either end; 0: none")
+    extreme_chars: int = option(1200, "characters to show of each of these samples")
+    diversity_samples: int = option(2000, "number of samples to count n-grams in; 0: none")
+    seed: int | None = option(
+        None, "seed of ties, and of the draw of samples to count n-grams in (default: the selection's)"
+    )
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work, whatever the scores."""
@@ -65,5 +69,5 @@ class ReportConfig:
 
     @property
     def compares(self) -> bool:
-        """Whether there is a second scoring."""
+        """True if there is a second scoring."""
         return bool(self.other_teacher_scores or self.other_reference_scores)

@@ -1,4 +1,4 @@
-"""The figures of a report: two passes over scores that stay on disk, in memory that does not grow with them."""
+"""Figures of a report: two passes over scores that stay on disk, in memory that does not grow with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TAIL = 0.001  # the share of samples at either end that shares one bin
 
 @dataclass
 class Amounts:
-    """How much there is and how much of it is kept, for each of some groups; all ``[num_groups]`` int64."""
+    """Samples and tokens of some groups, all and kept; each ``[num_groups]`` int64."""
 
     samples: NDArray[np.int64]
     tokens: NDArray[np.int64]
@@ -29,10 +29,11 @@ class Amounts:
 
     @staticmethod
     def zeros(num_groups: int) -> Amounts:
+        """Amounts to add to."""
         return Amounts(*(np.zeros(num_groups, np.int64) for _ in range(4)))
 
     def add(self, group: NDArray[np.int64], tokens: NDArray[np.int64], kept: NDArray[np.bool_]) -> None:
-        """Count samples, each of one group."""
+        """Count samples. group, tokens, kept ``[n]``: the group of each, its scored tokens, whether it is kept."""
         size = len(self.samples)
         for ours, members, weights in (
             (self.samples, group, None),
@@ -45,7 +46,7 @@ class Amounts:
 
 @dataclass
 class Column:
-    """What the first pass tells of one column: fp64 sums, and the counts of the first 20 bits of the floats."""
+    """Sums of one column (fp64), its range, and counts of the first 20 bits of its floats, from the first pass."""
 
     total: float = 0.0
     low: float = np.inf
@@ -53,13 +54,14 @@ class Column:
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1 << _IMAGE_BITS, np.int64))
 
     def add(self, values: NDArray[np.float32]) -> None:
+        """Count the values of a block."""
         if len(values):
             self.total += float(values.sum(dtype=np.float64))
             self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
             self.counts += np.bincount(images(values), minlength=1 << _IMAGE_BITS)
 
     def edges(self, bins: int) -> NDArray[np.float64]:
-        """``bins`` + 1 ascending edges (fewer where all is one value): even ones between the tails, one bin a tail."""
+        """``bins`` + 1 ascending edges: even ones between the tails, a bin for each tail; fewer if all is one value."""
         before = np.cumsum(self.counts)
         first, last = (int(np.searchsorted(before, share * before[-1])) for share in (_TAIL, 1 - _TAIL))
         low, high = np.fmin(np.fmax(float_of(np.array([first, last + 1])), self.low), self.high).tolist()
@@ -67,7 +69,7 @@ class Column:
         return edges if len(edges) > 1 else np.array([self.low - 0.5, self.low + 0.5])
 
     def ranks(self) -> NDArray[np.float64]:
-        """``[2^20]``: the mean rank, less that of all, of the samples whose float begins so."""
+        """``[2^20]``: for each first 20 bits, the mean rank of the samples with them, less the mean rank of all."""
         ranks: NDArray[np.float64] = np.cumsum(self.counts) - (self.counts + 1) / 2 - (self.counts.sum() - 1) / 2
         return ranks
 
@@ -81,6 +83,7 @@ class Least:
     ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def offer(self, keys: NDArray[np.float64], ids: NDArray[np.int64]) -> None:
+        """Take up the rows of a block that are among the least. ids: ascending, above those of earlier blocks."""
         if not self.room:
             return
         if len(self.keys) == self.room:
@@ -101,28 +104,28 @@ class Figures:
     score_edges: NDArray[np.float64]
     scores: Amounts
     nll_edges: NDArray[np.float64]
-    """Of both axes."""
+    """Edges of the bins of both axes."""
     nll: NDArray[np.int64]
-    """``[bins, bins]``: teacher, reference."""
+    """``[bins, bins]``: counts by the NLL of the teacher and of the reference."""
     nll_kept: NDArray[np.int64]
     domains: dict[str, int]
     """Name -> place in ``by_domain``."""
     by_domain: Amounts
     domain_score_sums: NDArray[np.float64]
     by_length: dict[str, Amounts]
-    """Of what length; group g holds lengths from 2^g to below 2^(g + 1)."""
+    """Kind of length -> amounts; group g holds lengths from 2^g to below 2^(g + 1)."""
     correlations: list[tuple[str, str, float, float]]
-    """Two columns, Pearson's and Spearman's."""
+    """Names of two columns, with Pearson's and Spearman's correlation of them."""
     decisions: NDArray[np.int64] | None
-    """``[2, 2]``: samples that the first scoring drops or keeps, that the second drops or keeps; None without one."""
+    """``[2, 2]``: counts by the first scoring (drops, keeps) and the second; None without a second one."""
     extremes: dict[str, NDArray[np.int64]]
-    """Ids of the largest and of the smallest scores, the outermost first."""
+    """Ids of the samples with the largest and with the smallest scores, the outermost first."""
     drawn: dict[str, NDArray[np.int64]]
     """Ids drawn at random from all candidates and from the kept ones."""
 
 
 def count(scoring: Scoring, *, bins: int, num_extremes: int, num_drawn: int) -> Figures:
-    """Read all scores twice. Raises CorruptError for scores that are not finite, UsageError where there are none."""
+    """Read all scores twice. Raises CorruptError for scores that are not finite, UsageError if no sample has one."""
     columns, candidates, num_tokens = _survey(scoring)
     if not candidates:
         raise UsageError(f"{scoring.source.any_scores.folder}: no sample with anything scored is left to report on")

@@ -1,4 +1,4 @@
-"""What stands at the head of a report: what a score is, in two sentences, the facts, and what is doubtful."""
+"""The head of a report: a score explained in two sentences, the facts, and the warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _APART = ("domains", "datasets", "weights", "ratio", "ratio_of", "normalise", "s
 
 @dataclass(frozen=True)
 class Head:
-    """sentences: for a reader who knows none of it. facts: name -> value. warnings: one text each."""
+    """Texts of the head. sentences: an explanation of scores. facts: name -> value. warnings: one text each."""
 
     sentences: str
     facts: dict[str, str]
@@ -27,7 +27,7 @@ class Head:
 
 
 def describe(config: ReportConfig, scoring: Scoring, figures: Figures) -> Head:
-    """The head of the page, and what is printed."""
+    """Write the head of the page, whose facts and warnings the command prints too."""
     parameters = scoring.source.any_scores.manifest.parameters
     samples, kept = figures.num_candidates, figures.num_kept
     kept_by = f"the selection {config.selection}"
@@ -80,7 +80,7 @@ def _labels(parameters: Mapping[str, Any]) -> str:
 
 
 def _in_words(rule: Mapping[str, Any]) -> str:
-    """The settings of a selection that are not what they are by default."""
+    """The main settings of a selection, and those that are not at their defaults."""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in rule["weights"].items())
     said = [
         f"ratio {rule['ratio']:g} of the {rule['ratio_of']}",
@@ -98,12 +98,12 @@ def _in_words(rule: Mapping[str, Any]) -> str:
 
 
 def _warnings(scoring: Scoring, figures: Figures) -> list[str]:
-    """Those of ``select``, from what the selection records and this report counts."""
+    """The warnings of ``select``, from the selection's record and from the figures of this report."""
     rule = None if scoring.selection is None else scoring.selection.manifest.parameters["rule"]
-    found = [] if rule is None else list(quota_warnings(rule))
-    if rule is None or not rule["rank_difference"]:  # there the score is of ranks, which are not looked at here
-        pearson = {(one, other): value for one, other, value, _ in figures.correlations}
+    texts = [] if rule is None else list(quota_warnings(rule))
+    if rule is None or not rule["rank_difference"]:  # a score of ranks is not correlated with NLLs here
+        pearson = {(first, second): value for first, second, value, _ in figures.correlations}
         by_model = {name: pearson[column, SCORE] for name, column in (("teacher", TEACHER), ("reference", REFERENCE))}
-        found += degenerate_warnings({"reference": 1.0, "teacher": -scoring.teacher_scale}, by_model)
+        texts += degenerate_warnings({"reference": 1.0, "teacher": -scoring.teacher_scale}, by_model)
     old = outdated(scoring.source)
-    return found if old is None else [*found, old]
+    return texts if old is None else [*texts, old]

@@ -1,4 +1,4 @@
-"""``megakd report``: what scores look like and what a selection keeps of them, as a page, tables and plots."""
+"""``megakd report``: distributions of scores and the part that a selection keeps, as a page, tables and plots."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scoring = open_scoring(config)
     samples = scoring.source.samples
     tokenizer = None
-    if samples is not None and config.extremes:  # now: one that is not there is found before the long part
+    if samples is not None and config.extremes:  # a missing tokenizer is found before the long part
         tokenizer = open_tokenizer(
             samples.dataset,
             tokenizer_type=config.tokenizer_type,
@@ -82,7 +82,7 @@ def write(
     plots: dict[str, bytes],
     page: bytes,
 ) -> None:
-    """All files; ``report.json`` goes first and comes back last, so that it stands for a whole report."""
+    """Write all files. ``report.json`` is removed first and written last, so that it stands for a whole report."""
     (folder / "report.json").unlink(missing_ok=True)
     for name in TABLES:
         for suffix, content in ((".csv", tables[name].csv() if name in tables else None), (".png", plots.get(name))):
@@ -112,20 +112,20 @@ def _parents(scoring: Scoring) -> dict[str, str]:
 
 
 def _refuse_other(folder: Path, config: ReportConfig, scoring: Scoring) -> None:
-    """Raise MismatchError for a folder with the report of other scores, or of another score made of them.
+    """Raise MismatchError for a folder with the report of other scores, or of a score with other settings.
 
-    What is shown of them, bins and extremes, may be changed.
+    Settings of the display, such as bins and extremes, may change.
     """
     try:
         record = orjson.loads((folder / "report.json").read_bytes())
-        there = {**record["parents"], **{name: record["config"].get(name) for name in _DECIDING}}
+        recorded = {**record["parents"], **{name: record["config"].get(name) for name in _DECIDING}}
     except (FileNotFoundError, orjson.JSONDecodeError, KeyError, AttributeError, TypeError):
-        return  # none, or none that was finished
-    here = {**_parents(scoring), **{name: getattr(config, name) for name in _DECIDING}}
+        return  # no report, or an unfinished one
+    expected = {**_parents(scoring), **{name: getattr(config, name) for name in _DECIDING}}
     wrong = [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
-        for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
+        f"{key}: {recorded.get(key)} there, {expected.get(key)} here"
+        for key in dict.fromkeys([*recorded, *expected])
+        if recorded.get(key) != expected.get(key)
     ]
     if wrong:
         raise MismatchError(

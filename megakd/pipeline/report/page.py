@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that reads nothing else, and in which text is only ever text."""
+"""The page of a report: one HTML file that loads nothing else, with all text escaped."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def render(
     plots: Mapping[str, bytes],
     texts: Mapping[int, str],
 ) -> bytes:
-    """The page as UTF-8.
+    """Build the page, as UTF-8.
 
-    texts: sample id -> decoded text; whoever wrote it is not trusted.
+    texts: sample id -> decoded text, which is not trusted.
     """
     lines = [
         "<!doctype html>",
@@ -82,7 +82,7 @@ def render(
 
 
 def _shown(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """The tables less what has nothing to compare: a single domain, lengths that are all in one class."""
+    """The tables without those that have nothing to compare: a single domain, lengths that are all in one class."""
     shown = dict(tables)
     if len(tables["domains"].rows) < 2:
         del shown["domains"]

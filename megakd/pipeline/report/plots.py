@@ -17,7 +17,7 @@ _ALIKE = 0.005  # curves of shares that nowhere differ by more lie on one anothe
 
 
 def draw(figures: Figures, tables: dict[str, Table], per: str) -> dict[str, bytes]:
-    """By the name of the table that each shows; none of a table with nothing to compare. per: what an NLL is of."""
+    """Draw tables: name of the table -> PNG; a table with nothing to compare has none. per: the unit of an NLL."""
     import matplotlib  # late: it loads for a second, and --help and refusals draw nothing
 
     matplotlib.use("Agg")
@@ -44,7 +44,7 @@ def draw(figures: Figures, tables: dict[str, Table], per: str) -> dict[str, byte
 
 
 def several_lengths(table: Table) -> dict[str, list[tuple[Any, ...]]]:
-    """The rows of each kind of length that has more than one class: one alone shows nothing."""
+    """Kind of length -> its rows, for kinds with more than one class: a single class shows nothing."""
     kinds = {of: [row for row in table.rows if row[0] == of] for of in dict.fromkeys(row[0] for row in table.rows)}
     return {of: rows for of, rows in kinds.items() if len(rows) > 1}
 
@@ -75,15 +75,15 @@ def _cumulative(axes: Any, figures: Figures, table: Table, per: str) -> None:
 
 
 def _distinct(curves: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Each curve once, under the names of all that lie on it."""
-    found: list[tuple[list[str], Any]] = []
+    """Each curve once, under the names of all curves that lie on it."""
+    distinct: list[tuple[list[str], Any]] = []
     for name, values in curves.items():
-        same = next((names for names, there in found if np.abs(there - values).max() < _ALIKE), None)
+        same = next((names for names, drawn in distinct if np.abs(drawn - values).max() < _ALIKE), None)
         if same is None:
-            found.append(([name], values))
+            distinct.append(([name], values))
         else:
             same.append(name)
-    return [(", ".join(names) + (" (alike)" if len(names) > 1 else ""), values) for names, values in found]
+    return [(", ".join(names) + (" (alike)" if len(names) > 1 else ""), values) for names, values in distinct]
 
 
 def _score_label(figures: Figures, per: str) -> str:

@@ -1,4 +1,4 @@
-"""What a report reads of the tokens: decoded samples, and how many distinct n-grams there are."""
+"""Tokens in a report: decoded samples, and counts of distinct n-grams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FACTOR = np.uint64(0xD6E8FEB86659FD93)
 
 @dataclass(frozen=True)
 class Diversity:
-    """n-grams inside some samples."""
+    """Counts of the n-grams inside samples drawn from ``of``: all candidates, or the kept ones."""
 
     of: str
     n: int
@@ -27,7 +27,7 @@ class Diversity:
 
 
 def diversity(samples: Samples, drawn: dict[str, NDArray[np.int64]]) -> list[Diversity]:
-    """Distinct n-grams of each set of drawn samples, of as many samples of either: the share falls as they are more."""
+    """Count n-grams in each set of drawn samples, in equally many of each: the distinct share falls with the number."""
     num_samples = min(len(ids) for ids in drawn.values())
     found = []
     for name, ids in drawn.items():
@@ -39,14 +39,14 @@ def diversity(samples: Samples, drawn: dict[str, NDArray[np.int64]]) -> list[Div
 
 
 def decode(samples: Samples, sample: int, tokenizer: Tokenizer, *, chars: int) -> str:
-    """The text of a sample, its beginning only; a character that is not printed is written as its code."""
+    """Decode the first ``chars`` characters of a sample; a character that is not printable is written as its code."""
     tokens = _tokens(samples, sample)[: 4 * chars]  # no use to decode what is cut off
     text = tokenizer.decode(tokens.tolist())
     return visible(text[:chars] + (" …" if len(text) > chars else ""))
 
 
 def visible(text: str) -> str:
-    """Text that shows what it is: no control, direction, surrogate or unassigned characters but as their codes."""
+    """Escape text: control, direction, surrogate and unassigned characters are written as their codes."""
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -57,7 +57,7 @@ def _tokens(samples: Samples, sample: int) -> NDArray[np.int64]:
 
 
 def _hash_ngrams(tokens: NDArray[np.int64], n: int) -> NDArray[np.uint64]:
-    """64 bits for each n-gram: two that differ agree once in 2^64."""
+    """``[len(tokens) - n + 1]``: a hash of each n-gram; two that differ collide once in 2^64."""
     count = max(0, len(tokens) - n + 1)
     value = np.zeros(count, np.uint64)
     for offset in range(n):

@@ -1,4 +1,4 @@
-"""What a report looks at: one or two scorings of the same samples, and which samples are kept, read in blocks."""
+"""One or two scorings of the same samples, and the samples that are kept, read in blocks for a report."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Block:
-    """Some candidates: samples with something to score that are not excluded, by ascending id."""
+    """Some of the candidates, samples with scored tokens that are not excluded, by ascending id."""
 
     ids: NDArray[np.int64]
     tokens: NDArray[np.int64]
     columns: dict[str, NDArray[np.float32]]
-    """By TEACHER, REFERENCE, SCORE and, with a second scoring, OTHER."""
+    """Values ``[n]`` under TEACHER, REFERENCE, SCORE and, with a second scoring, OTHER."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Scoring:
     ranges: list[DomainRange]
     """Ranges of samples, in order, each of one domain."""
     keys: dict[str, Keys]
-    """By SCORE and, with a second scoring, OTHER."""
+    """Keys under SCORE and, with a second scoring, OTHER."""
     teacher_scale: float
     normalise: str
     ratio: float
     seed: int
 
     def blocks(self) -> Iterator[Block]:
-        """All candidates in order.
+        """Read all candidates, in order.
 
-        Raises CorruptError where a score is not finite, with the first sample ids; UsageError where the weight of the
-        teacher makes it so.
+        Raises CorruptError where a score is not finite, with the first sample ids; UsageError if the weight of the
+        teacher alone makes it infinite.
         """
         for begin in range(0, self.source.num_samples, _AT_ONCE):
             end = min(begin + _AT_ONCE, self.source.num_samples)
@@ -74,7 +74,7 @@ class Scoring:
             yield Block(begin + places, counts[places].astype(np.int64), columns)
 
     def kept(self, block: Block, threshold: int | None, column: str = SCORE) -> NDArray[np.bool_]:
-        """``[n]``: what the selection keeps of a block, or, with a threshold, what reaches it."""
+        """``[n]``: True for the samples of a block that the selection keeps, or, with a threshold, that reach it."""
         mask = np.zeros(len(block.ids), np.bool_)
         if not len(block.ids):
             return mask
@@ -110,12 +110,12 @@ class Scoring:
 
 
 def open_scoring(config: ReportConfig) -> Scoring:
-    """Open all that the flags name.
+    """Open the scores, the selection and the dataset that the flags name.
 
     Raises MismatchError, with both values, for scores, a selection or a dataset that do not belong together.
     """
     folders = {"teacher": config.teacher_scores, "reference": config.reference_scores}
-    others = {}  # which scores stand for each model in the second scoring; those of the first are opened once
+    others = {}  # model -> name of its scores in the second scoring; those of the first are opened once
     for model, folder in (("teacher", config.other_teacher_scores), ("reference", config.other_reference_scores)):
         others[model] = model
         if folder is not None and os.path.realpath(folder) != os.path.realpath(folders[model]):
@@ -143,7 +143,7 @@ def open_scoring(config: ReportConfig) -> Scoring:
         source=source,
         selection=selection,
         ranges=read_ranges(config.domains, [source]),
-        # One thread: what is heavy here is not what these read, and no figure may depend on their number.
+        # One thread: reading scores is the small part of a report.
         keys={column: Keys([source], Rule(weights, seed), threads=1) for column, weights in rules.items()},
         teacher_scale=scale,
         normalise=normalise,
@@ -153,7 +153,7 @@ def open_scoring(config: ReportConfig) -> Scoring:
 
 
 def _domain(selection: Selection | None) -> str:
-    """What ``select`` calls the whole dataset as a domain: its output, or the name that it had then."""
+    """The name of the whole dataset as a domain: that of the selection's folder, or the name it had when made."""
     if selection is None:
         return "all"
     name, known = os.path.basename(os.path.abspath(selection.folder)), list(_recorded(selection, "domains", {}))
@@ -174,28 +174,28 @@ def _recorded_scale(selection: Selection | None, names: Mapping[str, str]) -> fl
 
 
 def _check_selection(selection: Selection, source: Source) -> dict[str, str]:
-    """The names that the selection has for the teacher and the reference. Refuses one that was not made from them."""
+    """Teacher and reference -> the selection's names of them. Refuses a selection made from other scores."""
     scores = source.any_scores
-    for key, own, expected in (
+    for key, recorded, expected in (
         ("dataset", selection.dataset, source.dataset),
         ("packing", selection.packing, scores.manifest.parameters["packing"]),
         ("seq_length", selection.seq_length, int(scores.manifest.parameters["seq_length"])),
         ("number of samples", selection.num_samples, source.num_samples),
     ):
-        if own != expected:
+        if recorded != expected:
             raise MismatchError(
-                f"{selection.folder}: a selection with {key} {own}, {scores.folder} scored {key} {expected}: give the "
-                "scores that it was made from, or select anew"
+                f"{selection.folder}: a selection with {key} {recorded}, {scores.folder} scored {key} {expected}: give "
+                "the scores that it was made from, or select anew"
             )
     made_from = {value: key for key, value in selection.manifest.parents.items() if key.startswith("scores ")}
     names = {}
     for model in ("teacher", "reference"):
-        given = source.scores[model]
-        if given.fingerprint not in made_from:
+        scores = source.scores[model]
+        if scores.fingerprint not in made_from:
             listing = ", ".join(f"{key.removeprefix('scores ')} {value}" for value, key in made_from.items())
             raise MismatchError(
-                f"{given.folder}: scores with fingerprint {given.fingerprint}; {selection.folder} was selected by "
+                f"{scores.folder}: scores with fingerprint {scores.fingerprint}; {selection.folder} was selected by "
                 f"{listing}: give those, or select anew by these"
             )
-        names[model] = made_from[given.fingerprint].removeprefix("scores ")
+        names[model] = made_from[scores.fingerprint].removeprefix("scores ")
     return names

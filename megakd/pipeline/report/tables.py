@@ -20,14 +20,14 @@ _AMOUNTS = ("samples", "tokens", "kept_samples", "kept_tokens", "kept_share", "k
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a header; numbers are Python's, so that their text is the shortest that reads back the same."""
+    """Rows under a header. Numbers are Python's own, whose text is the shortest that reads back the same."""
 
     name: str
     header: tuple[str, ...]
     rows: list[tuple[Any, ...]]
 
     def csv(self) -> bytes:
-        """UTF-8, lines ended by LF; what is not known is empty."""
+        """The table as CSV: UTF-8, lines ended by LF, unknown figures empty."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(self.header)
@@ -36,7 +36,7 @@ class Table:
 
 
 def build_tables(scoring: Scoring, figures: Figures, ngrams: Sequence[Diversity]) -> dict[str, Table]:
-    """By name; a table of what was not asked for is not there."""
+    """Name -> table; those that were not asked for are left out."""
     tables = [
         _scores(figures),
         _cumulative(figures),
@@ -64,11 +64,11 @@ def _scores(figures: Figures) -> Table:
 
 
 def _cumulative(figures: Figures) -> Table:
-    """What part of all lies at or above each edge of the histogram."""
-    above = [np.concatenate((np.cumsum(each[::-1])[::-1], [0])).tolist()
-             for each in (figures.scores.samples, figures.scores.tokens, figures.scores.kept)]  # fmt: skip
+    """Shares of samples, tokens and kept samples at or above each edge of the histogram."""
+    above = [np.concatenate((np.cumsum(counts[::-1])[::-1], [0])).tolist()
+             for counts in (figures.scores.samples, figures.scores.tokens, figures.scores.kept)]  # fmt: skip
     totals = figures.num_candidates, figures.num_tokens, figures.num_kept
-    rows = [(edge, *map(_share, found, totals)) for edge, *found in zip(figures.score_edges.tolist(), *above)]
+    rows = [(edge, *map(_share, amounts, totals)) for edge, *amounts in zip(figures.score_edges.tolist(), *above)]
     return Table("cumulative", ("score", "samples_share_above", "tokens_share_above", "kept_share_above"), rows)
 
 
@@ -83,7 +83,7 @@ def _nll(figures: Figures) -> Table:
 
 
 def _domains(scoring: Scoring, figures: Figures) -> Table:
-    """Those of ``--domains``; without them, those that the selection was made by, as it recorded them."""
+    """Domains of ``--domains``; without the flag those that the selection recorded."""
     header = ("domain", *_AMOUNTS, "mean_score")
     recorded = {} if scoring.selection is None else scoring.selection.manifest.parameters["rule"].get("domains", {})
     if len(figures.domains) == 1 and len(recorded) > 1:
@@ -128,7 +128,7 @@ def _extremes(scoring: Scoring, figures: Figures) -> Table:
 
 
 def values_of(scoring: Scoring, sample: int) -> tuple[np.float32, np.float32, np.float32]:
-    """Score, teacher's NLL and reference's of one sample, fp32."""
+    """Score, NLL of the teacher and NLL of the reference of one sample, fp32."""
     divisor = scoring.source.divisor
     by = np.float32(divisor if isinstance(divisor, int) else divisor[sample])
     teacher, reference = (-scoring.source.scores[name].log_probs[sample] / by for name in ("teacher", "reference"))

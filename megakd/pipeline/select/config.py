@@ -12,58 +12,66 @@ from megakd.errors import UsageError
 
 REST = "other"
 """The domain of samples that no range of a --domains file holds."""
-
-
 RANKS_ARE_BINNED = (
     "--rank-difference: the ranks are of bins, which the first 20 bits of the fp32 NLLs make (at most 1/2048 of an NLL "
     "wide), and linear inside a bin: a rank is off by up to the share of samples in its bin"
 )
-"""What a reader of the ids has to know; ``docs/formats.md`` has it to the bit."""
+"""A note that is printed with such a selection; ``docs/formats.md`` defines the ranks exactly."""
 
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which scores, how they make one score, and how much of what is kept."""
+    """The scores to select by, the weights that make one score of them, and how much to keep."""
 
     output: list[str] = option(
         ..., "folder for the selection; with several datasets one for each, in the order of the first model's scores"
     )
     teacher_scores: list[str] = option([], "the teacher's scores: a folder for each dataset", common=True)
-    reference_scores: list[str] = option([], "the reference model's", common=True)
+    reference_scores: list[str] = option([], "the reference model's scores: a folder for each dataset", common=True)
     teacher_scale: float = option(1.0, "lambda in score = NLL_reference - lambda * NLL_teacher", common=True)
     proxy_scores: list[str] = option(
-        [], "instead, of 'megakd score --proxy': the same as --scores proxy=DIR --weights proxy=-1", common=True
-    )
-    scores: list[str] = option([], "instead, any models: NAME=FOLDER, a name once for each dataset", common=True)
-    weights: list[str] = option([], "with --scores: NAME=WEIGHT, score = sum of weight * NLL", common=True)
-    normalise: Literal["token", "sample", "byte"] = option("token", "NLL is per token, sample or byte", common=True)
-    rank_difference: bool = option(
-        False,
-        "weigh the ranks of the NLLs among the samples, 0 to 1; ranks are those of bins, at most 1/2048 of an NLL "
-        "wide, and linear inside a bin",
+        [],
+        "a proxy's predictions ('megakd score --proxy') instead; short for --scores proxy=DIR --weights proxy=-1",
         common=True,
     )
-    ratio: float = option(0.5, "keep this share, of those with the largest scores; more than 0, at most 1", common=True)
-    ratio_of: Literal["samples", "tokens"] = option("samples", "what the ratio is a share of", common=True)
-    allocation: Literal["global", "equal", "quota"] = option(
-        "global", "one threshold; or the same ratio in each domain; or --quota", common=True
+    scores: list[str] = option(
+        [], "scores of any models instead: NAME=FOLDER, each name once for each dataset", common=True
     )
-    quota: list[str] = option([], "DOMAIN=SHARE of what is kept; the shares sum to 1")
-    floor: list[str] = option([], "DOMAIN=RATIO: keep at least this much of it (allocation global)")
-    cap: list[str] = option([], "DOMAIN=RATIO: keep at most this much of it (allocation global)")
+    weights: list[str] = option([], "weights of --scores: NAME=WEIGHT; score = sum of weight * NLL", common=True)
+    normalise: Literal["token", "sample", "byte"] = option(
+        "token", "unit that NLLs are per: token, sample or byte", common=True
+    )
+    rank_difference: bool = option(
+        False,
+        "ranks of the NLLs among the samples, 0 to 1, are weighed instead; ranks are those of bins, at most 1/2048 of "
+        "an NLL wide, and linear inside a bin",
+        common=True,
+    )
+    ratio: float = option(0.5, "share to keep, those with the largest scores; above 0, at most 1", common=True)
+    ratio_of: Literal["samples", "tokens"] = option(
+        "samples", "unit of --ratio: a share of the samples, or of their tokens", common=True
+    )
+    allocation: Literal["global", "equal", "quota"] = option(
+        "global", "rule between domains: one threshold for all, the same ratio of each, or --quota", common=True
+    )
+    quota: list[str] = option([], "shares of the selection by domain: DOMAIN=SHARE, 1 in sum")
+    floor: list[str] = option([], "least share to keep of a domain: DOMAIN=RATIO (allocation global)")
+    cap: list[str] = option([], "largest share to keep of a domain: DOMAIN=RATIO (allocation global)")
     domains: str | None = option(
         None, "file of lines NAME FIRST STOP, ranges of documents (default: each dataset is a domain, by its folder)"
     )
     exclude_ids: list[str] = option(
-        [], "never keep these: a selection, or a file of sample ids (.npy, or one in a line)", common=True
+        [], "samples never to keep: selections, or files of sample ids (.npy, or one id in a line)", common=True
     )
-    drop_negative: bool = option(False, "never keep samples with a score below 0", common=True)
-    drop_top_fraction: float = option(0.0, "never keep this share of the samples, those with the largest scores")
-    gumbel_temperature: float = option(0.0, "add Gumbel noise to score / this: soft selection; 0 for none", common=True)
-    seed: int = option(1234, "of ties and noise", common=True)
+    drop_negative: bool = option(False, "samples with a score below 0 are never kept", common=True)
+    drop_top_fraction: float = option(0.0, "share of the samples never to keep, those with the largest scores")
+    gumbel_temperature: float = option(
+        0.0, "temperature of a soft selection: Gumbel noise is added to score / it; 0: none", common=True
+    )
+    seed: int = option(1234, "seed of the order of ties and of the noise", common=True)
     data_path: list[str] = option([], "the datasets; for --domains, --materialize and --normalise byte", common=True)
-    tokenizer_model: str | None = option(None, "for bytes: the tokenizer's file (default: as the manifest records)")
-    materialize: list[str] = option([], "write the kept samples as datasets with these prefixes too", common=True)
+    tokenizer_model: str | None = option(None, "tokenizer's file, for bytes (default: as the manifest records)")
+    materialize: list[str] = option([], "prefixes of datasets to write the kept samples to as well", common=True)
     threads: int = option(0, "threads that read scores; 0: one for each core")
 
     def validate(self) -> None:
@@ -116,9 +124,9 @@ class SelectConfig:
         )
 
     def models(self) -> dict[str, tuple[float, list[str]]]:
-        """Name of each model -> its weight and its folders; the first one's are in the order of the outputs.
+        """Model -> its weight and its folders; the first model's folders are in the order of the outputs.
 
-        Raises UsageError for a choice that is none.
+        Raises UsageError for flags that name no model, or models in two ways.
         """
         pair = bool(self.teacher_scores or self.reference_scores)
         if self.proxy_scores:
@@ -150,22 +158,22 @@ class SelectConfig:
 
 
 def read_numbers(entries: Sequence[str], flag: str) -> dict[str, float]:
-    """``NAME=NUMBER`` entries. Raises UsageError for anything else."""
-    found: dict[str, float] = {}
+    """Read ``NAME=NUMBER`` entries. Raises UsageError for anything else."""
+    numbers: dict[str, float] = {}
     for entry in entries:
         name, text = split_pair(entry, flag)
         try:
             number = float(text)
         except ValueError:
             number = float("nan")
-        if not abs(number) < float("inf") or name in found:
+        if not abs(number) < float("inf") or name in numbers:
             raise UsageError(f"{flag} {entry}: expected NAME=NUMBER, each name once")
-        found[name] = number
-    return found
+        numbers[name] = number
+    return numbers
 
 
 def split_pair(entry: str, flag: str) -> tuple[str, str]:
-    """``NAME=REST``, both not empty."""
+    """Split ``NAME=REST``, neither of them empty. Raises UsageError."""
     name, equals, rest = entry.partition("=")
     if not (name and equals and rest):
         raise UsageError(f"{flag} {entry}: expected NAME=VALUE")

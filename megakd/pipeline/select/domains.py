@@ -1,4 +1,4 @@
-"""Domains: which samples are of which, and how much of each is kept."""
+"""Domains: the samples of each, and how much of each is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megakd.pipeline.select.threshold import DomainRange, Keys, share_of
 
 @dataclass(frozen=True)
 class Allocation:
-    """How a ratio of all samples, or of all their tokens, is shared out to the domains.
+    """The rule that shares out a ratio of all samples, or of all their tokens, to the domains.
 
     kind: one threshold for all domains, the same ratio of each, or quotas. quota, floor, cap: entries DOMAIN=SHARE, as
     the flags of these names take them.
@@ -41,7 +41,7 @@ class Share:
 
 
 def read_ranges(domains: str | None, sources: Sequence[Source]) -> list[DomainRange]:
-    """All samples of all sources, in ranges of one domain; those of a source in order.
+    """Cut all samples of all sources into ranges of one domain each, in order.
 
     domains: a file of ranges of documents, for one source; None: each source is a domain, by its output's name.
 
@@ -87,12 +87,12 @@ def allocate(
     amounts: Mapping[str, int],
     find: Callable[[Sequence[DomainRange], int], int],
 ) -> list[Share]:
-    """How much of which domains is kept, under one threshold each.
+    """Share out the budget to domains, or groups of domains, of one threshold each.
 
-    amounts: candidates of each domain, samples or tokens as the ratio counts. find: the threshold of ranges for a
-    budget.
+    amounts: candidates of each domain, in samples or tokens as the ratio counts. find: returns the threshold of some
+    ranges for a budget.
 
-    Raises UsageError for unknown domains and for bounds that no selection keeps.
+    Raises UsageError for unknown domains and for bounds that contradict one another.
     """
     budget = share_of(allocation.ratio, sum(amounts.values()))
     if allocation.kind == "equal":
@@ -184,7 +184,7 @@ def _read_lines(path: Path, samples: Samples) -> list[tuple[str, int, int]]:
         if len(words) != 3 or not (words[1].isdecimal() and words[2].isdecimal()):
             raise UsageError(f"{path}:{number}: {line!r}: expected NAME FIRST STOP, documents of which STOP is not one")
         ranges.append((words[0], int(words[1]), int(words[2])))
-    ranges.sort(key=lambda each: each[1:])
+    ranges.sort(key=lambda line: line[1:])
     at, num_documents = 0, samples.dataset.num_documents
     for name, first, stop in ranges:
         if not at <= first <= stop <= num_documents:

@@ -28,7 +28,7 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Rule:
-    """How keys are made of scores, and which samples have none.
+    """The making of keys from scores, and the samples that have none.
 
     weights: model -> weight of its NLL. nll_ranks: tables that replace NLLs by their ranks, or None.
     """

@@ -40,33 +40,33 @@ _RECORDED = (
 
 @dataclass
 class Domain:
-    """What was kept of one domain."""
+    """Samples and tokens of one domain: candidates, and what was kept."""
 
     candidates: int = 0
     candidate_tokens: int = 0
     kept: int = 0
     kept_tokens: int = 0
     threshold: float | None = None
-    """The least score kept, noise included; None where all or none are."""
+    """The least score kept, noise included; None if all samples are kept, or none."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of select came to."""
+    """Results of a run of select."""
 
     manifests: list[Manifest]
     domains: dict[str, Domain]
     correlations: dict[str, float]
-    """Of the score with each model's NLL (or its rank)."""
+    """Pearson's correlation of the score with each model's NLL, or with its rank."""
     survey: Survey
 
 
 def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
     """Write one selection for each source.
 
-    A selection that is there already and is the same is kept. Raises MismatchError for another one; CorruptError for
-    scores that are not finite, with the first sample ids; UsageError for settings that keep
-    nothing, that contradict one another, or whose weights make finite scores infinite.
+    A finished selection by the same rule is kept. Raises MismatchError for one by another rule; CorruptError for scores
+    that are not finite, with the first sample ids; UsageError for settings that keep nothing, that contradict one
+    another, or whose weights make finite scores infinite.
     """
     weights = {name: weight for name, (weight, _) in config.models().items()}
     recorded = {**{name: getattr(config, name) for name in _RECORDED}, "weights": weights}
@@ -120,7 +120,7 @@ def select(config: SelectConfig, sources: Sequence[Source]) -> Outcome:
 def _survey(
     keys: Keys, ranges: Sequence[DomainRange], *, by_tokens: bool, weights_flag: str
 ) -> tuple[list[Survey], NDArray[np.int64]]:
-    """A survey of each range, and the counts of the first digit of all."""
+    """A survey of each range, and counts of the first 16 bits of all keys."""
     counts = np.zeros(1 << 16, np.int64)
     surveys = []
     for within in ranges:
@@ -203,7 +203,7 @@ def _write(
 
 
 def _find_selection(source: Source, rule: Mapping[str, Any]) -> Manifest | None:
-    """The selection that is there, if it was made by this rule from these scores. Raises MismatchError for another."""
+    """The finished selection by this rule from these scores, or None. Raises MismatchError for another one."""
     samples = _samples(source)
     return find_finished(
         source.output / MANIFEST,
@@ -222,7 +222,7 @@ def _keep(source: Source, done: Manifest) -> Manifest:
 
 
 def _samples(source: Source) -> dict[str, Any]:
-    """What a selection is of."""
+    """The samples that a selection is made from, as its manifest records them."""
     scored = source.any_scores.manifest.parameters
     return {
         "packing": scored["packing"],

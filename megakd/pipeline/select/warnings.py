@@ -1,4 +1,4 @@
-"""What is doubtful about a selection, from what it records: for ``select`` as it ends and the page of ``report``."""
+"""Warnings about a selection, from its manifest: printed by ``select``, shown on the page of ``report``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ DEGENERATE = 0.95
 
 
 def quota_warnings(rule: Mapping[str, Any]) -> Iterator[str]:
-    """Domains that could not fill what ``--quota`` gives them. rule: as the manifest records it."""
+    """Warn of domains that have less than ``--quota`` gives them. rule: the manifest's ``rule``."""
     if rule["allocation"] != "quota":
         return
     by_tokens, domains = rule["ratio_of"] == "tokens", rule["domains"]
-    there, kept = ("candidate_tokens", "kept_tokens") if by_tokens else ("candidates", "kept")
-    budget = share_of(rule["ratio"], sum(domain[there] for domain in domains.values()))
+    candidates, kept = ("candidate_tokens", "kept_tokens") if by_tokens else ("candidates", "kept")
+    budget = share_of(rule["ratio"], sum(domain[candidates] for domain in domains.values()))
     for name, share in read_numbers(rule["quota"], "--quota").items():
-        own, domain = share_of(share, budget), domains[name]
-        # of tokens a part of a sample may always lack
-        if domain[there] < own or (domain[kept] < own and not by_tokens):
+        quota, domain = share_of(share, budget), domains[name]
+        # a quota of tokens need not be met exactly: the next sample may be too long
+        if domain[candidates] < quota or (domain[kept] < quota and not by_tokens):
             yield (
-                f"{name}: its quota is {own} {rule['ratio_of']}, there are {domain[there]}, kept are {domain[kept]}: "
-                f"the selection is smaller than --ratio {rule['ratio']}, and the other domains are a larger part of it "
-                "than --quota says; lower the ratio or this domain's quota"
+                f"{name}: its quota is {quota} {rule['ratio_of']}, there are {domain[candidates]}, kept are "
+                f"{domain[kept]}: the selection is smaller than --ratio {rule['ratio']}, and the other domains are a "
+                "larger part of it than --quota says; lower the ratio or this domain's quota"
             )
 
 
 def degenerate_warnings(weights: Mapping[str, float], correlations: Mapping[str, float]) -> Iterator[str]:
-    """Models by whose NLL alone the score as good as ranks. weights, correlations: by the models' names."""
+    """Warn of models whose NLL alone ranks the samples almost as the score does. weights, correlations: by model."""
     flags = "--weights"
     if set(weights) == {"teacher", "reference"}:
         flags = f"--teacher-scale (now {-weights['teacher']:g})"
