@@ -53,13 +53,13 @@ class ShardSettings:
     max_resident_bytes: int
 
     def build_tokenizer(self) -> Tokenizer:
-        """The reference engine."""
+        """Build the reference engine."""
         return build_tokenizer(
             self.tokenizer_type, self.tokenizer_model, vocab_size=self.vocab_size, eod_token=self.eod_token
         )
 
     def build_engine(self, load_reference: Callable[[], Tokenizer]) -> Engine:
-        """The engine that was chosen. load_reference: called once, and only if the reference engine is needed."""
+        """Build the engine that was chosen. load_reference: called once, and only if the reference engine is needed."""
         return Engine(
             self.tokenizer_type,
             self.tokenizer_model,
@@ -100,7 +100,7 @@ class CorpusShard(Generic[Counts]):
     """JSON lines, one for each of the first bad records; None where there is none."""
 
     def bad_lines(self) -> Iterator[bytes]:
-        """The lines of ``bad_path``."""
+        """Iterate over the lines of ``bad_path``."""
         if self.bad_path is not None:
             with open(self.bad_path, "rb") as stream:
                 yield from stream

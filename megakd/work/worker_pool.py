@@ -27,7 +27,7 @@ from megakd.work.console import tell
 
 Job = Mapping[str, Any]
 OnMessage = Callable[[Job, dict[str, Any]], object]
-"""Takes a job and one answer about it."""
+"""Callback that takes a job and one answer about it."""
 
 _ATTEMPTS = 2
 _POLL_SECONDS = 0.2
