@@ -195,7 +195,9 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
     if config.scores_output is not None:
         if Path(config.scores_output).resolve() == Path(config.output).resolve():
             raise UsageError(f"--scores-output {config.scores_output} is --output too: give it a folder of its own")
-        scores = _scores(config, spec, shape, ids, tokenizer, masked_labels(config.mask_policy, dataset))
+        scores = _scores(
+            Path(config.scores_output), spec, shape, ids, tokenizer, masked_labels(config.mask_policy, dataset)
+        )
     frequency_ranks = token_ranks(dataset, record.vocab_size)
     work = StoreWork(Path(config.output), spec, frequency_ranks, ids=ids, scores=scores)
     work.check_all()
@@ -203,7 +205,7 @@ def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> Capture
 
 
 def _scores(
-    config: CaptureConfig,
+    folder: Path,
     spec: StoreSpec,
     shape: ModelShape,
     ids: NDArray[np.int64] | None,
@@ -213,7 +215,7 @@ def _scores(
     """What of the scores is made in the same ranges."""
     sampled = {} if ids is None else {"sampled": {"selection": spec.parents["selection"], "num_scored": len(ids)}}
     parts = Parts(
-        Path(config.scores_output or ""),
+        folder,
         num_samples=spec.num_samples,
         range_samples=spec.shard_samples,
         columns=(LOG_PROBS, COUNTS),

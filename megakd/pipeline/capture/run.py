@@ -20,8 +20,7 @@ from megakd.parallel import Groups
 from megakd.pipeline.capture.preflight import CaptureConfig, CapturePlan
 from megakd.pipeline.capture.store_parts import Captured
 from megakd.pipeline.frozen.batches import Stretches
-from megakd.pipeline.frozen.config import padded_vocab
-from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of
+from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of, vocab_shard
 from megakd.pipeline.frozen.run import work_through
 from megakd.pipeline.score.columns import RangeColumns, log_prob_columns
 from megakd.targets import DenseTargets
@@ -39,36 +38,47 @@ def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
 
     Raises CorruptError where the model gives no finite log-probabilities.
     """
-    return work_through(plan.work, partial(build_capturer, config, plan), config, done="captured")
+    return work_through(
+        plan.work,
+        partial(build_capturer, config, plan),
+        config.parallel(),
+        seq_length=config.seq_length,
+        log_interval=config.log_interval,
+        done="captured",
+    )
 
 
 def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> Capturer:
     """The teacher of ``--load`` in the layout of ``groups``, ready to be captured. All ranks call it."""
-    return Capturer(config, plan, build_frozen(config, plan.record, plan.shape, groups), groups)
+    return Capturer(config, plan, build_frozen(plan.record, plan.shape, groups, seq_length=config.seq_length), groups)
 
 
 class Capturer:
     """One copy of the teacher, and the shards it fills."""
 
     def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
-        self._config, self._plan, self._groups = config, plan, groups
+        self._teacher, self._plan, self._groups = config.load, plan, groups
         self._model = FrozenModel(
-            config,
             plan.samples,
             teacher,
+            groups.parallel,
+            micro_batch_size=config.micro_batch_size,
             vocab_size=plan.record.vocab_size,
             eod_mask_loss=config.mask_policy != "all",
             eod_token=plan.eod_token,
         )
-        padded = padded_vocab(config, plan.record, plan.shape)
-        shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
         self._reader = RowReader(
             plan.spec,
-            shard=shard,
+            shard=vocab_shard(plan.record, plan.shape, groups),
             implementation=config.loss_implementation,
             chunk_bytes=config.head_chunk_mbytes << 20,
         )
-        self.provenance = provenance_of(config, plan.work.range_samples)
+        self.provenance = provenance_of(
+            groups.parallel,
+            micro_batch_size=config.micro_batch_size,
+            range_samples=plan.work.range_samples,
+            head_chunk_mbytes=config.head_chunk_mbytes,
+        )
 
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64]
@@ -80,7 +90,7 @@ class Capturer:
         shard = work.new_shard(start // work.range_samples) if leads else None
         columns = None
         if work.scores is not None:
-            columns = RangeColumns(work.scores.columns, start, stop, ids, self._config.seq_length)
+            columns = RangeColumns(work.scores.columns, start, stop, ids, self._plan.spec.seq_length)
         for first in range(0, len(ids), _SAMPLES_AT_ONCE):
             some = ids[first : first + _SAMPLES_AT_ONCE]
             held: dict[int, tuple[NDArray[np.int64], Rows]] = {}
@@ -91,7 +101,7 @@ class Capturer:
                     held |= _by_sample(part, microbatch, rows)
                     if columns is not None:
                         moved = replace(part, places=part.places + first)
-                        columns.add(moved, log_prob_columns(reading, microbatch, self._config.load))
+                        columns.add(moved, log_prob_columns(reading, microbatch, self._teacher))
                 if progress is not None:
                     progress.tick(first + int(len(some) * share))
             if shard is not None:
@@ -108,7 +118,7 @@ class Capturer:
         finite_B = finite_samples(reading, len(microbatch.sample_ids_B))
         if not finite_B.all():
             raise CorruptError(
-                f"{self._config.load}: the logits of samples {microbatch.sample_ids_B[~finite_B][:8].tolist()} are not "
+                f"{self._teacher}: the logits of samples {microbatch.sample_ids_B[~finite_B][:8].tolist()} are not "
                 "finite: the weights are broken, or the precision (--bf16, --fp8-format) does not hold them"
             )
         return reading

@@ -8,7 +8,7 @@ from typing import Literal
 from megakd.config.tree import option
 from megakd.data.samples.packing import Packing
 from megakd.errors import UsageError
-from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.layout import ParallelConfig
 from megakd.model.checkpoint.foreign import read_shape
 from megakd.model.checkpoint.record import CheckpointRecord
 from megakd.model.config import ModelShape
@@ -88,9 +88,3 @@ def precision(shape: ModelShape) -> str:
     """What numbers a model runs in, for manifests."""
     wide = "bf16" if shape.bf16 else "fp32"
     return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide
-
-
-def padded_vocab(config: FrozenConfig, record: CheckpointRecord, shape: ModelShape) -> int:
-    """Rows of the output weight, over all ranks that share it."""
-    size, divisible_by = config.tensor_model_parallel_size, shape.make_vocab_size_divisible_by
-    return padded_vocab_size(record.vocab_size, divisible_by=divisible_by, tensor_model_parallel_size=size)

@@ -20,6 +20,8 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples.boundaries import begins_document, ids_end_documents
 from megakd.data.samples.protocol import Samples
+from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.checkpoint.load import load_teacher
 from megakd.model.checkpoint.record import CheckpointRecord
 from megakd.model.checkpoint.tensor_names import check_weights
@@ -27,7 +29,6 @@ from megakd.model.config import ModelShape
 from megakd.model.gpt import build_model
 from megakd.parallel import Groups
 from megakd.pipeline.frozen.batches import Stretches, alike_plans, plan_microbatches, read_microbatch
-from megakd.pipeline.frozen.config import FrozenConfig, padded_vocab
 from megakd.targets import DenseTargets
 from megakd.teachers.model_teacher import ModelTeacher
 
@@ -44,21 +45,23 @@ class FrozenModel:
 
     def __init__(
         self,
-        config: FrozenConfig,
         samples: Samples,
         teacher: ModelTeacher,
+        parallel: ParallelConfig,
         *,
+        micro_batch_size: int,
         vocab_size: int,
         eod_mask_loss: bool = False,
         eod_token: int | None = None,
         by_document: bool = False,
     ) -> None:
-        self._config, self._samples, self._teacher = config, samples, teacher
+        self._samples, self._teacher, self._parallel = samples, teacher, parallel
+        self._micro_batch_size = micro_batch_size
         self._by_document = by_document
         self._eod_token = eod_token if ids_end_documents(samples.dataset) else None
         self._loader = Loader(
             Blend([samples], None, seed=0),
-            seq_length=config.seq_length,
+            seq_length=samples.seq_length,
             micro_batch_size=1,
             global_batch_size=1,
             eod_token=eod_token,
@@ -97,14 +100,13 @@ class FrozenModel:
 
     def _batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[_Batch]:
         """The microbatches, as many at once as the pipeline likes."""
-        config = self._config
         plans = plan_microbatches(
             stretches.lengths,
-            micro_batch_size=config.micro_batch_size,
-            seq_length=config.seq_length,
-            tensor_size=config.tensor_model_parallel_size,
+            micro_batch_size=self._micro_batch_size,
+            seq_length=self._samples.seq_length,
+            tensor_size=self._parallel.tensor_model_parallel_size,
         )
-        for batch in alike_plans(plans, limit=_STAGE_MICROBATCHES * config.pipeline_model_parallel_size):
+        for batch in alike_plans(plans, limit=_STAGE_MICROBATCHES * self._parallel.pipeline_model_parallel_size):
             parts = [stretches[plan.places] for plan in batch]
             microbatches = [
                 read_microbatch(self._loader, ids[part.places], plan.width, part) for part, plan in zip(parts, batch)
@@ -131,24 +133,35 @@ class _Batch:
         return iter(self.microbatches)
 
 
-def build_frozen(config: FrozenConfig, record: CheckpointRecord, shape: ModelShape, groups: Groups) -> ModelTeacher:
+def build_frozen(record: CheckpointRecord, shape: ModelShape, groups: Groups, *, seq_length: int) -> ModelTeacher:
     """A checkpoint's model in the layout of ``groups``, ready to be read. All ranks call it."""
     check_weights(record.path, record.shape, "--load")
-    chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=config.seq_length, with_head=False)
-    rows = padded_vocab(config, record, shape) // config.tensor_model_parallel_size
-    head_weight_vH = load_teacher(record, chunks, groups, groups, rows=rows)
+    chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=seq_length, with_head=False)
+    head_weight_vH = load_teacher(record, chunks, groups, groups, rows=vocab_shard(record, shape, groups).num_rows)
     return ModelTeacher(chunks, head_weight_vH, groups, groups)
 
 
-def provenance_of(config: FrozenConfig, range_samples: int) -> dict[str, Any]:
+def vocab_shard(record: CheckpointRecord, shape: ModelShape, groups: Groups) -> VocabShard:
+    """The slice of the vocabulary whose rows of the output weight this rank holds."""
+    padded = padded_vocab_size(
+        record.vocab_size,
+        divisible_by=shape.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=groups.parallel.tensor_model_parallel_size,
+    )
+    return groups.vocab_shard(record.vocab_size, padded_vocab_size=padded)
+
+
+def provenance_of(
+    parallel: ParallelConfig, *, micro_batch_size: int, range_samples: int, head_chunk_mbytes: int
+) -> dict[str, Any]:
     """What the last bits of a model's answers depend on."""
     return {
-        "tensor": config.tensor_model_parallel_size,
-        "pipeline": config.pipeline_model_parallel_size,
-        "sequence_parallel": config.sequence_parallel,
-        "micro_batch_size": config.micro_batch_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "micro_batch_size": micro_batch_size,
         "range_samples": range_samples,
-        "head_chunk_mbytes": config.head_chunk_mbytes,
+        "head_chunk_mbytes": head_chunk_mbytes,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
     }

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from megakd.artefacts.manifest import Manifest
 from megakd.artefacts.run_lock import RunLock
 from megakd.errors import ExitStatus
-from megakd.layout import Coordinates, rank_of
+from megakd.layout import Coordinates, ParallelConfig, rank_of
 from megakd.parallel import Groups, init_parallel
-from megakd.pipeline.frozen.config import FrozenConfig
 from megakd.work.console import tell
 from megakd.work.progress import RangeProgress
 from megakd.work.ranges import Claim, RangeWork
@@ -45,14 +44,20 @@ class RangeMaker(Protocol[ResultCo]):
 
 
 def work_through(
-    work: RangeWork[Result], build: Callable[[Groups], RangeMaker[Result]], config: FrozenConfig, *, done: str
+    work: RangeWork[Result],
+    build: Callable[[Groups], RangeMaker[Result]],
+    parallel: ParallelConfig,
+    *,
+    seq_length: int,
+    log_interval: float,
+    done: str,
 ) -> ExitStatus:
     """Make what is missing of ``work``, with all other ranks and jobs that do.
 
     All ranks call it. build: the maker, if there is anything to do. done: of the samples, for progress, as "scored".
     Returns COMPLETE once the whole is there, STOPPED if a signal came first.
     """
-    groups = init_parallel(config.parallel(), seed=0)
+    groups = init_parallel(parallel, seed=0)
     copy = _Copy(groups)
     if copy.first_word(work.finished()):
         _say(groups, f"{work.folder}: finished already")
@@ -63,30 +68,30 @@ def work_through(
     if copy.leads and groups.data_rank == 0:
         progress = RangeProgress(
             work.num_wanted,
-            seq_length=config.seq_length,
+            seq_length=seq_length,
             samples_done=work.samples_done,
-            interval=config.log_interval,
+            interval=log_interval,
             done=done,
         )
     with StopFlag() as stop:
         while True:
-            plans = _decide(work) if copy.leads else _Decision(_FOLLOW)
-            code = copy.agree(plans.code, stop=stop.is_set())
+            decision = _decide(work) if copy.leads else _Decision(_FOLLOW)
+            code = copy.agree(decision.code, stop=stop.is_set())
             if code == _WAIT:
                 time.sleep(_POLL_SECONDS)
             elif code >= 0:
                 result = maker.make(*work.bounds(code), progress, ids=work.ids_of(code))
-                if plans.claim is not None:
-                    work.commit(plans.claim, result, provenance=maker.provenance)
+                if decision.claim is not None:
+                    work.commit(decision.claim, result, provenance=maker.provenance)
             else:
                 break
-    if plans.claim is not None:
-        plans.claim.release()
+    if decision.claim is not None:
+        decision.claim.release()
     if code == _STOP:
         _say(groups, "stopped by a signal; finished ranges are kept: the same command continues")
         return ExitStatus.STOPPED
-    if plans.finish is not None:
-        manifest: Manifest = work.finish(plans.finish)
+    if decision.finish is not None:
+        manifest: Manifest = work.finish(decision.finish)
         of = "" if work.num_wanted == work.num_samples else f"{work.num_wanted} of "
         tell(f"{work.folder}: {of}{work.num_samples} samples, fingerprint {manifest.fingerprint}", on="stdout")
     elif copy.leads and groups.data_rank == 0:

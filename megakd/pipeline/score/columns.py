@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.data.scores.artefact import COUNTS, DTYPES, LOG_PROBS, PER_TOKEN, TOKEN_ENTROPIES, TOKEN_LOG_PROBS, UNSCORED
 from megakd.errors import CorruptError
+from megakd.losses.kernels.choose import Implementation
 from megakd.losses.read import HeadReading, read_head
+from megakd.losses.vocab_parallel import VocabShard
+from megakd.model.proxy.artefact import Proxy
 from megakd.model.proxy.head import ValueHead
-from megakd.parallel import Groups
 from megakd.pipeline.frozen.batches import Stretches
-from megakd.pipeline.frozen.config import padded_vocab
-from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
 from megakd.targets import DenseTargets
 
 _LOWEST_HALF = -65504.0
@@ -30,22 +30,30 @@ _LOWEST_HALF = -65504.0
 class LogProbColumns:
     """Log-probabilities of the labels under the model's own head, in the layout of ``groups``."""
 
-    def __init__(self, config: ScoreConfig, plan: ScorePlan, groups: Groups) -> None:
-        self._config, self._columns, self._model, self._groups = config, plan.parts.columns, plan.record.path, groups
-        padded = padded_vocab(config, plan.record, plan.shape)
-        self._shard = groups.vocab_shard(plan.record.vocab_size, padded_vocab_size=padded)
+    def __init__(
+        self,
+        columns: Sequence[str],
+        model: Path,
+        shard: VocabShard,
+        device: torch.device,
+        *,
+        implementation: Implementation,
+        chunk_bytes: int,
+    ) -> None:
+        self._columns, self._model, self._shard, self._device = columns, model, shard, device
+        self._implementation, self._chunk_bytes = implementation, chunk_bytes
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
         """By file name, a row for each stretch, as `RangeColumns.add` takes them."""
-        labels_T = torch.from_numpy(microbatch.labels_BS).to(self._groups.device).t().reshape(-1)
+        labels_T = torch.from_numpy(microbatch.labels_BS).to(self._device).t().reshape(-1)
         reading = read_head(
             targets.hidden_TH,
             targets.weight_vH,
             shard=self._shard,
             ids_T=labels_T,
-            entropy=self._config.per_token_entropy,
-            implementation=self._config.loss_implementation,
-            chunk_bytes=self._config.head_chunk_mbytes << 20,
+            entropy=TOKEN_ENTROPIES in self._columns,
+            implementation=self._implementation,
+            chunk_bytes=self._chunk_bytes,
         )
         return log_prob_columns(reading, microbatch, self._model, per_token=TOKEN_LOG_PROBS in self._columns)
 
@@ -83,13 +91,12 @@ class PredictedColumns:
     So the NLL per token is minus the predicted difference per token, and a weight of -1 ranks by the prediction.
     """
 
-    def __init__(self, plan: ScorePlan, groups: Groups) -> None:
-        assert plan.proxy is not None
-        self._folder, self._device = plan.proxy.folder, groups.device
-        self._head = ValueHead(plan.record.shape.hidden_size, device=groups.device).requires_grad_(False)
+    def __init__(self, proxy: Proxy, device: torch.device) -> None:
+        self._folder, self._device = proxy.folder, device
+        self._head = ValueHead(proxy.record.shape.hidden_size, device=device).requires_grad_(False)
         with torch.no_grad():
-            self._head.weight.copy_(torch.from_numpy(plan.proxy.head[:-1].copy()))
-            self._head.bias.copy_(torch.from_numpy(plan.proxy.head[-1:].copy()))
+            self._head.weight.copy_(torch.from_numpy(proxy.head[:-1].copy()))
+            self._head.bias.copy_(torch.from_numpy(proxy.head[-1:].copy()))
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
         """By file name, a row for each sample, as `RangeColumns.add` takes them."""

@@ -67,6 +67,12 @@ class ScoreConfig(FrozenConfig):
         "--sample-fraction",
     )
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Files of the scores, without the manifest."""
+        per_token = [TOKEN_LOG_PROBS] * self.per_token_log_probs + [TOKEN_ENTROPIES] * self.per_token_entropy
+        return (LOG_PROBS, COUNTS, *per_token)
+
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
         if (self.load is None) == (self.proxy is None):
@@ -140,7 +146,7 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
         Path(config.output),
         num_samples=samples.num_samples,
         range_samples=config.range_samples or math.ceil(scored_together / config.sample_fraction),
-        columns=_columns(config),
+        columns=config.columns,
         parameters={
             "packing": samples.packing,
             "seq_length": config.seq_length,
@@ -172,11 +178,6 @@ def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
     """What scores record of the labels that they leave out, by parameter."""
     told_by = {} if mask_policy == "all" else {"boundaries": boundaries_of(dataset)}
     return {"mask_policy": mask_policy, **told_by}
-
-
-def _columns(config: ScoreConfig) -> tuple[str, ...]:
-    extra = [TOKEN_LOG_PROBS] * config.per_token_log_probs + [TOKEN_ENTROPIES] * config.per_token_entropy
-    return (LOG_PROBS, COUNTS, *extra)
 
 
 def unrecorded_vocabulary(vocab_size: int, tokenizer: Mapping[str, Any] | None) -> dict[str, int]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megakd.data.loader import Microbatch
 from megakd.errors import ExitStatus
 from megakd.parallel import Groups
-from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of
+from megakd.pipeline.frozen.model import FrozenModel, build_frozen, provenance_of, vocab_shard
 from megakd.pipeline.frozen.run import work_through
 from megakd.pipeline.score.columns import LogProbColumns, PredictedColumns, RangeColumns
 from megakd.pipeline.score.preflight import ScoreConfig, ScorePlan
@@ -28,7 +28,14 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
 
     Raises CorruptError where the model gives no finite log-probabilities, or finished ranges were damaged.
     """
-    return work_through(plan.parts, partial(build_scorer, config, plan), config, done="scored")
+    return work_through(
+        plan.parts,
+        partial(build_scorer, config, plan),
+        config.parallel(),
+        seq_length=config.seq_length,
+        log_interval=config.log_interval,
+        done="scored",
+    )
 
 
 class Scorer:
@@ -40,17 +47,33 @@ class Scorer:
     def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._names, self._seq_length = plan.parts.columns, config.seq_length
         self._model = FrozenModel(
-            config,
             plan.samples,
             teacher,
+            groups.parallel,
+            micro_batch_size=config.micro_batch_size,
             vocab_size=plan.record.vocab_size,
             eod_mask_loss=config.mask_policy != "all",
             eod_token=plan.eod_token,
             by_document=config.mask_policy == "reset" and plan.proxy is None,  # a proxy judges samples as a whole
         )
-        answer = PredictedColumns(plan, groups) if plan.proxy else LogProbColumns(config, plan, groups)
-        self._answer: Callable[[DenseTargets, Microbatch], dict[str, NDArray[Any]]] = answer
-        self.provenance = provenance_of(config, plan.parts.range_samples)
+        self._answer: Callable[[DenseTargets, Microbatch], dict[str, NDArray[Any]]]
+        if plan.proxy is not None:
+            self._answer = PredictedColumns(plan.proxy, groups.device)
+        else:
+            self._answer = LogProbColumns(
+                plan.parts.columns,
+                plan.record.path,
+                vocab_shard(plan.record, plan.shape, groups),
+                groups.device,
+                implementation=config.loss_implementation,
+                chunk_bytes=config.head_chunk_mbytes << 20,
+            )
+        self.provenance = provenance_of(
+            groups.parallel,
+            micro_batch_size=config.micro_batch_size,
+            range_samples=plan.parts.range_samples,
+            head_chunk_mbytes=config.head_chunk_mbytes,
+        )
 
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64] | None = None
@@ -70,5 +93,5 @@ class Scorer:
 
 def build_scorer(config: ScoreConfig, plan: ScorePlan, groups: Groups) -> Scorer:
     """The model of ``--load`` in the layout of ``groups``, ready to score. All ranks call it."""
-    teacher = build_frozen(config, plan.record, plan.shape, groups)
+    teacher = build_frozen(plan.record, plan.shape, groups, seq_length=config.seq_length)
     return Scorer(config, plan, teacher, groups)
