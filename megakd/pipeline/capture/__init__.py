@@ -1,1 +1,1 @@
-"""Verbs: a teacher's output distribution to a logits store, from a frozen model or a run's journal."""
+"""Verbs ``megakd capture`` and ``megakd collect``: logits stores, from a frozen model or from a run's journal."""

@@ -1,4 +1,4 @@
-"""``megakd collect``: the logits store that a run's journal holds, of what its model said while it was trained."""
+"""Verb ``megakd collect``: a logits store from the journal that a training run kept of its own model's logits."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """What ``megakd collect`` is asked to do."""
+    """Flags of ``megakd collect``."""
 
-    journal: str = option(..., "the folder of 'megakd train --logits-save-dir'", common=True)
-    data_path: str = option(..., "the dataset of which a store is wanted: PREFIX, without .bin or .idx", common=True)
+    journal: str = option(..., "folder of the journal: that of 'megakd train --logits-save-dir'", common=True)
+    data_path: str = option(..., "the dataset that the store is for: PREFIX, without .bin or .idx", common=True)
     output: str = option(
         ...,
-        "folder for the store. Jobs on several machines need a file system on which flock works across them",
+        "folder for the store. Jobs on several machines need a file system on which flock works across machines",
         common=True,
     )
-    from_step: int = option(0, "leave out what was said before this step", common=True)
+    from_step: int = option(0, "first step whose rows are kept", common=True)
     value_bits: Literal["8", "16", "32"] = option(
         "8",
-        "of a log-probability, as of 'megakd capture'; the journal's are rounded already, where it has fewer",
+        "bits per stored log-probability, as for 'megakd capture'; more than the journal has add no precision",
         common=True,
     )
     shard_samples: int = option(
-        0, "samples of a shard; 0: 4M tokens, or a 64th of a small dataset: what a killed process repeats"
+        0, "samples of a shard, the most that a killed process repeats; 0: 4M tokens, or a 64th of a small dataset"
     )
     skip_damaged: bool = option(
         False,
-        "leave out what of the journal is not what was written (all of it is hashed first): those samples get rows of "
-        "an earlier step, or none",
+        "leave out damaged segments of the journal (all are hashed first): their samples get the rows of an earlier "
+        "step, or none",
         common=True,
     )
     tokenizer_model: str | None = option(
-        None, "where the dataset's tokenizer lies now, for sentence packing that is not written yet"
+        None,
+        "file or folder of the dataset's tokenizer, if it has moved; needed for a sentence packing that is not "
+        "written yet",
     )
     log_interval: float = option(10.0, "seconds between progress lines", common=True)
 
@@ -63,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         CollectConfig,
         argv,
         prog="megakd collect",
-        description="Make a logits store of what a model said about its own batches while it was trained "
-        "('megakd train --logits-save-dir'), for 'megakd train --logits-load-dir'. Of a sample that was met more than "
-        "once the last step counts; steps.i32 tells which. Samples that were not met have no targets. Work is "
-        "committed in shards: any number of processes with the same flags, started or killed at any time, continue "
-        "it, and the result does not depend on how many there were.",
+        description="Make a logits store, for 'megakd train --logits-load-dir', from the journal of a training run "
+        "('megakd train --logits-save-dir'): the logits of the model for its own batches while it was trained. For a "
+        "sample that came more than once the last step counts; steps.i32 has the step of each. Samples that never "
+        "came have no targets. Work is saved in shards: processes with the same flags share it and may be started or "
+        "killed at any time; the same command continues, and the result does not depend on how many there were.",
     )
     collection = open_collection(
         Path(config.journal),
@@ -83,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect(collection: Collection, *, log_interval: float) -> ExitStatus:
-    """Make what is missing, with all other processes that do: COMPLETE, or STOPPED if a signal came first."""
+    """Make the shards that are missing, together with all other processes that do, and join them.
+
+    log_interval: seconds between progress lines. Returns COMPLETE, or STOPPED if a signal came first.
+    """
     work = collection.work
     if work.finished() and not work.has_leftovers:
         tell(f"{work.folder}: finished already")
@@ -112,7 +117,7 @@ def collect(collection: Collection, *, log_interval: float) -> ExitStatus:
                     on="stdout",
                 )
             else:
-                time.sleep(_POLL_SECONDS)  # others have what is left; they may die of it
+                time.sleep(_POLL_SECONDS)  # other processes work on the rest; ranges of one that dies become free
     if work.has_leftovers and (lock := work.claim_finish()) is not None:
         work.finish(lock)
     return ExitStatus.COMPLETE

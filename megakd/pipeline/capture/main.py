@@ -1,4 +1,4 @@
-"""``megakd capture``: what a teacher says about a dataset, to a logits store. `capture_plan` refuses."""
+"""Verb ``megakd capture``: a teacher's output distributions over a dataset, to a logits store."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         CaptureConfig,
         argv,
         prog="megakd capture",
-        description="Store what a teacher says about every token position of a dataset, for any number of students: "
-        "its best ids (top_p_k), how often each id was drawn (samples), or drawn ids renormalised "
-        "(renormalised_samples), each with the teacher's entropy. 'megakd train --logits-load-dir' reads it, in any "
-        "order and layout. Work is committed in shards: any number of ranks and of jobs with the same flags, started "
-        "or killed at any time, continue it, and the result does not depend on how many there were. "
+        description="Store a teacher's distribution at every token position of a dataset, for any number of students: "
+        "its best ids (top_p_k), how often each id was drawn (samples), or drawn ids with renormalised probabilities "
+        "(renormalised_samples), each with the teacher's entropy. 'megakd train --logits-load-dir' reads the store, in "
+        "any order and layout. Work is saved in shards: jobs with the same flags share it and may be started or killed "
+        "at any time; the same command continues, and the result does not depend on how many ranks and jobs there "
+        "were. "
         "Alone: megakd capture ...; on several ranks: torchrun --nproc-per-node N --no-python megakd capture ...",
     )
     ignore_known_warnings()

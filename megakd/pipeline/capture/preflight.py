@@ -1,4 +1,4 @@
-"""What ``megakd capture`` is asked to do, checked against what is on disk; every refusal, without torch."""
+"""Flags of ``megakd capture``, checked against each other and against what is on disk, without torch."""
 
 from __future__ import annotations
 
@@ -29,61 +29,66 @@ from megakd.pipeline.frozen.config import FrozenConfig, precision
 from megakd.pipeline.score.parts import Parts
 from megakd.pipeline.score.preflight import masked_labels, unrecorded_vocabulary
 
-_SHARD_TOKENS = 1 << 22  # a shard at most: hundreds of megabytes, and what a killed rank repeats
+_SHARD_TOKENS = 1 << 22  # of a shard at most: hundreds of megabytes, and the most that a killed rank repeats
 _LEAST_SHARDS = 64  # of a dataset, so that many ranks find work
-_RANKED_TOKENS = 1 << 26  # tokens that are counted for the ranks of ids, at most
+_RANKED_TOKENS = 1 << 26  # counted for the frequency ranks of ids, at most
 
 
 @dataclass(frozen=True)
 class CaptureConfig(FrozenConfig):
-    """What ``megakd capture`` is asked to do."""
+    """Flags of ``megakd capture``."""
 
-    load: str = option(..., "the teacher: a checkpoint folder of 'megakd train'", common=True)
-    iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
+    load: str = option(..., "the teacher: a folder of checkpoints of 'megakd train'", common=True)
+    iteration: int | None = option(None, "iteration of the checkpoint in --load (default: the latest)")
     output: str = option(
         ...,
-        "folder for the store. Jobs on several machines need a file system on which flock works across them",
+        "folder for the store. Jobs on several machines need a file system on which flock works across machines",
         common=True,
     )
     selection: str | None = option(
-        None, "capture these samples alone: a folder of 'megakd select'; the others have no targets", common=True
+        None,
+        "folder of 'megakd select' with the only samples that are captured; the others have no targets",
+        common=True,
     )
     kind: Literal["top_p_k", "samples", "renormalised_samples"] = option(
         "top_p_k",
-        "top_p_k: the --top-k best ids, cut to the shortest prefix with mass --top-p (arXiv 2410.16215); samples: how "
-        "often each id came in --draws draws, unbiased (arXiv 2503.16870); renormalised_samples: the ids of --draws "
-        "draws with their probabilities, renormalised (Gemma 3)",
+        "content of a row. top_p_k: the --top-k best ids, cut to the shortest prefix with mass --top-p (arXiv "
+        "2410.16215); samples: how often each id came in --draws draws, unbiased (arXiv 2503.16870); "
+        "renormalised_samples: the ids of --draws draws with their probabilities, renormalised (Gemma 3)",
         common=True,
     )
-    top_k: int | None = option(None, "of top_p_k: ids of a row, at most (default: 100)", common=True)
+    top_k: int | None = option(None, "most ids of a row, with top_p_k (default: 100)", common=True)
     top_p: float | None = option(
         None,
-        "of top_p_k: mass under the whole softmax at which a row ends; 1: at --top-k (default: 0.95)",
+        "probability mass under the whole softmax at which a row ends, with top_p_k; 1: at --top-k ids (default: 0.95)",
         common=True,
     )
     draws: int | None = option(
-        None, "of samples and renormalised_samples: draws of a row (default: 50, and 256 as Gemma 3)", common=True
+        None, "draws of a row (default: 50 with samples, 256 with renormalised_samples, as Gemma 3)", common=True
     )
     proposal_exponent: float = option(
         1.0,
-        "of samples: draw from the teacher's probabilities to this power, renormalised: at temperature 1/power. Each "
-        "id then carries its share times p/q, which is unbiased too (arXiv 2503.16870: as good from 0.8 to 1.2)",
+        "power of the teacher's probabilities that samples are drawn from, renormalised: a temperature of 1/power. "
+        "Each id then has its share of the draws times p/q, which is unbiased too (arXiv 2503.16870: as "
+        "good from 0.8 to 1.2)",
     )
-    seed: int = option(1234, "of the draws, which depend on it, the dataset and the token position alone", common=True)
+    seed: int = option(1234, "seed of the draws; a draw depends only on seed, dataset and token position", common=True)
     value_bits: Literal["8", "16", "32"] | None = option(
         None,
-        "of a log-probability: 8 (the default; about 5 in the end: levels of the eighth root), 16 (256 places in each "
-        "level), 32 (exact); counts are exact",
+        "bits per stored log-probability: 8 (default, about 5 after coding: equal steps of p^(1/8)), 16 (256 places "
+        "within each step) or 32 (exact); counts are always exact",
         common=True,
     )
     scores_output: str | None = option(
-        None, "score the samples in the same pass, as 'megakd score' does, to this folder", common=True
+        None, "folder for scores of the samples, computed in the same pass, as 'megakd score' does", common=True
     )
     mask_policy: Literal["all", "skip_after_eod"] = option(
-        "all", "of those scores, as of 'megakd score'; rows are of whole samples always", common=True
+        "all", "labels that count in the scores, as for 'megakd score'; rows are always of whole samples", common=True
     )
     shard_samples: int = option(
-        0, "samples of a shard; 0: 4M tokens, or a 64th of a small dataset: what a killed rank repeats", common=True
+        0,
+        "samples of a shard, the most that a killed rank repeats; 0: 4M tokens, or a 64th of a small dataset",
+        common=True,
     )
 
     def validate(self) -> None:
@@ -117,11 +122,11 @@ class CaptureConfig(FrozenConfig):
 
     @property
     def cut(self) -> tuple[int, float]:
-        """Ids of a row of top_p_k at most, and the mass at which it ends."""
+        """Most ids of a row of top_p_k, and the probability mass at which a row ends."""
         return 100 if self.top_k is None else self.top_k, 0.95 if self.top_p is None else self.top_p
 
     def rows(self) -> dict[str, Any]:
-        """The fields of a StoreSpec that say what a row is."""
+        """Fields of a `StoreSpec` that describe a row."""
         top_k, top_p = self.cut
         return StoreSpec.rows(
             self.kind,
@@ -144,13 +149,13 @@ class CapturePlan:
     spec: StoreSpec
     work: StoreWork
     eod_token: int | None
-    """What ends a document beside the index, if scores are made and their mask policy asks."""
+    """Id that ends a document besides the index, if scores are made and their mask policy needs it."""
 
 
 def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
-    """Refuse what cannot work, and return what the rest of the run needs to know.
+    """Refuse flags and files that cannot work together, and return what the run needs of them.
 
-    Raises UsageError, MismatchError (also for a store in ``--output`` that is another than this one), CorruptError.
+    Raises UsageError, MismatchError (also if ``--output`` holds another store than this one), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
     record = read_record(
@@ -160,7 +165,7 @@ def check_capture(config: CaptureConfig, world_size: int) -> CapturePlan:
 
 
 def check_capture_of(record: CheckpointRecord, config: CaptureConfig) -> CapturePlan:
-    """The same for a teacher that is known, wherever it lies."""
+    """Check as `check_capture` does, for a checkpoint record already read; the world size is not checked."""
     dataset = IndexedDataset(config.data_path)
     record, tokenizer = common_tokenizer(
         dataset, record, tokenizer_model=config.tokenizer_model, vocab_size=config.vocab_size
@@ -212,7 +217,7 @@ def _scores(
     tokenizer: dict[str, Any] | None,
     masked: dict[str, str],
 ) -> Parts:
-    """What of the scores is made in the same ranges."""
+    """Scores in ``folder`` that are made in the ranges of the store's shards. masked: their parameters on labels."""
     sampled = {} if ids is None else {"sampled": {"selection": spec.parents["selection"], "num_scored": len(ids)}}
     parts = Parts(
         folder,
@@ -236,13 +241,15 @@ def _scores(
 
 
 def default_shard_samples(num_samples: int, seq_length: int) -> int:
-    """Samples of a shard: a function of the dataset alone; nothing may depend on how many ranks there are."""
+    """Samples of a shard: a function of the dataset alone, because no result may depend on the number of ranks."""
     return max(1, min(_SHARD_TOKENS // seq_length, -(-num_samples // _LEAST_SHARDS)))
 
 
 def token_ranks(dataset: IndexedDataset, vocab_size: int) -> NDArray[np.int32]:
-    """``[V]`` int32: the rank of each id by how often the dataset has it, so that rows are small; of a large dataset
-    by even pieces of it."""
+    """``[V]`` int32: rank of each id by its frequency in the dataset, which makes rows small.
+
+    A dataset of more than 2^26 tokens is counted in 1,024 evenly spaced pieces.
+    """
     tokens, pieces = dataset.tokens, 1024
     counts = np.zeros(vocab_size, np.int64)
     piece = -(-min(len(tokens), _RANKED_TOKENS) // pieces)

@@ -1,4 +1,4 @@
-"""Capturing itself: the teacher's head, read over one shard's samples after the other, to rows.
+"""Capture: the teacher's distributions over the samples of one shard after the other, to rows.
 
 Axes: ``S`` sequence, ``B`` microbatch, ``T`` = S x B tokens, sequence first, ``N`` draws.
 """
@@ -28,15 +28,15 @@ from megakd.teachers.head_rows import RowReader, draw_numbers, finite_samples, s
 from megakd.teachers.model_teacher import ModelTeacher
 from megakd.work.progress import RangeProgress
 
-_SAMPLES_AT_ONCE = 64  # whose rows are held until they can be added in the order of their ids
+_SAMPLES_AT_ONCE = 64  # their rows are held until they can be added in the order of their ids
 
 
 def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
-    """Capture what is missing in ``--output``, with all other ranks and jobs that do.
+    """Capture the samples that ``--output`` lacks, together with all other ranks and jobs that do.
 
     All ranks call it. Returns COMPLETE once the whole store is there, STOPPED if a signal came first.
 
-    Raises CorruptError where the model gives no finite log-probabilities.
+    Raises CorruptError for logits or log-probabilities that are not finite, or if finished shards are damaged.
     """
     return work_through(
         plan.work,
@@ -49,12 +49,12 @@ def capture(config: CaptureConfig, plan: CapturePlan) -> ExitStatus:
 
 
 def build_capturer(config: CaptureConfig, plan: CapturePlan, groups: Groups) -> Capturer:
-    """The teacher of ``--load`` in the layout of ``groups``, ready to be captured. All ranks call it."""
+    """Load the teacher in the layout of ``groups``. All ranks call it."""
     return Capturer(config, plan, build_frozen(plan.record, plan.shape, groups, seq_length=config.seq_length), groups)
 
 
 class Capturer:
-    """One copy of the teacher, and the shards it fills."""
+    """`RangeMaker` of a store's shards: one copy of the teacher. teacher: in the layout of ``groups``."""
 
     def __init__(self, config: CaptureConfig, plan: CapturePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._teacher, self._plan, self._groups = config.load, plan, groups
@@ -83,8 +83,11 @@ class Capturer:
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64]
     ) -> Captured | None:
-        """The shard of the samples ``[start, stop)``, not yet committed, and their scores, on the last stage. The
-        copy's ranks all call it."""
+        """Capture the samples ``ids`` (ascending) of the range ``[start, stop)``.
+
+        Every rank of the copy calls it. Returns the shard, not yet committed, and the scores; None on all ranks but
+        the leader.
+        """
         work = self._plan.work
         leads = self._groups.has_output(None) and self._groups.tensor_rank == 0
         shard = work.new_shard(start // work.range_samples) if leads else None
@@ -92,9 +95,9 @@ class Capturer:
         if work.scores is not None:
             columns = RangeColumns(work.scores.columns, start, stop, ids, self._plan.spec.seq_length)
         for first in range(0, len(ids), _SAMPLES_AT_ONCE):
-            some = ids[first : first + _SAMPLES_AT_ONCE]
+            chunk = ids[first : first + _SAMPLES_AT_ONCE]
             held: dict[int, tuple[NDArray[np.int64], Rows]] = {}
-            for part, microbatch, targets, share in self._model.outputs(some):
+            for part, microbatch, targets, share in self._model.outputs(chunk):
                 reading = self._read(microbatch, targets)
                 if shard is not None:
                     rows = self._reader.rows(reading, self._positions(microbatch))
@@ -103,9 +106,9 @@ class Capturer:
                         moved = replace(part, places=part.places + first)
                         columns.add(moved, log_prob_columns(reading, microbatch, self._teacher))
                 if progress is not None:
-                    progress.tick(first + int(len(some) * share))
+                    progress.tick(first + int(len(chunk) * share))
             if shard is not None:
-                for sample in some.tolist():
+                for sample in chunk.tolist():
                     shard.add(sample, *held[sample])
         return None if shard is None else Captured(shard, {} if columns is None else columns.finish())
 
@@ -124,17 +127,17 @@ class Capturer:
         return reading
 
     def _positions(self, microbatch: Microbatch) -> NDArray[np.int64]:
-        """``[T]``: of the input tokens, in the dataset."""
+        """``[T]`` int64: token positions of the inputs in the dataset."""
         return token_positions(self._plan.samples.starts(microbatch.sample_ids_B), microbatch.tokens_BS.shape[1])
 
     def _uniforms(self, microbatch: Microbatch) -> torch.Tensor:
-        """``[T, N]`` float64."""
+        """``[T, N]`` float64: the numbers from 0 to 1 that the draws are made with."""
         starts_B = self._plan.samples.starts(microbatch.sample_ids_B)
         numbers_SBN = draw_numbers(starts_B, microbatch.tokens_BS.shape[1], self._plan.spec)
         return torch.from_numpy(numbers_SBN).flatten(0, 1).to(self._groups.device)
 
 
 def _by_sample(part: Stretches, microbatch: Microbatch, rows: Rows) -> dict[int, tuple[NDArray[np.int64], Rows]]:
-    """By sample id: its input ids and its rows, one for each label it has."""
+    """Input ids and rows of each sample, by sample id: one row for each label."""
     samples = zip(microbatch.sample_ids_B.tolist(), microbatch.tokens_BS, split_samples(rows, part.lengths - 1))
-    return {sample: (tokens[: own.num_rows], own) for sample, tokens, own in samples}
+    return {sample: (tokens[: row.num_rows], row) for sample, tokens, row in samples}

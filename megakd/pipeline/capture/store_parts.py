@@ -1,6 +1,6 @@
-"""A logits store in the making: its shards are the ranges, committed on their own, and one manifest makes them a store.
+"""Unfinished logits store: its shards are ranges of samples, committed one by one, until one manifest completes it.
 
-`range_work` has how they are shared out. What is scored in the same pass is committed with the shard.
+`work.ranges` shares them out. Scores from the same pass are committed with their shard.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _LOCK = re.compile(r"[0-9]{8}\.lock")
 
 @dataclass(frozen=True)
 class Captured:
-    """A range: its shard, to which all samples were added, and the columns of scores, if they are wanted."""
+    """Result of a range: a shard with all of its samples, and the columns of scores; no columns without scores."""
 
     shard: ShardWriter
     columns: Mapping[str, NDArray[Any]]
 
 
 class StoreWork(RangeWork[Captured | None]):
-    """The store in ``folder``, finished or in the making.
+    """Logits store in ``folder``, finished or unfinished.
 
-    ids: ascending, the samples that get targets; None: all. scores: to be made in the same ranges; None: none are.
+    ranks: ``[V]`` int32, frequency ranks of the ids. ids: the samples that get targets, ascending; None: all.
+    scores: made in the same ranges; None: no scores.
     """
 
     def __init__(
@@ -59,8 +60,11 @@ class StoreWork(RangeWork[Captured | None]):
         self.spec, self.frequency_ranks, self.scores = spec, frequency_ranks, scores
 
     def check_all(self) -> None:
-        """Raise MismatchError if the folder holds another store, finished or not, UsageError if it holds something
-        else, CorruptError if a finished store has lost a shard; reads, writes nothing."""
+        """Check what the folder holds. Writes nothing.
+
+        Raises MismatchError for another store, finished or not, UsageError for anything else, CorruptError if a
+        finished store has lost a shard.
+        """
         check_output(self.folder, "--output", MANIFEST)
         if self.finished():
             LogitsStore(self.folder)  # looks at the size of every file
@@ -88,7 +92,7 @@ class StoreWork(RangeWork[Captured | None]):
         return locks or (self.scores is not None and self.scores.has_leftovers)
 
     def new_shard(self, index: int) -> ShardWriter:
-        """To which the samples of range ``index`` are to be added, in rising order."""
+        """Begin the shard of range ``index``; its samples are to be added in ascending order."""
         return write_shard(self.folder, self.spec, self.frequency_ranks, index)
 
     def commit(self, claim: Claim, result: Captured | None, *, provenance: Mapping[str, Any]) -> None:
@@ -100,7 +104,10 @@ class StoreWork(RangeWork[Captured | None]):
         claim.release()
 
     def finish(self, lock: RunLock) -> Manifest:
-        """Raises CorruptError where a shard is gone, cut or damaged meanwhile, or scores were: run again."""
+        """Write the store's manifest, join the scores, and remove the locks. lock: from `claim_finish`; released here.
+
+        Raises CorruptError if a shard, or a part of the scores, is gone, cut or damaged: run again.
+        """
         try:
             if not (self.folder / MANIFEST).exists():
                 self._check_indexes()
@@ -119,8 +126,10 @@ class StoreWork(RangeWork[Captured | None]):
         return read_manifest(self.folder / MANIFEST, format=FORMAT, version=READABLE)
 
     def _check_indexes(self) -> None:
-        """That shards which others wrote came over whole, as far as that costs little: what tells where rows are and
-        what they must hash to is read again, they are not. Damaged shards lose their manifest."""
+        """Cheap check of shards that other processes wrote: hash each index file again, not the rows.
+
+        Damaged shards lose their manifest, so that they are made again. Raises CorruptError if there are any.
+        """
         damaged = []
         for index in range(self.num_ranges):
             manifest = self._read(self._path(index, ".json"))
@@ -136,7 +145,7 @@ class StoreWork(RangeWork[Captured | None]):
             )
 
     def _more_files(self) -> Sequence[FileRecord]:
-        """Files of the store beside its shards, made durable now."""
+        """Write the store's files beside its shards, durably."""
         return ()
 
     def _read(self, path: Path) -> Manifest | None:

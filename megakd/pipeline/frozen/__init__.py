@@ -1,1 +1,1 @@
-"""A frozen model over every sample of a dataset: what `score`, `capture` and `proxy` share."""
+"""A frozen model over every sample of a dataset: machinery that score, capture and proxy share."""

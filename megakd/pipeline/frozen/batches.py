@@ -1,7 +1,7 @@
-"""What of a range the model sees by itself, and how that is put into microbatches: like lengths together, so that
-little is computed for nothing.
+"""Microbatches of a range: samples, or single documents of them, of similar lengths together to save padding.
 
-A pure function of the range: who scores it, with whom, and after what, changes no shape.
+The microbatches are a pure function of the range: they do not depend on the process that works on it, on how many
+others there are, or on what was done before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _WIDTH_MULTIPLE = 64  # widths that differ less cost more in separate batches th
 
 @dataclass(frozen=True)
 class Stretches:
-    """What the model sees by itself: of the sample at ``places`` in the range, ``lengths`` tokens from ``starts``."""
+    """Parts of samples, each seen by the model alone: ``lengths`` tokens from ``starts`` on. Fields: ``[n]`` int64.
+
+    places: positions of the samples in the range's array of ids. starts: first token of each part within its sample.
+    """
 
     places: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -29,18 +32,20 @@ class Stretches:
 
     @staticmethod
     def of_samples(lengths: NDArray[np.int64]) -> Stretches:
-        """Every sample as a whole."""
+        """One stretch for each sample, whole. lengths: ``[N]``, tokens of each sample."""
         return Stretches(np.arange(len(lengths)), np.zeros(len(lengths), dtype=np.int64), lengths)
 
     @staticmethod
     def of_documents(first: NDArray[np.bool_], lengths: NDArray[np.int64]) -> Stretches:
-        """Every document, and part of one, of samples: each ends where the next one starts, or with its sample. One of
-        a single token is left out: nothing in it could be predicted.
+        """One stretch for each document, or part of a document, in the samples.
 
-        first: ``[n, S + 1]``, whether a document starts with a token (``data.boundaries.begins_document``).
+        A stretch ends where the next one starts, or with its sample. One of a single token is left out, because
+        nothing in it can be predicted.
 
-        To a causal model with rotary positions, which sees differences of positions alone, a document by itself is
-        the same as a whole sample with a mask between documents and positions that begin anew in each.
+        first: ``[N, S + 1]``, true where a document starts (`begins_document`). lengths: ``[N]``, tokens of a sample.
+
+        A causal model with rotary positions sees only differences of positions. To it a document alone is equal to a
+        whole sample with an attention mask between documents and positions that begin anew in each.
         """
         within = np.arange(first.shape[1]) < lengths[:, None]
         begins = first | (np.arange(first.shape[1]) == 0)
@@ -51,7 +56,7 @@ class Stretches:
 
     @staticmethod
     def join(parts: Sequence[Stretches]) -> Stretches:
-        """All of them, in order."""
+        """Concatenate, in order."""
         nothing = np.empty(0, dtype=np.int64)
         fields = ("places", "starts", "lengths")
         return Stretches(*(np.concatenate([nothing, *(getattr(part, name) for part in parts)]) for name in fields))
@@ -62,7 +67,7 @@ class Stretches:
 
 @dataclass(frozen=True)
 class MicrobatchPlan:
-    """One microbatch: the numbers of its stretches, and how many positions the model sees of each."""
+    """One microbatch to be read: ``places``, ``[B]`` indices of its stretches, and ``width``, positions of each row."""
 
     places: NDArray[np.int64]
     width: int
@@ -71,11 +76,10 @@ class MicrobatchPlan:
 def plan_microbatches(
     lengths: NDArray[np.int64], *, micro_batch_size: int, seq_length: int, tensor_size: int = 1
 ) -> list[MicrobatchPlan]:
-    """The microbatches of stretches of ``lengths`` tokens: each once, the last microbatch smaller where their number
-    does not divide.
+    """Divide stretches of ``lengths`` tokens into microbatches, each stretch once, sorted by length (stably).
 
-    They are taken by length, and of equal ones in their order. A width holds all labels of its stretches; it is a
-    multiple of 64 and of ``tensor_size``, or ``seq_length``.
+    The last microbatch is smaller if their number does not divide. A width is large enough for all labels of its
+    stretches; it is a multiple of 64 and of ``tensor_size`` (ranks that split a sequence), or ``seq_length``.
     """
     order = np.argsort(lengths, kind="stable")
     multiple = math.lcm(_WIDTH_MULTIPLE, tensor_size)
@@ -90,9 +94,10 @@ def plan_microbatches(
 def read_microbatch(
     loader: Loader, ids_B: NDArray[np.int64], width: int, stretches: Stretches | None = None
 ) -> Microbatch:
-    """``width`` positions of the samples ``ids_B`` of the loader's dataset, or of a stretch of each.
+    """Read the first ``width`` positions of the samples ``ids_B``, or those of one stretch of each.
 
-    Behind the end of a stretch stands what follows it in the sample, of which no label counts: attention is causal.
+    loader: over one dataset. Behind the end of a stretch stands what follows in its sample, masked in the loss: a
+    causal model does not see it.
     """
     whole = loader.read(np.zeros(len(ids_B), dtype=np.int64), ids_B)
     if stretches is None:
@@ -109,7 +114,7 @@ def read_microbatch(
 
 
 def alike_plans(plans: Sequence[MicrobatchPlan], *, limit: int) -> Iterator[list[MicrobatchPlan]]:
-    """Runs of at most ``limit`` plans of one shape, which a pipeline can take together."""
+    """Group neighbouring plans of one shape, at most ``limit`` together: what a pipeline can take in one pass."""
     for _, alike in itertools.groupby(plans, key=lambda plan: (len(plan.places), plan.width)):
         run = list(alike)
         yield from (run[start : start + limit] for start in range(0, len(run), limit))

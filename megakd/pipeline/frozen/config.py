@@ -1,4 +1,4 @@
-"""What every verb is told that runs a frozen model over the samples of a dataset. No torch."""
+"""Flags of the verbs that run a frozen model over the samples of a dataset. No torch."""
 
 from __future__ import annotations
 
@@ -16,34 +16,43 @@ from megakd.model.config import ModelShape
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """The samples, the model's layout and precision, and how work is cut and told."""
+    """Samples, layout and precision of the model, and the interval of progress lines."""
 
     data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
     seq_length: int = option(..., "tokens of one sample", common=True)
     packing: Packing = option(
-        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
+        "concat",
+        "cut of the samples: windows of the token stream (concat), windows cut back to a sentence end "
+        "(sentence), or documents",
+        common=True,
     )
-    micro_batch_size: int = option(4, "samples a rank passes through the model at once", common=True)
+    micro_batch_size: int = option(4, "samples that go through the model together", common=True)
     tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
     sequence_parallel: bool = option(False, "split activations between layers along the sequence too")
-    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    distributed_timeout_minutes: float = option(10.0, "minutes after which a waiting collective is an error")
     vocab_size: int | None = option(
-        None, "number of ids (default: the tokenizer's); the rows that the model has from there on are padding"
+        None, "number of token ids (default: the tokenizer's); the model's rows beyond it are padding"
     )
     tokenizer_model: str | None = option(
-        None, "where the tokenizer of dataset and model lies now; sentence packing that is not written yet needs it"
+        None,
+        "file or folder of the tokenizer of dataset and model, if it has moved; needed for a sentence packing that is "
+        "not written yet",
     )
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the model's layers")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "implementation of the model's layers"
+    )
     bf16: bool | None = option(None, "run the model in bfloat16 (default: as it was trained)", common=True)
-    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the model in FP8 (Transformer Engine)")
-    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling")
+    fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "FP8 format to run the model in (Transformer Engine)")
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "recipe of FP8 scaling")
     loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
-        "auto", "code that sweeps the logits"
+        "auto", "code that passes over the logits"
     )
-    head_chunk_mbytes: int = option(128, "memory for logits of one chunk of tokens, MiB")
+    head_chunk_mbytes: int = option(128, "memory for the logits of one chunk of tokens, in MiB")
     model_config: str | None = option(
-        None, "YAML that describes the model of a checkpoint that does not (plain megatron-core), as a run's student"
+        None,
+        "YAML that describes the model, as in the student's part of a training run, for a checkpoint that does not "
+        "(plain megatron-core)",
     )
     log_interval: float = option(10.0, "seconds between progress lines", common=True)
 
@@ -71,11 +80,11 @@ class FrozenConfig:
         )
 
     def described_shape(self) -> ModelShape | None:
-        """What ``model_config`` describes."""
+        """Shape that ``--model-config`` describes; None without the flag."""
         return None if self.model_config is None else read_shape(self.model_config, "--model-config")
 
     def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
-        """The model of a checkpoint as it is run here."""
+        """Shape of a checkpoint's model with the layers and the precision that the flags ask for, without dropout."""
         return record.shape.frozen(
             transformer_impl=self.transformer_impl,
             bf16=record.shape.bf16 if self.bf16 is None else self.bf16,
@@ -85,6 +94,6 @@ class FrozenConfig:
 
 
 def precision(shape: ModelShape) -> str:
-    """What numbers a model runs in, for manifests."""
+    """Precision of a model, for manifests: ``fp32``, ``bf16``, or ``bf16 fp8-e4m3-blockwise``."""
     wide = "bf16" if shape.bf16 else "fp32"
     return f"{wide} fp8-{shape.fp8_format}-{shape.fp8_recipe}" if shape.fp8_format else wide

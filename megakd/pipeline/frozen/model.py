@@ -1,9 +1,9 @@
-"""A frozen model over ranges of samples: what it says about stretches of them, microbatch after microbatch.
+"""A frozen model over ranges of samples: its hidden states and head, microbatch after microbatch.
 
 Axes: ``S`` sequence, ``B`` microbatch, ``H`` hidden.
 
 Which samples meet in one matrix product depends on ``--range-samples`` and ``--micro-batch-size`` alone
-(`range_batches`), so a range has the same bits whoever works on it.
+(`plan_microbatches`), so a range has the same bits in whichever job it is computed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _ROWS_AT_ONCE = 64
 
 
 class FrozenModel:
-    """One copy of a model over samples of a dataset.
+    """One copy of a model, applied to samples of a dataset.
 
-    eod_mask_loss: the labels with which another document starts are masked; eod_token: what else ends one, beside the
-    index. by_document: the model sees every document of a sample by itself.
+    parallel: layout of the model. vocab_size: refuses samples with larger ids. eod_mask_loss: mask each label with
+    which a document starts. eod_token: id that ends a document besides the index; None: none. by_document: the model
+    sees each document of a sample alone.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class FrozenModel:
         )
 
     def outputs(self, ids: NDArray[np.int64]) -> Iterator[tuple[Stretches, Microbatch, DenseTargets, float]]:
-        """What the model says about the samples ``ids``, on its last stage; nothing elsewhere. All its ranks walk it.
+        """Run the model over the samples ``ids``. All ranks of the copy iterate; only the last stage is given anything.
 
-        Yields stretches (of the samples by their places in ``ids``), the microbatch, the model's hidden states and
-        head, and the share of all stretches that is done with it.
+        Yields for each microbatch: its stretches (``places`` are positions in ``ids``), the microbatch, the model's
+        hidden states and head, and the share of all stretches that is done with it, from 0 to 1.
         """
         stretches, done = self._stretches(ids), 0
         for batch in self._batches(ids, stretches):
@@ -83,7 +84,7 @@ class FrozenModel:
                 yield part, microbatch, targets, done / len(stretches.places)
 
     def _stretches(self, ids: NDArray[np.int64]) -> Stretches:
-        """What of the samples the model sees by itself."""
+        """Parts of the samples that the model sees one at a time: whole samples, or documents."""
         if len(ids):
             self._samples.prefetch(ids)
         lengths = self._samples.lengths(ids)
@@ -91,15 +92,15 @@ class FrozenModel:
             return Stretches.of_samples(lengths)
         parts = []
         for first in range(0, len(ids), _ROWS_AT_ONCE):
-            some = slice(first, first + _ROWS_AT_ONCE)
-            rows = self._samples.read(ids[some])
-            begins = begins_document(self._samples, ids[some], rows, eod_token=self._eod_token)
-            part = Stretches.of_documents(begins, lengths[some])
+            chunk = slice(first, first + _ROWS_AT_ONCE)
+            rows = self._samples.read(ids[chunk])
+            begins = begins_document(self._samples, ids[chunk], rows, eod_token=self._eod_token)
+            part = Stretches.of_documents(begins, lengths[chunk])
             parts.append(replace(part, places=part.places + first))
         return Stretches.join(parts)
 
     def _batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[_Batch]:
-        """The microbatches, as many at once as the pipeline likes."""
+        """Read microbatches, as many together as keep the pipeline's stages busy."""
         plans = plan_microbatches(
             stretches.lengths,
             micro_batch_size=self._micro_batch_size,
@@ -116,7 +117,7 @@ class FrozenModel:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Microbatches of this copy, in the form in which a teacher takes those of a step, and where each comes from."""
+    """Microbatches in the form in which a teacher takes those of a training step, and the stretches of each."""
 
     microbatches: list[Microbatch]
     stretches: list[Stretches]
@@ -126,7 +127,7 @@ class _Batch:
         return len(self.microbatches)
 
     def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
-        """This copy's, whatever the rank: the copies work on ranges of their own."""
+        """Microbatch ``index``. The rank does not matter: each copy works on ranges of its own."""
         return self.microbatches[index]
 
     def __iter__(self) -> Iterator[Microbatch]:
@@ -134,7 +135,7 @@ class _Batch:
 
 
 def build_frozen(record: CheckpointRecord, shape: ModelShape, groups: Groups, *, seq_length: int) -> ModelTeacher:
-    """A checkpoint's model in the layout of ``groups``, ready to be read. All ranks call it."""
+    """Build and load a checkpoint's model in the layout of ``groups``. All ranks call it."""
     check_weights(record.path, record.shape, "--load")
     chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=seq_length, with_head=False)
     head_weight_vH = load_teacher(record, chunks, groups, groups, rows=vocab_shard(record, shape, groups).num_rows)
@@ -142,7 +143,7 @@ def build_frozen(record: CheckpointRecord, shape: ModelShape, groups: Groups, *,
 
 
 def vocab_shard(record: CheckpointRecord, shape: ModelShape, groups: Groups) -> VocabShard:
-    """The slice of the vocabulary whose rows of the output weight this rank holds."""
+    """Slice of the vocabulary whose rows of the output weight this rank holds."""
     padded = padded_vocab_size(
         record.vocab_size,
         divisible_by=shape.make_vocab_size_divisible_by,
@@ -154,7 +155,7 @@ def vocab_shard(record: CheckpointRecord, shape: ModelShape, groups: Groups) -> 
 def provenance_of(
     parallel: ParallelConfig, *, micro_batch_size: int, range_samples: int, head_chunk_mbytes: int
 ) -> dict[str, Any]:
-    """What the last bits of a model's answers depend on."""
+    """Settings, device and torch version that the last bits of a model's outputs depend on, for manifests."""
     return {
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,

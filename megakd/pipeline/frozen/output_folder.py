@@ -1,4 +1,4 @@
-"""Folders that results go to: one artefact each, so that none lies on another."""
+"""Folders of results: each holds one artefact, so that none is written over another."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _KINDS = {
 
 
 def check_output(folder: Path, flag: str, own: str) -> None:
-    """Raise UsageError for a folder that cannot take an artefact whose manifest is ``own``: a file, or one that holds
-    an artefact of another kind."""
+    """Raise UsageError if ``folder`` is a file, or holds an artefact of another kind.
+
+    flag: names the folder in the message. own: file name of the manifest that may lie there.
+    """
     if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise UsageError(f"{flag} {folder}: a file is there ({file}); expected a folder, new or there")
     for name, kind in _KINDS.items():

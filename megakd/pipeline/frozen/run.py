@@ -1,6 +1,6 @@
-"""Working through ranges of samples with a model: each data-parallel copy of it on its own, any number of jobs at once.
+"""Loop of the verbs that run a frozen model over ranges of samples, in any number of copies and jobs at once.
 
-The ranks that hold one copy do the same range together; their leader claims it (`range_work`) and commits it.
+The ranks that hold one copy of the model work on the same range; their leader claims it (`work.ranges`) and commits it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megakd.work.ranges import Claim, RangeWork
 from megakd.work.stop import StopFlag
 
 _POLL_SECONDS = 0.2
-# What a model's ranks do next, where it is not the range of that number. The largest that any of them brings counts.
+# Decisions of a copy other than to work on a range, whose number is not negative. The largest of all its ranks counts.
 _WAIT, _COMPLETE, _STOP, _FOLLOW = -1, -2, -3, -4
 
 Result = TypeVar("Result")
@@ -34,13 +34,17 @@ ResultCo = TypeVar("ResultCo", covariant=True)
 
 
 class RangeMaker(Protocol[ResultCo]):
-    """Makes a range's result with one copy of the model. computed: what the last bits of it depend on."""
+    """One copy of a model that computes the results of ranges."""
 
     @property
-    def provenance(self) -> Mapping[str, Any]: ...
+    def provenance(self) -> Mapping[str, Any]:
+        """Settings, device and versions that the last bits of the results depend on."""
 
     def make(self, start: int, stop: int, progress: RangeProgress | None, *, ids: NDArray[np.int64]) -> ResultCo:
-        """Of the samples ``ids`` of ``[start, stop)``. The copy's ranks all call it; what its leader gets counts."""
+        """Compute the result for the samples ``ids`` of the range ``[start, stop)``.
+
+        Every rank of the copy calls it; only the leader's return value is used.
+        """
 
 
 def work_through(
@@ -52,9 +56,11 @@ def work_through(
     log_interval: float,
     done: str,
 ) -> ExitStatus:
-    """Make what is missing of ``work``, with all other ranks and jobs that do.
+    """Compute the ranges that ``work`` lacks, together with all other ranks and jobs that do, and join them.
 
-    All ranks call it. build: the maker, if there is anything to do. done: of the samples, for progress, as "scored".
+    All ranks call it. build: makes the model's copy, called only if there is anything to do. parallel: layout of the
+    copy. log_interval: seconds between progress lines. done: word for a finished sample in them, such as "scored".
+
     Returns COMPLETE once the whole is there, STOPPED if a signal came first.
     """
     groups = init_parallel(parallel, seed=0)
@@ -102,7 +108,7 @@ def work_through(
 
 @dataclass(frozen=True)
 class _Decision:
-    """What a leader means to do, with the lock that lets it."""
+    """Next action of a leader, with the lock that allows it. code: number of a range, or a decision named above."""
 
     code: int
     claim: Claim | None = None
@@ -119,11 +125,11 @@ def _decide(work: RangeWork[Any]) -> _Decision:
         finish = work.claim_finish()
         if finish is not None:
             return _Decision(_COMPLETE, finish=finish)
-    return _Decision(_WAIT)  # others have what is left; they may die of it
+    return _Decision(_WAIT)  # other processes work on the rest; ranges of one that dies become free
 
 
 class _Copy:
-    """The ranks that hold one copy of the model. The first of its last stage, where scores appear, leads."""
+    """Ranks that hold one copy of the model. The first rank of the last stage, where results appear, leads."""
 
     def __init__(self, groups: Groups) -> None:
         last = groups.parallel.pipeline_model_parallel_size - 1
@@ -132,7 +138,7 @@ class _Copy:
         self._groups = groups
 
     def agree(self, code: int, *, stop: bool) -> int:
-        """What all ranks of the copy do: the leader's word, or `_STOP` if any was asked to and there is work left."""
+        """Decision for all ranks of the copy: the leader's, or `_STOP` if any rank was asked to stop before the end."""
         if self._groups.parallel.model_parallel_size > 1:
             both = torch.tensor([code, int(stop)], dtype=torch.int64, device=self._groups.device)
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._groups.collection.mp)
@@ -140,14 +146,14 @@ class _Copy:
         return _STOP if stop and code != _COMPLETE else code
 
     def first_word(self, value: bool) -> bool:
-        """Rank 0's, so that ranks which look at different moments do the same."""
+        """Value of rank 0, on every rank: ranks that look at the disk at different moments must act alike."""
         word = torch.tensor(int(value), device=self._groups.device)
         dist.broadcast(word, src=0)
         return bool(word)
 
 
 def _tidy(work: RangeWork[Any], copy: _Copy) -> None:
-    """Remove what a process that was killed after all was whole, or one that came late, left of the work."""
+    """Remove files of finished ranges that a process left which was killed while it removed them, or came late."""
     if copy.leads and work.has_leftovers and (lock := work.claim_finish()) is not None:
         work.finish(lock)
 

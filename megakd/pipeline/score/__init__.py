@@ -1,1 +1,1 @@
-"""Verb: score every sample of a dataset under a model."""
+"""Verb ``megakd score``: log-probabilities of every sample of a dataset under a model."""

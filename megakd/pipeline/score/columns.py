@@ -28,7 +28,11 @@ _LOWEST_HALF = -65504.0
 
 
 class LogProbColumns:
-    """Log-probabilities of the labels under the model's own head, in the layout of ``groups``."""
+    """Log-probabilities of the labels under the model's own head.
+
+    columns: file names of the scores that are wanted. model: named in messages. shard: this rank's slice of the
+    vocabulary. chunk_bytes: memory for the logits of one chunk of tokens.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class LogProbColumns:
         self._implementation, self._chunk_bytes = implementation, chunk_bytes
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
-        """By file name, a row for each stretch, as `RangeColumns.add` takes them."""
+        """Columns by file name, one row for each stretch of the microbatch, for `RangeColumns.add`."""
         labels_T = torch.from_numpy(microbatch.labels_BS).to(self._device).t().reshape(-1)
         reading = read_head(
             targets.hidden_TH,
@@ -61,11 +65,11 @@ class LogProbColumns:
 def log_prob_columns(
     reading: HeadReading, microbatch: Microbatch, model: str | Path, *, per_token: bool = False
 ) -> dict[str, NDArray[Any]]:
-    """The labels' log-probabilities in ``reading`` by file name, as `RangeColumns.add` takes them.
+    """Columns by file name, for `RangeColumns.add`, from the labels' log-probabilities in ``reading``.
 
-    per_token: those of each position too. Entropies come where the reading has them.
+    per_token: add the log-probability of each position. Entropies are added if the reading has them.
 
-    Raises CorruptError, which names ``model``, where one is not finite.
+    Raises CorruptError, which names ``model``, for a log-probability that is not finite.
     """
     shape, mask_BS = microbatch.tokens_BS.shape, microbatch.loss_mask_BS
     log_prob_BS = _to_numpy(reading.log_prob_T, shape)
@@ -86,9 +90,10 @@ def log_prob_columns(
 
 
 class PredictedColumns:
-    """What a proxy predicts: ``log_probs`` is the difference of the log-probabilities of the sample's tokens.
+    """Predictions of a proxy: ``log_probs`` is the predicted difference of log-probabilities, summed over a sample.
 
-    So the NLL per token is minus the predicted difference per token, and a weight of -1 ranks by the prediction.
+    The NLL per token of such scores is minus the predicted difference per token, so ``megakd select`` ranks by the
+    prediction with a weight of -1.
     """
 
     def __init__(self, proxy: Proxy, device: torch.device) -> None:
@@ -99,7 +104,7 @@ class PredictedColumns:
             self._head.bias.copy_(torch.from_numpy(proxy.head[-1:].copy()))
 
     def __call__(self, targets: DenseTargets, microbatch: Microbatch) -> dict[str, NDArray[Any]]:
-        """By file name, a row for each sample, as `RangeColumns.add` takes them."""
+        """Columns by file name, one row for each sample of the microbatch, for `RangeColumns.add`."""
         batch, width = microbatch.tokens_BS.shape
         mask_BS = torch.from_numpy(microbatch.loss_mask_BS).to(self._device)
         per_token_B = self._head(targets.hidden_TH.view(width, batch, -1), mask_BS).cpu().numpy().astype(np.float64)
@@ -114,7 +119,7 @@ class PredictedColumns:
 
 
 class RangeColumns:
-    """The columns ``names`` over the samples ``[start, stop)``, of which ``ids`` are scored."""
+    """Columns ``names`` over the samples ``[start, stop)``, of which ``ids`` (ascending) are scored."""
 
     def __init__(self, names: Sequence[str], start: int, stop: int, ids: NDArray[np.int64], seq_length: int) -> None:
         shapes = {name: (stop - start, seq_length)[: 1 + (name in PER_TOKEN)] for name in names}
@@ -123,11 +128,11 @@ class RangeColumns:
         self._sums, self._counts = np.zeros(len(ids)), np.zeros(len(ids), dtype=np.int64)
 
     def add(self, stretches: Stretches, values: Mapping[str, NDArray[Any]]) -> None:
-        """Take what a microbatch says of its stretches ``B`` of the scored samples.
+        """Add the values of one microbatch.
 
-        values: by column; ``LOG_PROBS`` (float64) and ``COUNTS`` ``[B]``, which are added up over the stretches of a
-        sample, and ``[B, S]`` for those with a value a position, of which the first as many as a stretch has labels
-        count.
+        stretches: ``B`` of them; places are positions in the scored ids. values: by column; ``LOG_PROBS`` (float64)
+        and ``COUNTS`` are ``[B]`` and summed over the stretches of a sample; columns with a value for each position
+        are ``[B, S]``, and only as many positions count as a stretch has labels.
         """
         np.add.at(self._sums, stretches.places, values[LOG_PROBS])
         np.add.at(self._counts, stretches.places, values[COUNTS])
@@ -139,19 +144,19 @@ class RangeColumns:
                 self._columns[name][rows, columns] = values[name][within_BS]
 
     def finish(self) -> dict[str, NDArray[Any]]:
-        """The columns by file name."""
+        """Return the columns by file name, over all samples of the range."""
         self._columns[LOG_PROBS][self._places] = self._sums
         self._columns[COUNTS][self._places] = self._counts
         return self._columns
 
 
 def _to_numpy(values_T: torch.Tensor | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """``[B, S]`` fp32 of values in megatron's order, sequence first."""
+    """``[B, S]`` fp32 from ``[T]`` values in Megatron's order, sequence first."""
     assert values_T is not None
     array: NDArray[np.float32] = values_T.view(shape[1], shape[0]).t().float().contiguous().cpu().numpy()
     return array
 
 
 def _to_half(values_BS: NDArray[np.float32], mask_BS: NDArray[np.bool_]) -> NDArray[np.float16]:
-    """fp16, NaN where no label was scored."""
+    """Round to fp16, with NaN where the mask is false."""
     return np.where(mask_BS, values_BS, np.nan).astype(np.float16)

@@ -1,4 +1,4 @@
-"""``megakd score``: a model over every sample of a dataset. `score_plan` refuses, `score_run` does the work."""
+"""Verb ``megakd score``: log-probabilities of every sample of a dataset under a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ScoreConfig,
         argv,
         prog="megakd score",
-        description="Score every sample of a dataset: the sum of its tokens' log-probabilities under a model, and how "
-        "many tokens that were. Work is committed in ranges of samples: any number of ranks and of jobs with the same "
-        "flags, started or killed at any time, continue it, and the result does not depend on how many there were. "
-        "Alone: megakd score ...; on several ranks: torchrun --nproc-per-node N --no-python megakd score ...",
+        description="Score every sample of a dataset under a model: the sum of its tokens' log-probabilities, and the "
+        "number of tokens. Work is saved in ranges of samples: jobs with the same flags share it and may be started or "
+        "killed at any time; the same command continues, and the result does not depend on how many ranks and jobs "
+        "there were. Alone: megakd score ...; on several ranks: "
+        "torchrun --nproc-per-node N --no-python megakd score ...",
     )
     ignore_known_warnings()
     plan = check_score(config, world_size())

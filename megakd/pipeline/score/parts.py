@@ -1,6 +1,6 @@
-"""Scores in the making: ranges of samples, committed on their own, and joined by the last.
+"""Unfinished scores: ranges of samples that are committed one by one, and joined by the last process.
 
-`range_work` has how they are shared out. ``parts/R.part`` is the columns of range *R*, one after the other.
+`work.ranges` shares them out. ``parts/R.part`` holds the columns of range *R*, one after the other.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megakd.pipeline.frozen.output_folder import check_output
 from megakd.work.ranges import Claim, RangeWork
 
 FORMAT, VERSION = "megakd-scores-part", 1
-_OPTIONAL = ("predicts", "sampled")  # parameters that say so when they are missing
+_OPTIONAL = ("predicts", "sampled")  # parameters whose absence is compared too
 _OF_A_RANGE = re.compile(r"\.?[0-9]{8}\.")
 
 
 class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
-    """The scores in ``folder``, finished or in the making.
+    """Scores in ``folder``, finished or unfinished.
 
-    columns: the files that are wanted, names of ``megakd.data.scores.artefact``.
-    parameters, parents, tokenizer: what makes the scores what they are, for the manifests; scores in the folder that
-        differ in any of it are refused with a MismatchError wherever they are met.
-    ids: sorted, the samples that are scored; None: all.
+    columns: file names of the wanted columns, from ``megakd.data.scores.artefact``.
+    parameters, parents, tokenizer: identity of the scores, for the manifests. Scores in the folder that differ in any
+        of it are refused with a MismatchError.
+    ids: ascending, the samples that are scored; None: all.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         self._parameters, self._parents, self._tokenizer = dict(parameters), dict(parents), tokenizer
 
     def check_all(self, flag: str = "--output") -> None:
-        """Raise MismatchError if the folder holds scores of another kind, finished or not; reads, writes nothing.
+        """Raise MismatchError if the folder holds other scores than these, finished or not. Writes nothing.
 
-        flag: which named the folder. Raises UsageError where something else lies there.
+        flag: names the folder in messages. Raises UsageError if something else lies there.
         """
         check_output(self.folder, flag, scores.MANIFEST)
         if not self.finished():
@@ -66,33 +66,33 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
                 self._read(path)
 
     def finished(self) -> bool:
-        """Whether the whole scores are there."""
+        """Return whether the joined scores are there. Raises UsageError if they lack a wanted column."""
         path = self.folder / scores.MANIFEST
         if not path.exists():
             return False
         manifest = read_manifest(path, format=scores.FORMAT, version=scores.VERSION)
         self._check_identity(manifest)
-        found = {record.name for record in manifest.files}
-        if not set(self.columns) <= found:
+        present = {record.name for record in manifest.files}
+        if not set(self.columns) <= present:
             raise UsageError(
-                f"{path}: finished without {', '.join(sorted(set(self.columns) - found))}; give another --output, or "
+                f"{path}: finished without {', '.join(sorted(set(self.columns) - present))}; give another --output, or "
                 f"remove {self.folder} to score anew"
             )
         return True
 
     @property
     def has_leftovers(self) -> bool:
-        """Whether parts are there that finished scores no longer need."""
+        """True if the folder holds parts, which finished scores no longer need."""
         names = self._names()
         return names is not None and (not names or any(map(_OF_A_RANGE.match, names)))
 
     def commit(self, claim: Claim, result: Mapping[str, NDArray[Any]], *, provenance: Mapping[str, Any]) -> None:
-        """Make a range durable, and release it. result: the wanted columns over its samples."""
+        """Make the result of a range durable, and release the claim. result: the wanted columns over its samples."""
         self.write(claim.index, result, provenance=provenance)
         claim.release()
 
     def write(self, index: int, result: Mapping[str, NDArray[Any]], *, provenance: Mapping[str, Any]) -> None:
-        """Make a range durable that this process has claimed, here or elsewhere."""
+        """Make the result of range ``index`` durable. The caller has claimed it, here or in another artefact."""
         self._ranges.mkdir(parents=True, exist_ok=True)
         start, stop = self.bounds(index)
         with HashingWriter(self._path(index, ".part")) as writer:
@@ -120,9 +120,9 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         self._done.add(index)
 
     def finish(self, lock: RunLock) -> Manifest:
-        """Join the parts, if that has not been done, and remove them.
+        """Join the parts, unless that is done, and remove them. lock: from `claim_finish`; released here.
 
-        Raises CorruptError for parts that are not what was written; they are removed, to be made again.
+        Raises CorruptError for parts that differ from what was written; their ranges count as not done afterwards.
         """
         try:
             self.join()
@@ -131,13 +131,13 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         return read_manifest(self.folder / scores.MANIFEST, format=scores.FORMAT, version=scores.VERSION)
 
     def join(self) -> None:
-        """The same for a process that has the right already."""
+        """Join the parts and remove them; the caller holds the right to finish."""
         if not self.finished():
             self._join()
         self._remove_parts()
 
     def holds(self, index: int) -> bool:
-        """Whether range ``index`` is finished, or all of them are joined."""
+        """Return whether range ``index`` is finished, or all ranges are joined."""
         return self._is_done(index) or self.finished()
 
     def _join(self) -> None:
@@ -165,18 +165,18 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
         )
 
     def _pieces(self, name: str) -> Iterator[NDArray[Any]]:
-        """One column, part by part."""
+        """Yield the values of one column, range by range."""
         before = self.columns[: self.columns.index(name)]
         for index in range(self.num_ranges):
             count = self._num_samples(index)
-            offset = sum(count * self._positions(other) * np.dtype(DTYPES[other]).itemsize for other in before)
+            offset = sum(count * self._positions(column) * np.dtype(DTYPES[column]).itemsize for column in before)
             yield np.fromfile(
                 self._path(index, ".part"), DTYPES[name], count=count * self._positions(name), offset=offset
             )
 
     def _remove_parts(self) -> None:
-        for _ in range(20):  # a process that is only now finding out may put a lock file there meanwhile
-            for name in filter(_OF_A_RANGE.match, self._names() or ()):  # what else is there is not ours
+        for _ in range(20):  # a process that has not seen yet that all is joined may add a lock file meanwhile
+            for name in filter(_OF_A_RANGE.match, self._names() or ()):  # other files are the user's
                 (self._ranges / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
                 self._ranges.rmdir()
@@ -190,17 +190,17 @@ class Parts(RangeWork[Mapping[str, NDArray[Any]]]):
             return None
         try:
             manifest = read_manifest(path, format=FORMAT, version=VERSION)
-        except (UsageError, CorruptError, FileNotFoundError):  # the last: another process is just removing it
+        except (UsageError, CorruptError, FileNotFoundError):  # FileNotFoundError: another process is removing it
             return None
         self._check_identity(manifest)
         return manifest
 
     def _check_identity(self, manifest: Manifest) -> None:
-        here = {**self._parameters, "num_samples": self.num_samples}
-        here |= {key: self._parameters.get(key) for key in _OPTIONAL}
+        expected = {**self._parameters, "num_samples": self.num_samples}
+        expected |= {key: self._parameters.get(key) for key in _OPTIONAL}
         if manifest.format == FORMAT:
-            here |= {"range_samples": self.range_samples, "columns": list(self.columns)}
-        if wrong := manifest.differences(here, self._parents, self._tokenizer):
+            expected |= {"range_samples": self.range_samples, "columns": list(self.columns)}
+        if wrong := manifest.differences(expected, self._parents, self._tokenizer):
             raise MismatchError(
                 f"{manifest.path} holds other scores than these: {'; '.join(wrong)}. Give another --output, or remove "
                 f"{self.folder} to score anew"

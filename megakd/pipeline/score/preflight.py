@@ -1,4 +1,4 @@
-"""What ``megakd score`` is asked to do, checked against what is on disk; every refusal, without torch."""
+"""Flags of ``megakd score``, checked against each other and against what is on disk, without torch."""
 
 from __future__ import annotations
 
@@ -33,24 +33,26 @@ from megakd.pipeline.score.parts import Parts
 
 @dataclass(frozen=True)
 class ScoreConfig(FrozenConfig):
-    """What ``megakd score`` is asked to do."""
+    """Flags of ``megakd score``."""
 
-    load: str | None = option(None, "the model: a checkpoint folder of 'megakd train'", common=True)
+    load: str | None = option(None, "the model: a folder of checkpoints of 'megakd train'", common=True)
     proxy: str | None = option(
-        None, "instead, a folder of 'megakd proxy': scores are its predictions of teacher minus reference", common=True
+        None,
+        "folder of 'megakd proxy', in place of --load: scores are its predictions of teacher minus reference",
+        common=True,
     )
     output: str = option(
         ...,
-        "folder for the scores; unfinished work stays in its folder parts. Jobs on several machines need a file system "
-        "on which flock works across them (NFS does, unless mounted with nolock or local_lock)",
+        "folder for the scores; unfinished work is in its subfolder parts. Jobs on several machines need a file system "
+        "on which flock works across machines (NFS does, unless mounted with nolock or local_lock)",
         common=True,
     )
-    iteration: int | None = option(None, "which checkpoint of --load (default: the latest)")
+    iteration: int | None = option(None, "iteration of the checkpoint in --load (default: the latest)")
     mask_policy: Literal["all", "skip_after_eod", "reset"] = option(
         "all",
-        "all: every position is scored; skip_after_eod: not the token with which another document starts, by the "
-        "index or behind an end-of-document id (MiniPLM's code); reset: each document by itself too, as with an "
-        "attention mask and positions by document",
+        "labels that count. all: every position; skip_after_eod: all but the first token of each further document, by "
+        "the index or behind an end-of-document id (as MiniPLM's code); reset: as skip_after_eod, and the model sees "
+        "each document alone, as with an attention mask and positions by document",
         common=True,
     )
     per_token_log_probs: bool = option(False, "store the log-probability of each token too (fp16)", common=True)
@@ -60,11 +62,13 @@ class ScoreConfig(FrozenConfig):
         "score only this share of the samples, drawn by --sample-seed: what 'megakd proxy' learns from",
         common=True,
     )
-    sample_seed: int = option(1234, "which samples; the same ones for every model that scores them", common=True)
+    sample_seed: int = option(
+        1234, "seed of the draw; the same seed draws the same samples for every model", common=True
+    )
     range_samples: int = option(
         0,
-        "samples that are committed together, what a killed rank repeats; 0: 512, or a 16384th of the dataset, over "
-        "--sample-fraction",
+        "samples that are saved together, the most that a killed rank repeats; 0: 512, or a 16384th of the dataset if "
+        "that is more, divided by --sample-fraction",
     )
 
     @property
@@ -98,16 +102,16 @@ class ScorePlan:
     shape: ModelShape
     samples: Samples
     eod_token: int | None
-    """What ends a document beside the index, if the mask policy asks and the tokenizer has one."""
+    """Id that ends a document besides the index, if the mask policy needs it and the tokenizer has one."""
     parts: Parts
     proxy: Proxy | None = None
-    """What makes numbers of the model's hidden states; None: its own head, log-probabilities."""
+    """Proxy whose predictions are the scores; None: log-probabilities under the model's own head."""
 
 
 def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
-    """Refuse what cannot work, and return what the rest of the run needs to know.
+    """Refuse flags and files that cannot work together, and return what the run needs of them.
 
-    Raises UsageError, MismatchError (also for scores in ``--output`` that are others than these), CorruptError.
+    Raises UsageError, MismatchError (also if ``--output`` holds other scores than these), CorruptError.
     """
     config.parallel().data_parallel_size(world_size)
     if config.proxy is not None:
@@ -122,7 +126,7 @@ def check_score(config: ScoreConfig, world_size: int) -> ScorePlan:
 
 
 def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy | None = None) -> ScorePlan:
-    """The same for a model that is known, wherever it lies."""
+    """Check as `check_score` does, for a checkpoint record already read; the world size is not checked."""
     dataset = IndexedDataset(config.data_path)
     record, tokenizer = common_tokenizer(
         dataset, record, tokenizer_model=config.tokenizer_model, vocab_size=config.vocab_size
@@ -164,22 +168,22 @@ def check_score_of(record: CheckpointRecord, config: ScoreConfig, proxy: Proxy |
 
 
 def draw_sample(num_samples: int, *, fraction: float, seed: int) -> NDArray[np.int64]:
-    """``round(fraction * num_samples)`` ids, at least one, sorted: a pure function of the three.
+    """Draw ``round(fraction * num_samples)`` sample ids, at least one; ``[n]`` int64, ascending.
 
-    A larger fraction holds every id of a smaller one with the same seed.
+    A pure function of its arguments. A larger fraction contains every id of a smaller one with the same seed.
     """
     count = max(1, round(fraction * num_samples))
-    # A key of its own: with the plain seed these would be the samples that a training run sees first.
+    # Its own key: with the plain seed the ids would be the samples that a training run sees first.
     key = xxhash.xxh3_64_intdigest(f"scored sample {seed}".encode()) >> 2
     return np.sort(permute(np.arange(count), num_samples=num_samples, seed=key, epoch=0))
 
 
 def masked_labels(mask_policy: str, dataset: IndexedDataset) -> dict[str, str]:
-    """What scores record of the labels that they leave out, by parameter."""
+    """Parameters by which scores record the labels that they leave out."""
     told_by = {} if mask_policy == "all" else {"boundaries": boundaries_of(dataset)}
     return {"mask_policy": mask_policy, **told_by}
 
 
 def unrecorded_vocabulary(vocab_size: int, tokenizer: Mapping[str, Any] | None) -> dict[str, int]:
-    """The vocabulary that log-probabilities are of, for manifests whose tokenizer does not tell it."""
+    """Parameter with the size of the scored vocabulary, for manifests whose tokenizer does not have it."""
     return {} if tokenizer is not None and tokenizer["vocab_size"] == vocab_size else {"vocab_size": vocab_size}

@@ -1,4 +1,4 @@
-"""Scoring itself: what a model, or a proxy, says about each sample of a range."""
+"""Scoring: a model, or a proxy, applied to the samples of one range after another."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megakd.work.progress import RangeProgress
 
 
 def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
-    """Score what is missing in ``--output``, with all other ranks and jobs that do.
+    """Score the samples that ``--output`` lacks, together with all other ranks and jobs that do.
 
     All ranks call it. Returns COMPLETE once the whole scores are there, STOPPED if a signal came first.
 
-    Raises CorruptError where the model gives no finite log-probabilities, or finished ranges were damaged.
+    Raises CorruptError for log-probabilities that are not finite, or if finished ranges are damaged.
     """
     return work_through(
         plan.parts,
@@ -39,10 +39,7 @@ def score(config: ScoreConfig, plan: ScorePlan) -> ExitStatus:
 
 
 class Scorer:
-    """One copy of the model, and what it says about samples.
-
-    teacher: the model, in the layout of ``groups``. provenance: what the last bits of its answers depend on.
-    """
+    """`RangeMaker` of scores: one copy of the model. teacher: the model, in the layout of ``groups``."""
 
     def __init__(self, config: ScoreConfig, plan: ScorePlan, teacher: ModelTeacher, groups: Groups) -> None:
         self._names, self._seq_length = plan.parts.columns, config.seq_length
@@ -78,9 +75,9 @@ class Scorer:
     def make(
         self, start: int, stop: int, progress: RangeProgress | None = None, *, ids: NDArray[np.int64] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """The columns over the samples ``[start, stop)``; filled on the last stage. The copy's ranks all call it.
+        """Score the samples ``ids`` (ascending; None: all) of the range ``[start, stop)``.
 
-        ids: ascending, those of the range that are scored; None: all.
+        Every rank of the copy calls it. Returns the columns over the range by file name, filled on the last stage only.
         """
         ids = np.arange(start, stop) if ids is None else ids
         columns = RangeColumns(self._names, start, stop, ids, self._seq_length)
@@ -92,6 +89,6 @@ class Scorer:
 
 
 def build_scorer(config: ScoreConfig, plan: ScorePlan, groups: Groups) -> Scorer:
-    """The model of ``--load`` in the layout of ``groups``, ready to score. All ranks call it."""
+    """Load the model in the layout of ``groups``. All ranks call it."""
     teacher = build_frozen(plan.record, plan.shape, groups, seq_length=config.seq_length)
     return Scorer(config, plan, teacher, groups)
