@@ -1,11 +1,12 @@
-"""One tokenizer and one vocabulary: what each part of a run records of them, held against what the others do.
+"""Agreement of all parts of a run on one tokenizer and one vocabulary, by what each part records.
 
-The vocabulary is the tokenizer's. A model may have more rows than that (151,936 or 152,064 for 151,665 ids): those
-behind the last id are padding, whoever trained it, and take no part in any softmax.
+The vocabulary is the tokenizer's. A model may have more rows than that (151,936 or 152,064 for 151,665 ids): the rows
+behind the last id are padding, whoever trained the model, and take no part in any softmax.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,11 @@ from megakd.errors import MismatchError, UsageError
 
 @dataclass(frozen=True)
 class Side:
-    """Somebody who knows ids: a dataset, a model, a logits store, scores, flags.
+    """One part of a run that has token ids: a dataset, a model, a logits store, scores or flags.
 
-    name: for messages. tokenizer: what is recorded; None where nothing is. vocab_size: how many ids its distributions
-    have; None where it has none. by_flags: a tokenizer's file alone, which does not say what ends a document here.
-    padded: vocab_size counts rows, padding among them, as a checkpoint of Megatron-LM records no more.
+    name: for messages. tokenizer: the recorded one, or None. vocab_size: number of ids of its distributions; None
+    without distributions. by_flags: known only by the tokenizer's file, which does not tell the end-of-document id.
+    padded: ``vocab_size`` counts rows with padding, because a checkpoint of Megatron-LM records nothing else.
     """
 
     name: str
@@ -31,20 +32,19 @@ class Side:
 
 
 def one_tokenizer(sides: Sequence[Side]) -> dict[str, Any] | None:
-    """The tokenizer of all sides, None where none of them records any.
+    """Tokenizer of all sides; None if no side records one.
 
-    Raises MismatchError for two that differ, with both names.
+    Raises MismatchError, with both names, for two sides whose tokenizers differ.
     """
     known = [side for side in sides if side.tokenizer is not None]
-    for index, one in enumerate(known):
-        for other in known[index + 1 :]:
-            _check_pair(one, other)
+    for left, right in itertools.combinations(known, 2):
+        _check_pair(left, right)
     best = next((side for side in known if not side.by_flags), known[0] if known else None)
     return None if best is None or best.tokenizer is None else dict(best.tokenizer)
 
 
 def unknown_tokenizers(sides: Sequence[Side]) -> str | None:
-    """One line on whose tokenizer is not known, where there is anything to hold it against; None where all are."""
+    """Warning that names the sides whose tokenizer is not recorded; None if all are, or there is only one side."""
     unknown = [side.name for side in sides if side.tokenizer is None]
     if not unknown or len(sides) < 2:
         return None
@@ -57,11 +57,10 @@ def unknown_tokenizers(sides: Sequence[Side]) -> str | None:
 
 
 def true_vocabulary(sides: Sequence[Side], *, stated: int | None) -> int | None:
-    """The number of ids: ``stated`` (by a flag), or the tokenizer's; None where neither is known. Rows that a side has
-    beyond it are padding.
+    """Number of token ids: ``stated`` (by a flag), or the tokenizer's; None if neither is known.
 
-    Raises MismatchError for a side with fewer ids, and for one with more of which it is not known that its tokenizer is
-    the same.
+    Further rows of a side are padding. Raises MismatchError for a side with fewer ids, and for a side with more whose
+    tokenizer is not known to be the same.
     """
     tokenizer = one_tokenizer(sides)
     vocab_size = stated if stated is not None else None if tokenizer is None else int(tokenizer["vocab_size"])
@@ -87,12 +86,12 @@ def true_vocabulary(sides: Sequence[Side], *, stated: int | None) -> int | None:
 def tokenizer_of_flags(
     tokenizer_type: str | None, tokenizer_model: str | None, recorded: Sequence[Side], *, vocab_size: int | None = None
 ) -> Side | None:
-    """The tokenizer that flags name, opened; None where they name no file, and no type that needs none.
+    """Open the tokenizer that flags name; None if they name neither a file nor a type that needs none.
 
-    recorded: sides that may say of which type it is. vocab_size: of a NullTokenizer, its end of document included.
+    recorded: sides that may record its type. vocab_size: for a NullTokenizer, its end-of-document id included.
 
-    Raises UsageError for a file that is not there, or one of which no type is known; MismatchError for another type
-    than is recorded.
+    Raises UsageError for a missing file, or one whose type is not known, MismatchError for another type than the
+    recorded one.
     """
     if tokenizer_type is None and tokenizer_model is None:
         return None
@@ -123,13 +122,13 @@ def tokenizer_of_flags(
     return Side(f"--tokenizer-model {tokenizer_model}", tokenizer.describe(), by_flags=True)
 
 
-def _check_pair(one: Side, other: Side) -> None:
-    assert one.tokenizer is not None and other.tokenizer is not None
-    keys = ("type", "hash", "vocab_size") + (() if one.by_flags or other.by_flags else ("eod",))
-    if any(one.tokenizer[key] != other.tokenizer[key] for key in keys):
+def _check_pair(left: Side, right: Side) -> None:
+    assert left.tokenizer is not None and right.tokenizer is not None
+    keys = ("type", "hash", "vocab_size") + (() if left.by_flags or right.by_flags else ("eod",))
+    if any(left.tokenizer[key] != right.tokenizer[key] for key in keys):
         raise MismatchError(
-            f"different tokenizers: {one.name} has {_name(one.tokenizer, other.tokenizer)}, {other.name} has "
-            f"{_name(other.tokenizer, one.tokenizer)}: the same ids are other tokens; 'megakd retokenize' makes a "
+            f"different tokenizers: {left.name} has {_name(left.tokenizer, right.tokenizer)}, {right.name} has "
+            f"{_name(right.tokenizer, left.tokenizer)}: the same ids are other tokens; 'megakd retokenize' makes a "
             "dataset in another tokenizer's"
         )
 

@@ -1,4 +1,4 @@
-"""How many samples each step takes: one number, or a ramp up to it, as Megatron's ``--rampup-batch-size`` says."""
+"""Number of samples of each step: one number, or a ramp up to it, as with Megatron's ``--rampup-batch-size``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_STEPS = 10_000_000
 
 @dataclass(frozen=True)
 class Ramp:
-    """From ``start`` samples a step in steps of ``increment``, all levels together over ``samples`` samples."""
+    """Ramp of the batch size: from ``start`` samples up in steps of ``increment``, over ``samples`` samples in all."""
 
     start: int
     increment: int
@@ -22,12 +22,12 @@ class Ramp:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Samples of a step as a function of the samples consumed before it; so a run continues with the same sizes.
+    """Number of samples of a step, a function of those consumed before it, so that a continued run has the same sizes.
 
     A ramp has ``(global_batch_size - start) / increment`` levels below the last, which share its ``samples`` evenly; a
     step that begins inside a level has its size. After ``samples`` every step has ``global_batch_size``.
 
-    Raises UsageError for a ramp that does not come to ``global_batch_size``.
+    Raises UsageError for a ramp that does not end at ``global_batch_size``.
     """
 
     global_batch_size: int
@@ -64,21 +64,21 @@ class BatchSizes:
         return ramp.start + int(consumed_samples / (ramp.samples / num_levels)) * ramp.increment
 
     def consumed_after(self, steps: int) -> int:
-        """Samples of the first ``steps`` steps."""
+        """Number of samples of the first ``steps`` steps."""
         in_ramp = self._ramp_starts
         if steps < len(in_ramp):
             return in_ramp[steps]
         return in_ramp[-1] + (steps - len(in_ramp) + 1) * self.global_batch_size
 
     def steps_of(self, samples: float) -> int:
-        """Whole steps among the first ``samples`` samples."""
+        """Number of whole steps among the first ``samples`` samples."""
         in_ramp = self._ramp_starts
         if samples < in_ramp[-1]:
             return bisect_right(in_ramp, samples) - 1
         return len(in_ramp) - 1 + int((samples - in_ramp[-1]) // self.global_batch_size)
 
     def train_iters(self, train_samples: int) -> int:
-        """Steps of a run of ``train_samples`` samples, counted as Megatron counts them.
+        """Number of steps of a run of ``train_samples`` samples, counted as Megatron counts them.
 
         In the ramp a step begins as long as samples are left; after it a last step that is not full is left out.
         """

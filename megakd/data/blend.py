@@ -1,4 +1,4 @@
-"""Blending: which dataset, and which of its samples, stands at each position of the training order."""
+"""Blend of datasets: the dataset, and its sample, at each position of the training order."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _QUANTA = 1 << 32
 
 @dataclass(frozen=True)
 class Draws:
-    """For each position: the index of the dataset, and the sample id in it. Both ``[n]`` int64."""
+    """Index of the dataset, and sample id in it, for each of *n* positions. Both ``[n]`` int64."""
 
     dataset_index: NDArray[np.int64]
     sample_id: NDArray[np.int64]
 
 
 class Blend:
-    """An endless order over the samples of several datasets.
+    """Endless order over the samples of several datasets.
 
     Which sample stands at a position depends on the numbers of samples, the weights, the seed and the position, and on
     nothing else: not on how many steps are asked for, nor on the number of ranks. After *n* positions each dataset has
@@ -55,7 +55,7 @@ class Blend:
         return [quanta / _QUANTA for quanta in self._quanta]
 
     def draw(self, positions: NDArray[np.int64]) -> Draws:
-        """The draws at ``positions``, ``[n]`` int64, in any order."""
+        """Return the draws at ``positions``: ``[n]`` int64, in any order."""
         positions = np.asarray(positions, dtype=np.int64)
         dataset_index = np.zeros(len(positions), dtype=np.int64)
         sample_id = np.empty(len(positions), dtype=np.int64)
@@ -69,21 +69,22 @@ class Blend:
         return Draws(dataset_index, sample_id)
 
     def _order(self, dataset: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The sample ids of the ``draws``-th draws from one dataset."""
+        """Sample ids of the ``draws``-th draws from one dataset."""
         num_samples = self.datasets[dataset].num_samples
         epochs, places = np.divmod(draws, num_samples)
         result = np.empty(len(draws), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
+            in_epoch = epochs == epoch
             # Datasets of equal size must not run in step, so each has a seed of its own.
-            result[here] = permute(places[here], num_samples=num_samples, seed=self.seed + dataset, epoch=epoch)
+            result[in_epoch] = permute(places[in_epoch], num_samples=num_samples, seed=self.seed + dataset, epoch=epoch)
         return result
 
 
 def parse_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:
-    """Read ``[p]``, ``[p1, p2, ...]`` or ``[w1, p1, w2, p2, ...]``; the weights are None where none are given.
+    """Read ``[p]``, ``[p1, p2, ...]`` or ``[w1, p1, w2, p2, ...]``; return weights, or None without any, and prefixes.
 
-    Without weights, datasets are drawn from in proportion to their numbers of samples.
+    Without weights, datasets are drawn from in proportion to their numbers of samples. Raises UsageError for any other
+    form.
     """
     numbers = [_number(entry) for entry in data_path]
     if not data_path:
@@ -109,7 +110,7 @@ def _number(text: str) -> float | None:
 
 
 def _quantise(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportion of the weights that sum to 2^32, by largest remainder, in exact arithmetic."""
+    """Integers in the proportion of the weights that sum to 2^32, by largest remainder, in exact arithmetic."""
     for weight in weights:
         if not math.isfinite(weight) or weight <= 0:
             raise UsageError(f"data weight {weight}: expected a finite number above 0")

@@ -1,4 +1,7 @@
-"""The loader: the batches of every step, for any rank, and a state that resumes them."""
+"""Loader: the batches of every step, for any rank, and a state from which it continues.
+
+Axes: ``B`` microbatch, ``S`` sequence.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from megakd.errors import MismatchError, UsageError
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward-backward consumes."""
+    """Input of one forward-backward."""
 
     tokens_BS: NDArray[np.int64]
     labels_BS: NDArray[np.int64]
@@ -42,7 +45,7 @@ class StepBatch:
         self.sample_positions = sample_positions
         """``[global batch size of this step]`` int64: places in the endless order of the blend."""
         self.draws: Draws = loader.blend.draw(sample_positions)
-        """Dataset and sample id of each."""
+        """Dataset and sample id at each place."""
 
     @property
     def num_microbatches(self) -> int:
@@ -56,7 +59,7 @@ class StepBatch:
         return (self.microbatch(index) for index in range(self.num_microbatches))
 
     def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
-        """Read microbatch ``index`` of a rank, of this one by default. Every call reads anew."""
+        """Read microbatch ``index`` of a rank, by default of this rank. Every call reads from disk."""
         loader = self._loader
         rank = loader.data_parallel_rank if data_parallel_rank is None else data_parallel_rank
         if not (0 <= index < self.num_microbatches and 0 <= rank < loader.data_parallel_size):
@@ -68,24 +71,24 @@ class StepBatch:
         return loader.read(self.draws.dataset_index[rows], self.draws.sample_id[rows])
 
     def parts(self, num_microbatches: int) -> Iterator[StepBatch]:
-        """The samples of the step in order, in steps of so many microbatches a rank, of which this has a multiple."""
+        """Cut the step into batches of ``num_microbatches`` microbatches for each rank, which must divide its own."""
         size = num_microbatches * self._loader.data_parallel_size * self._loader.micro_batch_size
         firsts = range(0, len(self.sample_positions), size)
         return (StepBatch(self._loader, self.sample_positions[first : first + size]) for first in firsts)
 
 
 class Loader:
-    """An endless iterator of `StepBatch`; `state` says where it is, in plain data.
+    """Endless iterator of `StepBatch`; `state` describes its place in plain data.
 
     global_batch_size: samples per step over all ranks; a multiple of micro_batch_size * data_parallel_size.
-    rampup: fewer at first, as ``BatchSizes`` says; the order of the samples is the same with it and without.
+    rampup: smaller batches at first, see `BatchSizes`; the order of the samples does not depend on it.
     eod_token, eod_mask_loss: leave out of the loss the labels behind an end-of-document id, as Megatron's flag does,
         and those with which a document starts by the index, for documents that end with no id (``data.boundaries``).
-    vocab_size: refuse token ids beyond it: at once where the manifest tells the largest, else when they are read.
-    state: what `state` returned, to continue there. The global batch size may differ; nothing else may.
+    vocab_size: refuse larger token ids: at once if the manifest has the largest id, else when they are read.
+    state: from `state`, to continue there. Only the global batch size may differ.
 
     Raises UsageError for sizes that do not divide and ids beyond the vocabulary, MismatchError for a state of other
-    data or another order.
+    data or of another order.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class Loader:
                 raise UsageError(f"{samples.dataset.prefix}: samples of {samples.seq_length}, seq_length {seq_length}")
         if eod_mask_loss:
             for samples in blend.datasets:
-                samples.dataset.check()  # now: its index is not read before the first step otherwise
+                samples.dataset.check()  # now, because its index is not read before the first step
         if vocab_size is not None:
             check_vocabulary(blend.datasets, vocab_size)
         self.blend = blend
@@ -151,13 +154,13 @@ class Loader:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the next step starts, and what makes the order what it is. Plain data; the same on every rank."""
+        """Place of the next step, and everything that decides the order. Plain data, equal on every rank."""
         names = [Path(samples.dataset.prefix).name for samples in self.blend.datasets]  # for people
         place = {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size}
         return {**place, **self._order(), "names": names}
 
     def rewind(self, consumed_samples: int) -> None:
-        """Go back to where so many samples were consumed: the steps from there on come again."""
+        """Go back to the step that starts after ``consumed_samples`` samples; the steps from there on come again."""
         self.consumed_samples, self._upcoming = consumed_samples, None
 
     def read(self, dataset_index_B: NDArray[np.int64], sample_id_B: NDArray[np.int64]) -> Microbatch:
@@ -166,16 +169,18 @@ class Loader:
         lengths = np.empty(len(sample_id_B), dtype=np.int64)
         mask = np.ones((len(sample_id_B), self.seq_length), dtype=np.bool_)
         for dataset in np.unique(dataset_index_B).tolist():
-            here = dataset_index_B == dataset
+            of_dataset_B = dataset_index_B == dataset
             samples = self.blend.datasets[dataset]
-            rows[here] = samples.read(sample_id_B[here])
-            lengths[here] = samples.lengths(sample_id_B[here])
+            rows[of_dataset_B] = samples.read(sample_id_B[of_dataset_B])
+            lengths[of_dataset_B] = samples.lengths(sample_id_B[of_dataset_B])
             if self._vocab_size is not None and samples.dataset.max_token_id is None:
-                _check_ids(samples, sample_id_B[here], rows[here], self._vocab_size)
+                _check_ids(samples, sample_id_B[of_dataset_B], rows[of_dataset_B], self._vocab_size)
             if self._eod_mask_loss:
-                first = begins_document(samples, sample_id_B[here], rows[here], eod_token=self._eod_token)
-                mask[here] = ~first[:, 1:]
-        mask &= np.arange(1, self.seq_length + 1) < lengths[:, None]  # where the label is no padding
+                first = begins_document(
+                    samples, sample_id_B[of_dataset_B], rows[of_dataset_B], eod_token=self._eod_token
+                )
+                mask[of_dataset_B] = ~first[:, 1:]
+        mask &= np.arange(1, self.seq_length + 1) < lengths[:, None]  # false for padding
         tokens, labels = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
         return Microbatch(tokens, labels, mask, sample_id_B, dataset_index_B)
 
@@ -212,7 +217,7 @@ class Loader:
 
 
 def check_vocabulary(datasets: Sequence[Samples], vocab_size: int) -> None:
-    """Raise UsageError for a dataset whose manifest records an id that a vocabulary of ``vocab_size`` has not."""
+    """Raise UsageError for a dataset whose manifest records an id beyond a vocabulary of ``vocab_size``."""
     for samples in datasets:
         largest = samples.dataset.max_token_id
         if largest is not None and largest >= vocab_size:
@@ -223,7 +228,7 @@ def check_vocabulary(datasets: Sequence[Samples], vocab_size: int) -> None:
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What makes the order of two states another one, in words; each state as `Loader.state` returns it."""
+    """Differences between two states of `Loader.state` that change the order, in words."""
     datasets = [_name_datasets(then), _name_datasets(now)]
     if then.get("datasets") != now["datasets"]:
         return "--data-path was {}, is now {}".format(*datasets)
@@ -237,7 +242,7 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _name_datasets(state: Mapping[str, Any]) -> str:
-    """As ``0.7 books (3f0c1d2e) + 0.3 code (9a8b7c6d)``, with the beginnings of the fingerprints."""
+    """Datasets in words: ``0.7 books (3f0c1d2e) + 0.3 code (9a8b7c6d)``, with the fingerprints' first eight digits."""
     fingerprints, weights = state.get("datasets", []), state.get("weights", [])
     names = state.get("names", [""] * len(fingerprints))  # older states have none
     parts = [f"{name} ({fingerprint[:8]})".lstrip() for name, fingerprint in zip(names, fingerprints)]

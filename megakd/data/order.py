@@ -15,7 +15,7 @@ _ROUNDS = 8
 
 
 def permute(index: NDArray[np.int64] | int, *, num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The sample that stands at place ``index`` of an epoch: a keyed permutation of ``range(num_samples)``.
+    """Samples at the places ``index`` of an epoch: a keyed permutation of ``range(num_samples)``.
 
     A Feistel network over the mixed radix (a, b), a ~ sqrt(num_samples), a * b >= num_samples, whose rounds add a hash
     of one digit to the other; results beyond the range are encrypted again until they fall inside ("cycle walking"),

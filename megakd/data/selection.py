@@ -20,12 +20,12 @@ MANIFEST, IDS = "selection.json", "ids.i64"
 
 
 class Selection:
-    """A folder with the sorted ids of the samples that are kept.
+    """Selection on disk, opened.
 
     ids: ``[n]`` int64, ascending, without duplicates; a read-only view of the mapped file.
 
-    Raises UsageError where there is none, CorruptError for files that are not whole, MismatchError if
-    ``expect_dataset`` is not the fingerprint of the dataset it was made for.
+    Raises UsageError if the folder has no selection, CorruptError for damaged files, MismatchError if the selection was
+    made for another dataset than the one with the fingerprint ``expect_dataset``.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, expect_dataset: str | None = None) -> None:
@@ -56,16 +56,16 @@ class Selection:
         return self.manifest.fingerprint
 
     def check(self, dataset: IndexedDataset, *, packing: str, seq_length: int, num_samples: int | None = None) -> None:
-        """Raise MismatchError unless it was made for these samples. num_samples: None where they are not opened yet."""
-        for name, own, expected in (
+        """Raise MismatchError unless it was made for these samples. num_samples: None if not known yet."""
+        for name, value, expected in (
             ("dataset", dataset.fingerprint, self.dataset),
             ("packing", packing, self.packing),
             ("seq_length", seq_length, self.seq_length),
             ("number of samples", num_samples, self.num_samples),
         ):
-            if own is not None and own != expected:
+            if value is not None and value != expected:
                 raise MismatchError(
-                    f"{self.folder}: selected from {name} {expected}, but {dataset.prefix} has {name} {own}; use the "
+                    f"{self.folder}: selected from {name} {expected}, but {dataset.prefix} has {name} {value}; use the "
                     f"{name} that was scored, or score and select anew"
                 )
 
@@ -74,9 +74,9 @@ class Selection:
 
 
 class SelectionWriter:
-    """Writes a selection piece by piece, ids ascending; nothing has its final name before `finish`.
+    """Writer of a selection, in pieces of ascending ids; no file has its final name before `finish`.
 
-    A context manager: left without `finish`, it removes what it wrote.
+    A context manager: without `finish`, leaving it removes what was written.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -87,7 +87,7 @@ class SelectionWriter:
         self._last = -1
 
     def append(self, ids: NDArray[np.int64]) -> None:
-        """Add ids larger than all before. Raises ValueError for others."""
+        """Add ids, each larger than all before. Raises ValueError otherwise."""
         if not len(ids):
             return
         if int(ids[0]) <= self._last or bool((ids[1:] <= ids[:-1]).any()):
@@ -109,8 +109,8 @@ class SelectionWriter:
     ) -> Manifest:
         """Make the selection durable, the manifest last.
 
-        num_samples: of the dataset. dataset: its fingerprint. rule: what decided, and what it came to.
-        parents: fingerprints of what else it was made from, such as the scores.
+        num_samples: samples of the dataset, kept or not. dataset: fingerprint of the dataset. rule: settings and
+        results of the choice. parents: fingerprints of the other artefacts that it was made from, such as scores.
         """
         if self._last >= num_samples:
             raise ValueError(f"{self.folder}: id {self._last} of {num_samples} samples")
@@ -133,7 +133,7 @@ class SelectionWriter:
         )
 
     def wrote(self, manifest: Manifest) -> bool:
-        """Whether the ids so far are those of a finished selection."""
+        """Return whether the ids written so far are those of a finished selection, by their hash."""
         return hash_file(self._writer.temporary).xxh3_128 == manifest.files[0].xxh3_128
 
     def abort(self) -> None:

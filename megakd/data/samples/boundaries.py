@@ -1,7 +1,7 @@
-"""Where documents begin inside samples: the index tells, and an end-of-document id where it stands.
+"""Starts of documents inside samples, by the dataset's index and by end-of-document ids.
 
-A label is left out of the loss, or of scores, where it is the first token of another document than its input: nothing
-in front of it tells what it will be. The index has where documents start, whether or not they end with an id.
+A label is left out of the loss, or of scores, if it is the first token of another document than its input: nothing in
+front of it predicts it. The index tells where documents start, whether or not they end with an id.
 Axes: ``N`` samples, ``S`` positions.
 """
 
@@ -25,25 +25,25 @@ INDEX, INDEX_AND_IDS = "index", "index and end-of-document ids"
 def begins_document(
     samples: Samples, sample_ids: NDArray[np.int64], rows: NDArray[np.int64], *, eod_token: int | None
 ) -> NDArray[np.bool_]:
-    """``[N, S + 1]``: whether a document starts with each token of ``rows``, or an end-of-document id stands before it.
+    """Mark the tokens with which a document starts: ``[N, S + 1]`` bool.
 
-    rows: ``[N, S + 1]``, as ``samples.read(sample_ids)`` gives them. eod_token: None looks at the index alone.
+    rows: ``[N, S + 1]``, from ``samples.read(sample_ids)``. eod_token: a document starts behind this id too; None: only
+    the index counts.
     """
-    found = np.zeros(rows.shape, dtype=np.bool_)
+    begins = np.zeros(rows.shape, dtype=np.bool_)
     starts, lengths = samples.starts(sample_ids).tolist(), samples.lengths(sample_ids).tolist()
-    for row, start, length in zip(found, starts, lengths):
+    for row, start, length in zip(begins, starts, lengths):
         row[starts_between(samples.dataset, start, start + length) - start] = True
     if eod_token is not None:
-        found[:, 1:] |= rows[:, :-1] == eod_token
-    return found
+        begins[:, 1:] |= rows[:, :-1] == eod_token
+    return begins
 
 
 def starts_between(dataset: IndexedDataset, start: int, stop: int) -> NDArray[np.int64]:
-    """The token positions from ``start`` to before ``stop`` at which a document of the index starts, ascending; a
-    position stands as often as documents without tokens start there too.
+    """Token positions in ``[start, stop)`` at which a document of the index starts: ``[n]`` int64, ascending.
 
-    By bisection, and not by numpy's search: the arrays of an index are not aligned to 8 bytes, and numpy would copy
-    them whole for each search.
+    A position is repeated if documents without tokens start there too. Bisection, and not numpy's search, because the
+    arrays of an index are not aligned to 8 bytes, and numpy would copy them whole for each search.
     """
     pointers, documents, size = dataset.pointers, dataset.document_indices, dataset.dtype.itemsize
     first = bisect_left(pointers, start * size)
@@ -55,30 +55,30 @@ def starts_between(dataset: IndexedDataset, start: int, stop: int) -> NDArray[np
 
 
 def ids_end_documents(dataset: IndexedDataset) -> bool:
-    """Whether an end-of-document id inside a document of the index ends a text.
+    """Return whether an end-of-document id inside a document of the index ends a text.
 
-    False where the manifest tells that each document is one text, which `megakd preprocess` made: an id inside of it
-    was a literal in that text. Documents of refined, imported and merged datasets may hold several texts, and what
-    Megatron's own tools made records nothing: there Megatron's rule holds, by which any such id is an end.
+    False for a dataset of `megakd preprocess`, by its manifest: each document is one text, and an id inside of it was
+    a literal in that text. Documents of refined, imported and merged datasets may hold several texts, and datasets of
+    Megatron's own tools record nothing: for both, Megatron's rule holds, by which any such id is an end.
     """
     parameters = {} if dataset.manifest is None else dataset.manifest.parameters
     return not ("append_eod" in parameters and "source_tokenizer" not in parameters)
 
 
 def boundaries_of(dataset: IndexedDataset) -> str:
-    """What tells the documents that ``score --mask-policy reset`` looks at by themselves, as scores record it."""
+    """Rule by which ``score --mask-policy reset`` finds the documents of a sample, as scores record it."""
     return INDEX_AND_IDS if ids_end_documents(dataset) else INDEX
 
 
 def check_boundaries(
     dataset: IndexedDataset, tokenizer: Mapping[str, Any] | None, flag: str, *, instead: str
 ) -> int | None:
-    """The end-of-document id that ``flag`` looks for beside the document starts of the index, which are checked.
+    """Check the index, and return the end-of-document id that ``flag`` looks for besides it.
 
-    tokenizer: what is recorded of it; None: nothing. instead: what to do where it is missing, for the message.
-    Returns None for a tokenizer without such an id, and, with a warning, where none is known.
+    tokenizer: the recorded one; None: nothing is recorded. instead: advice for the message if it is missing.
+    Returns None for a tokenizer without such an id, and, with a warning, without a tokenizer.
 
-    Raises UsageError where documents may hold several texts and no tokenizer tells what ends one; CorruptError for a
+    Raises UsageError if documents may hold several texts and no tokenizer tells what ends one, CorruptError for a
     broken index.
     """
     dataset.check()

@@ -12,10 +12,10 @@ from megakd.errors import UsageError
 
 
 class ConcatSamples:
-    """Sample *i* is the tokens ``[i * seq_length, i * seq_length + seq_length]``: no index, no state.
+    """Samples of equal length: *i* is the tokens ``[i * seq_length, i * seq_length + seq_length]``, both included.
 
-    The last token of one sample is the first of the next: every token but the first of the dataset is a label once.
-    Raises UsageError where the dataset is too short for one sample.
+    The last token of a sample is the first of the next, so every token of the dataset but the first is a label once.
+    Nothing is stored. Raises UsageError if the dataset is too short for one sample.
     """
 
     packing = "concat"
@@ -32,7 +32,7 @@ class ConcatSamples:
                 f"(it takes {seq_length + 1}); use more data or a smaller --seq-length"
             )
         itemsize = dataset.dtype.itemsize
-        # One overlapping row a sample, made by strides alone: reading samples is then a gather of rows.
+        # One overlapping row for each sample, by strides alone: reading samples is then a gather of rows.
         self._rows: NDArray[Any] = np.lib.stride_tricks.as_strided(
             dataset.tokens,
             (self.num_samples, seq_length + 1),
@@ -45,11 +45,11 @@ class ConcatSamples:
         return np.asarray(sample_ids, dtype=np.int64) * self.seq_length
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: ``seq_length + 1`` for all."""
+        """``[n]`` int64: ``seq_length + 1`` for every sample."""
         return np.full(len(sample_ids), self.seq_length + 1, dtype=np.int64)
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64. Raises IndexError for an id that is not a sample's."""
+        """Read samples: ``[n, seq_length + 1]`` int64. Raises IndexError for an id out of range."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         rows = np.empty((len(ids), self.seq_length + 1), dtype=np.int64)
         for row, sample in enumerate(ids.tolist()):

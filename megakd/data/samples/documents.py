@@ -15,11 +15,11 @@ _CHUNK = 1 << 18
 
 
 class DocumentSamples(RangeSamples):
-    """Sample *i* is document *i*: for datasets whose documents are samples already, such as refined ones.
+    """Samples for datasets whose documents are samples already, such as refined ones: *i* is document *i*.
 
-    Nothing is stored. A document of fewer than two tokens has no label and counts for nothing.
+    Nothing is stored. A document of fewer than two tokens is a sample without labels.
 
-    Raises UsageError for a document of more than ``seq_length + 1`` tokens, and where there is none.
+    Raises UsageError for a document of more than ``seq_length + 1`` tokens, and for a dataset without documents.
     """
 
     packing = "document"

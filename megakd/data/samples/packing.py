@@ -1,4 +1,4 @@
-"""The packings by name: how a dataset is cut into samples."""
+"""Packings by name: three ways to cut a dataset into samples."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Packing = Literal["concat", "sentence", "document"]
 def open_samples(
     packing: Packing, dataset: IndexedDataset, seq_length: int, open_tokenizer: Callable[[], Tokenizer]
 ) -> Samples:
-    """The samples of a dataset.
+    """Open the samples of a dataset under a packing.
 
-    open_tokenizer: called only where the starts of sentence packing are not on disk yet: they are then written beside
-    the dataset.
+    open_tokenizer: called only if sentence packing is not on disk yet; its sample starts are then written beside the
+    dataset.
 
-    Raises UsageError for a dataset that has no samples so, MismatchError for a tokenizer that is not the dataset's.
+    Raises UsageError for a dataset without samples, MismatchError for a tokenizer that is not the dataset's.
     """
     if packing == "sentence":
         return open_sentences(dataset, seq_length, open_tokenizer)

@@ -11,7 +11,7 @@ from megakd.data.indexed.dataset import IndexedDataset
 
 
 class Samples(Protocol):
-    """What the loader asks of a packing of one dataset."""
+    """One dataset cut into samples by a packing: contiguous ranges of its token stream, numbered from 0."""
 
     dataset: IndexedDataset
     seq_length: int
@@ -19,9 +19,9 @@ class Samples(Protocol):
     packing: str
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64: the samples' tokens, one more than the model sees, for the last label.
+        """Read samples: ``[n, seq_length + 1]`` int64, one token more than the model sees, for the last label.
 
-        A row ends in zeros, which count as no label, where its sample is shorter.
+        The row of a shorter sample is filled with zeros, which are no labels.
         """
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:

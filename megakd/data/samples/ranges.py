@@ -12,7 +12,7 @@ from megakd.errors import UsageError
 
 
 class RangeSamples(ABC):
-    """`Samples` that are told by the token positions at which each starts and ends."""
+    """`Samples` of different lengths; a subclass gives the token positions at which they start and end."""
 
     packing: str
 
@@ -29,14 +29,14 @@ class RangeSamples(ABC):
 
     @abstractmethod
     def ends(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the token position behind the last token of each sample."""
+        """``[n]`` int64: the token position after the last token of each sample."""
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the tokens of each sample, at most ``seq_length + 1``."""
         return self.ends(sample_ids) - self.starts(sample_ids)
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64, zeros behind each sample. Raises IndexError for an id that is not one's."""
+        """Read samples: ``[n, seq_length + 1]`` int64, zeros after each. Raises IndexError for an id out of range."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         rows = np.zeros((len(ids), self.seq_length + 1), dtype=np.int64)
         for row, (start, end) in zip(rows, zip(self.starts(ids).tolist(), self.ends(ids).tolist())):

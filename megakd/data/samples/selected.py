@@ -12,11 +12,11 @@ from megakd.errors import UsageError
 
 
 class SelectedSamples:
-    """The kept ones of ``samples``, as samples: sample *i* is sample ``selection.ids[i]`` of the source.
+    """Samples of ``samples`` that a selection keeps: *i* is sample ``selection.ids[i]`` of the source.
 
-    ``packing`` names the selection too: with it a data order cannot be continued with another selection.
+    ``packing`` names the selection, so that a data order cannot be continued with another one.
 
-    Raises MismatchError for a selection from another dataset or packing, UsageError for one that keeps nothing.
+    Raises MismatchError for a selection from another dataset or packing, UsageError for an empty selection.
     """
 
     def __init__(self, samples: Samples, selection: Selection) -> None:
@@ -36,7 +36,7 @@ class SelectedSamples:
         self.source = samples
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
+        """Read samples: ``[n, seq_length + 1]`` int64."""
         return self.source.read(self.source_ids(sample_ids))
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -60,14 +60,17 @@ class SelectedSamples:
 
 
 def unselected(samples: Samples) -> Samples:
-    """All samples of the dataset, where these are a selection or a part: what is on disk is addressed by their ids."""
+    """All samples of the dataset that a selection, or a part, was taken from; other samples are returned unchanged.
+
+    Scores, selections and stores on disk are addressed by the ids of all samples.
+    """
     while isinstance(samples, SelectedSamples | PartSamples):
         samples = samples.source
     return samples
 
 
 def ids_in_dataset(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``[n]`` int64: the ids that samples have among all of the dataset."""
+    """``[n]`` int64: the ids of the samples ``sample_ids`` among all samples of the dataset."""
     while isinstance(samples, SelectedSamples | PartSamples):
         sample_ids = samples.source_ids(sample_ids)
         samples = samples.source
@@ -75,7 +78,7 @@ def ids_in_dataset(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[n
 
 
 def selection_of(samples: Samples) -> Selection | None:
-    """The selection that these samples, or those they are a part of, were taken by."""
+    """Selection by which these samples, or those that they are a part of, were taken; None without one."""
     while isinstance(samples, PartSamples):
         samples = samples.source
     return samples.selection if isinstance(samples, SelectedSamples) else None

@@ -1,4 +1,4 @@
-"""A part of a dataset: the samples that lie in a contiguous range of its documents, as Megatron's ``--split`` cuts."""
+"""Parts of a dataset by contiguous ranges of its documents, as Megatron's ``--split`` cuts it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megakd.errors import UsageError
 
 @dataclass(frozen=True)
 class Split:
-    """Shares of training, validation and test, in any unit, as they were written (``949,50,1``)."""
+    """Shares of training, validation and test. text: three numbers in any unit, such as ``949,50,1``."""
 
     text: str
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """They sum to 1. Raises UsageError for a text that tells none."""
+        """Shares that sum to 1. Raises UsageError if the text is no list of shares."""
         numbers = [float(number) for number in re.findall(r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+", self.text)]
         numbers += [0.0] * (3 - len(numbers))
         plain = re.fullmatch(r"[\s'\"]*[0-9.]+(\s*[,/]\s*[0-9.]+){0,2}[\s'\"]*", self.text)
@@ -33,20 +33,18 @@ class Split:
         return numbers[0] / total, numbers[1] / total, numbers[2] / total
 
     def documents(self, num_documents: int, part: int) -> tuple[int, int]:
-        """The first document of a part, and the one behind its last; parts follow one another. part: 0, 1 or 2."""
+        """First document of a part, and the document after its last. part: 0 training, 1 validation, 2 test."""
         ends = np.cumsum([0.0, *self.shares])
         first, end = (min(round(float(share) * num_documents), num_documents) for share in ends[part : part + 2])
         return first, end
 
 
 class PartSamples:
-    """Those of ``samples`` that lie wholly in documents ``[first, end)``, as samples: *i* is *i* + ``offset`` of all.
+    """Samples that lie wholly in documents ``[first, end)``: *i* is sample *i* + ``offset`` of the source.
 
-    No token of another part is ever read; a sample across the seam of two parts belongs to neither. What is addressed
-    by sample ids (scores, selections, stores) is addressed by the ids in the whole dataset. ``packing`` names the
-    documents too: with it a data order cannot be continued with another split.
-
-    There may be none.
+    No token of another part is ever read; a sample across the border of two parts belongs to neither. Scores,
+    selections and stores are addressed by the ids in the whole dataset. ``packing`` names the documents, so that a data
+    order cannot be continued with another split. A part may be empty.
     """
 
     def __init__(self, samples: Samples, first: int, end: int) -> None:
@@ -60,7 +58,7 @@ class PartSamples:
         self.num_samples = max(0, last - self.offset)
 
     def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n, seq_length + 1]`` int64: the tokens of the source's samples."""
+        """Read samples: ``[n, seq_length + 1]`` int64."""
         return self.source.read(self.source_ids(sample_ids))
 
     def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -76,7 +74,7 @@ class PartSamples:
         self.source.prefetch(self.source_ids(sample_ids))
 
     def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the ids of the samples in the source. Raises IndexError for one that is not of this part."""
+        """``[n]`` int64: the ids of the samples in the source. Raises IndexError for an id out of range."""
         ids = np.asarray(sample_ids, dtype=np.int64)
         outside = ids[(ids < 0) | (ids >= self.num_samples)]
         if len(outside):
@@ -93,7 +91,7 @@ def _end(samples: Samples, sample: int) -> int:
 
 
 def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """The first of ``range(count)`` for which ``holds``, which stays true from there on; ``count`` if none."""
+    """First number below ``count`` for which ``holds``, which then stays true; ``count`` without one."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2

@@ -23,7 +23,7 @@ MANIFEST, HEAD, HELD_OUT = "proxy.json", "head.f32", "held_out.csv"
 
 @dataclass(frozen=True)
 class Proxy:
-    """What ``megakd proxy`` left in ``folder``."""
+    """Proxy in ``folder``, made by ``megakd proxy``."""
 
     folder: Path
     manifest: Manifest
@@ -33,21 +33,21 @@ class Proxy:
     """``[hidden_size + 1]``: weights over the mean hidden state, then the bias; gives nats a token."""
 
     def check_samples(self, **asked: object) -> None:
-        """Raise MismatchError where ``packing``, ``seq_length`` or ``mask_policy`` are not those it was fitted on."""
+        """Raise MismatchError unless ``packing``, ``seq_length`` and ``mask_policy`` are those of the fit."""
         for key, value in asked.items():
-            own = self.manifest.parameters[key]
-            if own != value:
+            fitted = self.manifest.parameters[key]
+            if fitted != value:
                 raise MismatchError(
-                    f"--proxy {self.folder}: fitted on samples with {key} {own}, asked for {key} {value}: its "
-                    f"predictions are of such samples; add --{key.replace('_', '-')} {own}"
+                    f"--proxy {self.folder}: fitted on samples with {key} {fitted}, asked for {key} {value}: its "
+                    f"predictions are of such samples; add --{key.replace('_', '-')} {fitted}"
                 )
 
 
 def read_proxy(folder: str | os.PathLike[str]) -> Proxy:
     """Open a proxy.
 
-    Raises UsageError where there is none, CorruptError for files that are not whole, MismatchError where its
-    checkpoint is another one.
+    Raises UsageError if the folder has none, CorruptError for damaged files, MismatchError if the checkpoint in it is
+    not the proxy's.
     """
     path = Path(folder)
     manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION)
@@ -74,7 +74,7 @@ def write_proxy(
     parameters: Mapping[str, Any],
     parents: Mapping[str, str],
 ) -> Manifest:
-    """Write what makes a proxy of the checkpoint ``record`` in the folder; the manifest comes last.
+    """Write the files that make a proxy of the checkpoint ``record`` in the folder, the manifest last.
 
     head: ``[hidden_size + 1]``, stored as fp32. held_out: columns of equal length, for the CSV.
     """

@@ -1,4 +1,4 @@
-"""A number for a whole sample: a linear head over the mean of a model's last hidden states.
+"""Value head: one number for a whole sample, linear in the mean of a model's last hidden states.
 
 Axes: S sequence, B microbatch, H hidden.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 def pool(hidden_SBH: Tensor, mask_BS: Tensor) -> Tensor:
     """``[B, H]`` fp32: the mean over the positions where ``mask_BS`` (bool) is true; 0 for a sample that has none."""
     mask_SB1 = mask_BS.t().unsqueeze(-1)
-    sums_BH = torch.where(mask_SB1, hidden_SBH.float(), 0.0).sum(0)  # not a product: NaN may stand where nothing counts
+    sums_BH = torch.where(mask_SB1, hidden_SBH.float(), 0.0).sum(0)  # not a product: masked positions may be NaN
     return sums_BH / mask_SB1.sum(0).clamp(min=1)
 
 

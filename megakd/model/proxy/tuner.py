@@ -1,4 +1,4 @@
-"""A model and a value head under tuning: every rank holds all of it and sees other samples; AdamW in fp32.
+"""Tuning of a model with a value head: every rank holds all of it and sees other samples; AdamW in fp32.
 
 Axes: S sequence, B microbatch.
 """
@@ -20,19 +20,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 
 class ValueTuner:
-    """Values of samples, gradients summed over the data-parallel ranks, and the update.
+    """Model, value head and AdamW, with gradients summed over the data-parallel ranks.
 
-    It is its own optimizer to ``CheckpointWriter`` and ``load_training_state``: what a checkpoint has beside the
-    model's weights is the head and AdamW's moments, under keys that begin with ``proxy``.
+    To ``CheckpointWriter`` and ``load_training_state`` the tuner is the optimizer: besides the model's weights a
+    checkpoint has the head and AdamW's moments, under keys that begin with ``proxy``.
 
-    model: whole, in fp32. Its output weight, where that is not the embedding, stays as it is.
+    model: whole, in fp32. Its output weight is not trained, unless it is the embedding.
     """
 
     def __init__(
         self, model: HiddenGPTModel, head: ValueHead, groups: Groups, *, weight_decay: float, clip_grad: float
     ) -> None:
         self.model, self.head, self._groups, self._clip_grad = model, head, groups, clip_grad
-        if model.output_layer.weight is not None:  # tied: the layer has none
+        if model.output_layer.weight is not None:  # None: tied to the embedding
             model.output_layer.requires_grad_(False)
         self._named: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         self._named |= {f"head.{name}": p for name, p in head.named_parameters()}
@@ -46,15 +46,15 @@ class ValueTuner:
             self._adam.state[parameter] = {"step": self._num_steps[0].clone(), **moments}
 
     def values(self, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """``[B]`` fp32: the head over the model's hidden states where ``mask_BS`` is true."""
+        """``[B]`` fp32: value of each sample, from the hidden states where ``mask_BS`` is true."""
         hidden_SBH: Tensor = self.model(tokens_BS, None, None)
         value_B: Tensor = self.head(hidden_SBH, mask_BS)
         return value_B
 
     def step(self, lr: float) -> float:
-        """Sum the gradients over all ranks, clip them by their norm, apply them; returns the norm. All ranks call it.
+        """Sum the gradients over all ranks, clip them by their norm, and apply them. All ranks call it.
 
-        Nothing is applied where the norm is not finite.
+        Returns the norm before clipping; nothing is applied if it is not finite.
         """
         parameters = list(self._named.values())
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
@@ -72,7 +72,7 @@ class ValueTuner:
         return norm
 
     def sharded_state_dict(self, _model: Any, *, is_loading: bool, metadata: Any) -> dict[str, ShardedTensor]:
-        """Head, moments and the number of steps, for megatron's checkpoints; equal on all ranks, rank 0 writes them."""
+        """Head, moments and number of steps, for megatron's checkpoints: equal on all ranks, written by rank 0."""
         rank = self._groups.data_rank
         return {
             key: ShardedTensor.from_rank_offsets(f"proxy.{key}", tensor, replica_id=(0, 0, rank))
@@ -80,7 +80,7 @@ class ValueTuner:
         }
 
     def load_state_dict(self, loaded: dict[str, Tensor]) -> None:
-        """The inverse, in place."""
+        """Copy loaded tensors into head, moments and number of steps, in place."""
         with torch.no_grad():
             for key, tensor in self._state().items():
                 tensor.copy_(loaded[key])
