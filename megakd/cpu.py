@@ -1,9 +1,9 @@
-"""The only file that knows how megatron-core is made to run without CUDA.
+"""Patches that make megatron-core run without CUDA; no other file knows about them.
 
 megatron-core names the CUDA device literally (``device="cuda"``, ``torch.cuda.current_device()``), so as shipped it
 runs on nothing else, although gloo offers every collective it needs. ``install()`` gives the modules of
 ``megatron.core`` a stand-in for the name ``torch`` that sends those literals to the CPU, and replaces the few functions
-that the stand-in cannot reach. Everybody else keeps the real ``torch``. With CUDA present nothing here is called.
+that the stand-in cannot reach. All other code keeps the real ``torch``. With CUDA nothing here is called.
 
 Each patch names the file and line of megatron-core 0.16.1 that needs it, relative to ``megatron/core``.
 """
@@ -39,7 +39,7 @@ _CUDA_TYPE_NAMES = {
 
 
 def needed() -> bool:
-    """Whether this process has no CUDA device, so that megatron-core needs ``install()``."""
+    """Return True if this process has no CUDA device, so that megatron-core needs `install`."""
     return not torch.cuda.is_available()
 
 
@@ -68,7 +68,7 @@ def hide_absent_cuda_packages() -> None:
 
 
 def refuse_foreign_apex() -> None:
-    """Refuse the project that PyPI calls ``apex``: NVIDIA's, which megatron-core looks for, is built from source.
+    """Refuse the project that PyPI calls ``apex``; NVIDIA's apex, which megatron-core looks for, is built from source.
 
     Raises:
         UsageError: an ``apex`` without NVIDIA's optimizers is installed.
@@ -92,7 +92,7 @@ def install() -> None:
         return
     hide_absent_cuda_packages()
     with warnings.catch_warnings():
-        # eight modules say that Transformer Engine and apex are not there, which is so by design
+        # eight modules warn that Transformer Engine and apex are missing, which is intended
         warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
         check_version(importlib.import_module("megatron.core.package_info").__version__)
         for name in ("optimizer", "transformer.moe.token_dispatcher", "tensor_parallel.random", "models.gpt"):
@@ -113,7 +113,7 @@ def install() -> None:
 
 
 class _Facade(types.ModuleType):
-    """A module that answers a few names itself and passes every other one to the real module."""
+    """A module that has a few names of its own and passes every other name to the real module."""
 
     def __init__(self, real: types.ModuleType, **overrides: Any) -> None:
         super().__init__(real.__name__)
@@ -124,7 +124,7 @@ class _Facade(types.ModuleType):
 
 
 class _FacadeFinder(importlib.abc.MetaPathFinder):
-    """Binds the facade in modules of megatron.core that are imported later."""
+    """Import hook that binds the facade in modules of megatron.core that are imported later."""
 
     def __init__(self, facade: types.ModuleType) -> None:
         self.facade = facade
@@ -153,7 +153,7 @@ def _bind(module: types.ModuleType | None, facade: types.ModuleType) -> None:
 
 
 class _Stream:
-    """Stands for CUDA streams and events (transformer/moe/token_dispatcher.py:445, distrib_optimizer.py): no-ops."""
+    """Stand-in for CUDA streams and events (transformer/moe/token_dispatcher.py:445, distrib_optimizer.py): no-ops."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
@@ -226,11 +226,11 @@ def _replace(module_name: str, attribute: str, make: Callable[[Any], Any]) -> No
 
 
 def _patch_rng() -> None:
-    """tensor_parallel/random.py:55, 243 take CUDA generators by names imported from ``torch.cuda``."""
+    """Replace the CUDA generators that tensor_parallel/random.py:55, 243 takes by names from ``torch.cuda``."""
 
     def make_tracker(tracker: type) -> type:
         class CpuRngStatesTracker(tracker):  # type: ignore[misc]
-            """Forks the CPU generator; megatron's own fork warns whenever that one moves (random.py:264)."""
+            """Tracker that forks the CPU generator; megatron's own warns whenever it moves (random.py:264)."""
 
             states_: dict[str, torch.Tensor]
             _current_state_name: str
@@ -263,7 +263,10 @@ def _patch_rng() -> None:
 
 
 def _patch_type_names() -> None:
-    """optimizer/optimizer.py:481, distrib_optimizer.py:361, clip_grads.py:167 compare ``type()`` with CUDA names."""
+    """Give CPU tensors CUDA type names where megatron compares ``type()`` with those.
+
+    optimizer/optimizer.py:481, optimizer/distrib_optimizer.py:361, optimizer/clip_grads.py:167.
+    """
 
     def named(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -281,7 +284,7 @@ def _patch_type_names() -> None:
 
 @contextlib.contextmanager
 def _cuda_type_names() -> Iterator[None]:
-    """While it lasts, ``tensor.type()`` of a CPU tensor answers the CUDA name."""
+    """Make ``tensor.type()`` of a CPU tensor return the CUDA name inside the block."""
     original = torch.Tensor.type
 
     def tensor_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +299,7 @@ def _cuda_type_names() -> Iterator[None]:
 
 
 def _patch_moves() -> None:
-    """language_module.py:244, rope_utils.py:64 and distrib_optimizer.py:1089 call ``tensor.cuda()``."""
+    """Make ``tensor.cuda()`` a no-op in language_module.py:244, rope_utils.py:64 and distrib_optimizer.py:1089."""
 
     def without_move(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -318,7 +321,7 @@ def _patch_moves() -> None:
 
 
 def _patch_moe() -> None:
-    """moe_utils.py:1192 reads a name that comes with Transformer Engine; token_dispatcher.py:876 skips CPU tensors."""
+    """Patch the experts: a name of Transformer Engine (moe_utils.py:1192), CPU tensors (token_dispatcher.py:876)."""
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""How ranks are laid out over tensor, context, data and pipeline parallelism: sizes, arithmetic, refusals. No torch."""
+"""Layout of ranks over tensor, context, data and pipeline parallelism: sizes, arithmetic, refusals. No torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _MINUTES_OF_A_YEAR = 525_600
 class ParallelConfig:
     """Sizes of the parallel groups, with Megatron's names."""
 
-    tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
-    pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
+    tensor_model_parallel_size: int = option(1, "number of ranks that share one layer (TP)", common=True)
+    pipeline_model_parallel_size: int = option(1, "number of pipeline stages (PP)", common=True)
     virtual_pipeline_model_parallel_size: int | None = option(
         None, "model chunks per pipeline stage (interleaved schedule)", common=True
     )
-    context_parallel_size: int = option(1, "ranks that share one sequence (CP)", common=True)
-    expert_model_parallel_size: int = option(1, "ranks that share the experts of one layer (EP)")
-    expert_tensor_parallel_size: int = option(1, "ranks that share one expert (ETP)")
+    context_parallel_size: int = option(1, "number of ranks that share one sequence (CP)", common=True)
+    expert_model_parallel_size: int = option(1, "number of ranks that share the experts of one layer (EP)")
+    expert_tensor_parallel_size: int = option(1, "number of ranks that share one expert (ETP)")
     sequence_parallel: bool = option(False, "split activations between layers along the sequence too", common=True)
     use_distributed_optimizer: bool = option(False, "split optimizer state over data-parallel ranks", common=True)
     overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
@@ -31,7 +31,7 @@ class ParallelConfig:
         None, "overlap pipeline messages with compute (default: only for the interleaved schedule)"
     )
     deallocate_pipeline_outputs: bool = option(False, "free a stage's output once it is sent")
-    distributed_timeout_minutes: float = option(10.0, "a collective that waits longer is an error")
+    distributed_timeout_minutes: float = option(10.0, "minutes after which a waiting collective is an error")
 
     def validate(self) -> None:
         for key in (
@@ -84,7 +84,7 @@ class ParallelConfig:
         return self.interleaved if self.overlap_p2p_comm is None else self.overlap_p2p_comm
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model among ``world_size`` ranks.
+        """Return the number of copies of the model among ``world_size`` ranks.
 
         Raises:
             UsageError: the world is not a multiple of TP x PP x CP, or EP does not fit into it.
@@ -126,7 +126,7 @@ class Coordinates:
 
 
 def rank_of(place: Coordinates, *, tensor: int, context: int, data: int) -> int:
-    """The rank that stands at ``place`` in a grid whose first three sizes are given."""
+    """Return the rank at ``place`` in a grid whose first three sizes are given."""
     return place.tensor + tensor * (place.context + context * (place.data + data * place.pipeline))
 
 

@@ -1,4 +1,4 @@
-"""The process groups of this run, built once and passed on; the only reader of megatron's ``parallel_state``."""
+"""Process groups of a run, built once and passed on; the only reader of megatron's ``parallel_state``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if cpu.needed():
 else:
     cpu.refuse_foreign_apex()
 
-# The CPU layer above must come first; the modules of megakd that import megatron import this one before.
+# The CPU layer above must come first, so modules of megakd that import megatron import this one before it.
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -32,7 +32,7 @@ _LAUNCHERS = "torchrun sets MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK; a lau
 
 @dataclass(frozen=True)
 class Groups:
-    """One layout of all ranks: its sizes, this rank's place in it, and megatron's process groups."""
+    """Layout of all ranks: its sizes, this rank's place in it, and megatron's process groups."""
 
     parallel: ParallelConfig
     collection: ProcessGroupCollection
@@ -74,16 +74,16 @@ class Groups:
         return self.pipeline_rank == self.parallel.pipeline_model_parallel_size - 1
 
     def has_output(self, virtual_stage: int | None) -> bool:
-        """Whether model chunk ``virtual_stage`` of this rank ends the model."""
+        """Return True if model chunk ``virtual_stage`` of this rank ends the model."""
         chunks = self.parallel.virtual_pipeline_model_parallel_size
         return self.is_last_stage and (virtual_stage is None or virtual_stage == (chunks or 1) - 1)
 
     def has_input(self, virtual_stage: int | None) -> bool:
-        """Whether model chunk ``virtual_stage`` of this rank begins the model."""
+        """Return True if model chunk ``virtual_stage`` of this rank begins the model."""
         return self.is_first_stage and virtual_stage in (None, 0)
 
     def vocab_shard(self, vocab_size: int, *, padded_vocab_size: int) -> VocabShard:
-        """This rank's rows of an output weight of ``padded_vocab_size``, of which ``vocab_size`` are ids."""
+        """Return this rank's rows of an output weight of ``padded_vocab_size`` rows, ``vocab_size`` of them for ids."""
         size = self.parallel.tensor_model_parallel_size
         rows = padded_vocab_size // size
         group = self.tensor if size > 1 else None
@@ -117,7 +117,7 @@ def init_parallel(parallel: ParallelConfig, *, seed: int) -> Groups:
 
 
 def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
-    """Groups of another layout over the same ranks, for a teacher; ``base`` itself if the layouts are the same.
+    """Build the groups of a teacher's layout over the same ranks; those of ``base`` if the layouts are equal.
 
     Every rank must call it, with the same layout. Context parallelism is shared with ``base``.
 
@@ -151,7 +151,7 @@ def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
 
 
 def random_states(groups: Groups) -> dict[str, Any]:
-    """This rank's generators as they stand. They matter only with dropout."""
+    """Return the states of this rank's random generators. They matter only with dropout."""
     states: dict[str, Any] = {
         "cpu": torch.get_rng_state(),
         "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
@@ -162,7 +162,7 @@ def random_states(groups: Groups) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Set this rank's generators to what ``random_states`` returned, in the same layout."""
+    """Set this rank's random generators to states that ``random_states`` returned in the same layout."""
     torch.set_rng_state(states["cpu"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
     if "cuda" in states:
@@ -196,7 +196,7 @@ def _meet(backend: str, timeout: datetime.timedelta) -> None:
     """Join the other ranks at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UsageError: the environment does not say where. ConnectionError: they were not met there.
+        UsageError: the environment does not give the place. ConnectionError: the other ranks were not met there.
     """
     numbers = {}
     for name, largest in (("MASTER_PORT", 65535), ("WORLD_SIZE", 2**31), ("RANK", 2**31)):
@@ -217,7 +217,7 @@ def _meet(backend: str, timeout: datetime.timedelta) -> None:
             )
     try:
         dist.init_process_group(backend, timeout=timeout)
-    except RuntimeError as error:  # what torch raises of sockets, of its store and of gloo
+    except RuntimeError as error:  # torch raises it for sockets, its store and gloo
         reason = str(error).split("\n")[0]
         if "failed to listen" in reason:
             raise ConnectionError(
@@ -229,7 +229,10 @@ def _meet(backend: str, timeout: datetime.timedelta) -> None:
 
 
 def _wait_for_port(host: str, port: int, seconds: float) -> str | None:
-    """Wait until something listens there; None, or why it was not reached. Torch would print its stacks meanwhile."""
+    """Wait until something listens at a port; return None, or the reason why nothing was reached.
+
+    Torch would print stack traces while it waits.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The words of a command line as flags with their values, and what another program's flags come to here."""
+"""Command line as flags with their values, and the interface by which another program's flags are translated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Takes = Literal["nothing", "switch", "one", "many"]
-"""What stands behind a flag: nothing, perhaps true or false, one word, or all words up to the next flag."""
+"""Form of a flag's value: none, an optional true or false, one word, or all words up to the next flag."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Given:
 
 @dataclass
 class Words:
-    """A command line taken apart. problems: what is wrong with its form, a phrase each."""
+    """A command line taken apart. problems: errors of its form, a phrase each."""
 
     flags: list[Given] = field(default_factory=list)
     unknown: list[Given] = field(default_factory=list)
@@ -30,24 +30,25 @@ class Words:
 
 @dataclass(frozen=True)
 class Line:
-    """What a command says so far, for a dialect to look at.
+    """Flags and files of a command, for a dialect to translate.
 
-    flags: all known ones, the dialect's own among them. files: values of the configuration files by their place in the
-    tree, read by type.
+    flags: all known flags, with the dialect's own. files: values of the configuration files by their place in the tree,
+    read by the types of their options.
     """
 
     flags: Sequence[Given]
     files: Mapping[str, Any]
 
     def of(self, name: str) -> tuple[str, ...] | None:
-        """The words of a flag, the last time it is given; None where it is not."""
+        """Return the words behind a flag, where it is given last; None if it is not given."""
         return next((given.values for given in reversed(self.flags) if given.name == name), None)
 
     def has(self, name: str) -> bool:
+        """Return True if the flag is given."""
         return self.of(name) is not None
 
     def number(self, name: str, key: str) -> int | None:
-        """A whole number that a flag or else a file gives."""
+        """Return the whole number that a flag or else a file gives; None if neither does."""
         words = self.of(name)
         if words is None:
             value = self.files.get(key)
@@ -57,7 +58,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Translation:
-    """What stands in for a dialect's flags. refused: a line each. notes: what the user should know, a line each."""
+    """Flags that replace a dialect's. refused: reasons for refusals; notes: information for the user; a line each."""
 
     flags: Sequence[Given] = ()
     refused: Sequence[str] = ()
@@ -65,30 +66,30 @@ class Translation:
 
 
 class Dialect(Protocol):
-    """Flags of another program that a command answers for."""
+    """Flags of another program that a command understands."""
 
     def takes(self, name: str) -> Takes | None:
-        """What stands behind a flag of that program; None for one that it does not know."""
+        """Return the form of the value of a flag of that program; None for an unknown flag."""
 
     def reads_itself(self, given: Given) -> bool:
-        """Whether the dialect translates this use of a flag that the command has too."""
+        """Return True if the dialect translates this use of a flag that the command has too."""
 
     def translate(self, line: Line) -> Translation:
-        """All of the line's flags that the dialect knows, and those whose use it reads itself, in our own."""
+        """Translate the line's flags that only the dialect knows, and the uses for which `reads_itself` is True."""
 
 
 def split_words(words: Sequence[str], takes: Mapping[str, Takes], dialect: Dialect | None = None) -> Words:
-    """Take a command line apart. takes: of each known flag, with its dashes."""
-    found = Words()
+    """Take a command line apart. takes: form of the value of each known flag, whose name has its dashes."""
+    parts = Words()
     position = 0
     while position < len(words):
         word = words[position]
         position += 1
         if word == "--":
-            found.positionals += words[position:]
+            parts.positionals += words[position:]
             break
         if not word.startswith("--"):
-            found.positionals.append(word)
+            parts.positionals.append(word)
             continue
         name, equals, attached = word.partition("=")
         kind = takes.get(name) or (dialect.takes(name) if dialect else None)
@@ -97,7 +98,7 @@ def split_words(words: Sequence[str], takes: Mapping[str, Takes], dialect: Diale
             end += 1
         following = list(words[position:end])
         if kind is None:
-            found.unknown.append(Given(name, (attached,) if equals else tuple(following)))
+            parts.unknown.append(Given(name, (attached,) if equals else tuple(following)))
             position = end
             continue
         if equals:
@@ -110,9 +111,9 @@ def split_words(words: Sequence[str], takes: Mapping[str, Takes], dialect: Diale
             values = following[:1] if kind == "one" else following
         position += 0 if equals else len(values)
         if kind in ("one", "many") and not values:
-            found.problems.append(f"{name}: no value follows; expected {'one' if kind == 'one' else 'at least one'}")
+            parts.problems.append(f"{name}: no value follows; expected {'one' if kind == 'one' else 'at least one'}")
         elif kind == "nothing" and equals:
-            found.problems.append(f"{name} is '{attached}'; expected no value: it is a switch")
+            parts.problems.append(f"{name} is '{attached}'; expected no value: it is a switch")
         else:
-            found.flags.append(Given(name, tuple(values)))
-    return found
+            parts.flags.append(Given(name, tuple(values)))
+    return parts

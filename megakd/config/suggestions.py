@@ -1,4 +1,4 @@
-"""What someone meant who wrote a name that is not known: said only where there is little doubt."""
+"""Suggestions for an unknown name, made only where there is little doubt."""
 
 from __future__ import annotations
 
@@ -75,39 +75,39 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """The known names that ``name`` is a synonym or a slip of: at most two, equally near; none where in doubt.
+    """Return the known names that ``name`` is a synonym or a slip of: at most two, equally near; none if in doubt.
 
     A slip is another dash, underscore or case, or one letter added, left out, changed or swapped with its neighbour
     (two where the name has twelve or more).
     """
     asked = _bare(name)
     by_bare: dict[str, list[str]] = {}
-    for each in known:
-        by_bare.setdefault(_bare(each), []).append(each)
-    same = [each for bare, names in by_bare.items() if _letters(bare) == _letters(asked) for each in names]
+    for candidate in known:
+        by_bare.setdefault(_bare(candidate), []).append(candidate)
+    same = [full for bare, names in by_bare.items() if _letters(bare) == _letters(asked) for full in names]
     if same:
         return same[:2]
     if asked in SYNONYMS and SYNONYMS[asked] in by_bare:
         return by_bare[SYNONYMS[asked]][:2]
     least = 2 if len(_letters(asked)) >= 12 else 1
-    found: list[str] = []
+    nearest: list[str] = []
     for bare, names in by_bare.items():
         distance = _slips(_letters(asked), _letters(bare), least)
         if distance is None or len(_letters(bare)) < 2:
             continue
-        found = names if distance < least else [*found, *names]
+        nearest = names if distance < least else [*nearest, *names]
         least = distance
-    return found if len(found) <= 2 else []
+    return nearest if len(nearest) <= 2 else []
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x' or 'y'?``, or nothing."""
+    """Return ``; did you mean 'x' or 'y'?``, or an empty text if no known name is near."""
     near = near_names(name, known)
-    return f"; did you mean {' or '.join(repr(each) for each in near)}?" if near else ""
+    return f"; did you mean {' or '.join(repr(candidate) for candidate in near)}?" if near else ""
 
 
 def _bare(name: str) -> str:
-    """Of a flag its words; of a place in the tree its last part, as a flag has it."""
+    """Return a flag without dashes in front, or the last part of a place in the tree, spelled like a flag."""
     return name.lstrip("-").rsplit(".", 1)[-1].replace("_", "-").lower()
 
 
@@ -115,18 +115,18 @@ def _letters(bare: str) -> str:
     return bare.replace("-", "")
 
 
-def _slips(one: str, other: str, most: int) -> int | None:
-    """Letters added, left out, changed or swapped with a neighbour between two words; None for more than ``most``."""
-    if abs(len(one) - len(other)) > most:
+def _slips(word: str, known: str, most: int) -> int | None:
+    """Count letters added, left out, changed or swapped with a neighbour; None if there are more than ``most``."""
+    if abs(len(word) - len(known)) > most:
         return None
     before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
+    row = list(range(len(known) + 1))
+    for i, letter in enumerate(word, 1):
         above, before_above = row, before
         row = [i]
-        for j, against in enumerate(other, 1):
+        for j, against in enumerate(known, 1):
             cost = min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (letter != against))
-            if before_above and j > 1 and letter == other[j - 2] and one[i - 2] == against:
+            if before_above and j > 1 and letter == known[j - 2] and word[i - 2] == against:
                 cost = min(cost, before_above[j - 2] + 1)
             row.append(cost)
         before = above

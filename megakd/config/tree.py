@@ -2,7 +2,7 @@
 
 A leaf is declared beside the code that reads it, ``lr: float = option(3e-4, "peak learning rate")``. Every leaf has two
 names: its place in the YAML tree (``optim: {lr: ...}``) and one flat flag with Megatron's spelling (``--lr``). Unknown
-keys are errors. The resolved tree is what ``--print-config`` prints and what every command writes beside its result.
+keys are errors. ``--print-config`` prints the resolved tree, and every command writes it beside its result.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Root = TypeVar("Root")
 def option(default: Any, help: str, *, common: bool = False, positional: bool = False, flag: str | None = None) -> Any:
     """Declare a leaf: its default (``...`` if it must be given) and its meaning in one line.
 
-    common: shown by ``--help`` (the others only by ``--help-all``).
-    flag: the flat flag where it is not the field's name; one with its dashes takes no prefix of its group.
+    common: shown by ``--help`` (other leaves only by ``--help-all``).
+    flag: the flat flag, if it is not the field's name; a flag with its dashes gets no prefix of its group.
     """
     metadata = {"help": help, "common": common, "positional": positional, "flag": flag, "required": default is ...}
     if isinstance(default, list):
@@ -39,7 +39,7 @@ def option(default: Any, help: str, *, common: bool = False, positional: bool = 
 
 
 def group(cls: type[Root], title: str, *, flag_prefix: str = "") -> Root:
-    """Declare a group of leaves, a dataclass of its own. flag_prefix keeps two groups of one class apart."""
+    """Declare a group of leaves, which is a dataclass. flag_prefix: keeps two groups of one class apart."""
     field: Root = dataclasses.field(
         default_factory=cls, metadata={"title": title, "flag_prefix": flag_prefix, "group": cls}
     )
@@ -48,7 +48,7 @@ def group(cls: type[Root], title: str, *, flag_prefix: str = "") -> Root:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the tree. key: its place, dotted. hint: its type."""
+    """A leaf of the tree. key: its place, dotted. hint: its type. title: of its group."""
 
     key: str
     flag: str
@@ -74,13 +74,13 @@ def parse(
     """Fill ``root`` from ``--config FILE`` and flags, validate it and return it.
 
     Every dataclass of the tree may have a ``validate()`` method that raises ``UsageError``. The root may have
-    ``check_given(given)``, which is told the places of what the flags and files say, and ``resolved()``, which returns
-    the tree with what follows from it. ``--help``, ``--help-all`` and ``--print-config`` print and exit with status 0.
-    epilog: lines that the help ends with. dialect: flags of another program that are answered.
+    ``check_given(given)``, which gets the places of the options that flags and files set, and ``resolved()``, which
+    returns the tree with derived values filled in. ``--help``, ``--help-all`` and ``--print-config`` print and exit
+    with status 0. epilog: last lines of the help. dialect: flags of another program that are understood too.
 
     Raises:
-        UsageError: what ``validate`` refuses; or, all at once, unknown keys and flags, values of another type, and
-            required ones that are missing.
+        UsageError: ``validate`` refuses a value; or, all in one message, keys and flags are unknown, values have
+            another type, or required values are missing.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     show_all = "--help-all" in arguments
@@ -125,19 +125,22 @@ def validate(config: Any) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The tree as plain data, in declaration order."""
+    """Return the tree as plain data, in declaration order."""
     tree: dict[str, Any] = dataclasses.asdict(config)
     return tree
 
 
 def dump(config: Any) -> str:
-    """The tree as YAML that ``--config`` reads back."""
+    """Return the tree as YAML that ``--config`` reads back."""
     text: str = yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
     return text
 
 
 def from_dict(root: type[Root], tree: Mapping[str, Any]) -> Root:
-    """The inverse of ``to_dict``; unknown keys are a ``UsageError``, missing ones take their defaults."""
+    """Build a tree from plain data, as `to_dict` returns it. Missing keys have their defaults.
+
+    Raises UsageError for unknown keys and wrong types.
+    """
     reading = _Reading(list_leaves(root), root.__name__)
     reading.read_tree(tree, source="")
     reading.refuse_problems()
@@ -146,7 +149,7 @@ def from_dict(root: type[Root], tree: Mapping[str, Any]) -> Root:
 
 
 def list_leaves(root: Any) -> list[Leaf]:
-    """Every leaf of a tree, in declaration order."""
+    """Return every leaf of a tree, in declaration order."""
     return list(_leaves(root, "", "", "options"))
 
 
@@ -163,7 +166,7 @@ def _leaves(cls: Any, key_prefix: str, flag_prefix: str, title: str) -> Iterator
 
 
 class _Reading:
-    """What a command line and its files say, as values by their place in the tree, and all that is wrong with it."""
+    """Reading of a command line and its files: values by their place in the tree, and everything that is wrong."""
 
     def __init__(self, leaves: list[Leaf], prog: str) -> None:
         self._leaves, self._prog = leaves, prog
@@ -177,32 +180,32 @@ class _Reading:
         self.notes: list[str] = []
 
     def read_command(self, arguments: Sequence[str], dialect: Dialect | None) -> None:
-        """Files first, in their order, then flags."""
+        """Read the files, in their order, then the flags."""
         takes = {name: _takes(leaf) for name, leaf in self._by_flag.items() if not leaf.field.metadata["positional"]}
-        found = split_words(arguments, {**takes, "--config": "one", "--print-config": "nothing"}, dialect)
-        self.problems += found.problems
-        for given in found.flags:
-            if given.name == "--config":
-                self.read_tree(read_config_file(given.values[0]), source=f"{given.values[0]}: ")
-        latest = {given.name: given for given in found.flags if given.name not in ("--config", "--print-config")}
-        flags = [given for given in found.flags if latest.get(given.name) is given]  # the last of each counts
+        words = split_words(arguments, {**takes, "--config": "one", "--print-config": "nothing"}, dialect)
+        self.problems += words.problems
+        for flag in words.flags:
+            if flag.name == "--config":
+                self.read_tree(read_config_file(flag.values[0]), source=f"{flag.values[0]}: ")
+        latest = {flag.name: flag for flag in words.flags if flag.name not in ("--config", "--print-config")}
+        flags = [flag for flag in words.flags if latest.get(flag.name) is flag]  # the last of each counts
         if dialect is not None:
             translation = dialect.translate(Line(flags, dict(self.values)))
-            foreign = [given for given in flags if given.name not in self._by_flag or dialect.reads_itself(given)]
-            flags = [given for given in flags if given not in foreign] + list(translation.flags)
+            foreign = [flag for flag in flags if flag.name not in self._by_flag or dialect.reads_itself(flag)]
+            flags = [flag for flag in flags if flag not in foreign] + list(translation.flags)
             self.problems += translation.refused
             self.notes += translation.notes
-        for given in flags:
-            leaf = self._by_flag[given.name]
-            words = [Plain(word, nulls=("null",)) for word in given.values] or [Plain("true")]
-            self._read(leaf, words if takes_list(leaf.hint) else words[0], named=given.name)
+        for flag in flags:
+            leaf = self._by_flag[flag.name]
+            values = [Plain(word, nulls=("null",)) for word in flag.values] or [Plain("true")]
+            self._read(leaf, values if takes_list(leaf.hint) else values[0], named=flag.name)
             self._in_flags.add(leaf.key)
-        self._read_positionals(found.positionals)
+        self._read_positionals(words.positionals)
         known = [leaf.flag for leaf in self._leaves if not leaf.field.metadata["positional"]]
-        self.problems += [f"unknown flag '{given.name}'{did_you_mean(given.name, known)}" for given in found.unknown]
+        self.problems += [f"unknown flag '{flag.name}'{did_you_mean(flag.name, known)}" for flag in words.unknown]
 
     def read_tree(self, tree: Mapping[str, Any], *, source: str, prefix: str = "") -> None:
-        """Fill in what a tree of groups says. source: how messages begin."""
+        """Read the values of a tree of groups. source: beginning of messages about it."""
         for name, value in tree.items():
             key = f"{prefix}{name}"
             if key in self._groups:
@@ -220,7 +223,7 @@ class _Reading:
                 self.problems.append(f"{source}unknown configuration key '{key}'{near}")
 
     def refuse_problems(self) -> None:
-        """Raise UsageError with everything that is wrong, where anything is."""
+        """Raise UsageError with everything that is wrong, if anything is."""
         if len(self.problems) == 1:
             raise UsageError(f"{self._prog}: {self.problems[0]} (see {self._prog} --help-all)")
         if self.problems:
@@ -228,10 +231,9 @@ class _Reading:
             raise UsageError(f"{self._prog}: {len(self.problems)} errors (see {self._prog} --help-all):\n{lines}")
 
     def given(self) -> frozenset[str]:
-        """Places of what somebody chose: by a flag, or in a file.
+        """Return the places of the options that somebody chose, by a flag or in a file.
 
-        A file that names most keys of a group is what ``--print-config`` and runs write: there a value that is the
-        default is nobody's choice.
+        A file with most keys of a group was written by ``--print-config`` or by a run: a default in it was not chosen.
         """
         chosen = set(self._in_flags)
         for key in self._in_files:
@@ -275,9 +277,9 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 def _help(leaves: list[Leaf], prog: str, description: str, show_all: bool) -> list[str]:
     lines = [f"usage: {prog} [--config FILE.yaml] [flags]", "", *textwrap.wrap(description, 100)]
     entries = [
-        ("general", "--config FILE", "YAML file; later ones and flags override what it says"),
+        ("general", "--config FILE", "YAML file of options; later files and flags override it"),
         ("general", "--print-config", "print the resolved configuration as YAML and exit"),
-        ("general", "--help, --help-all", "the common flags; every flag"),
+        ("general", "--help, --help-all", "help with the common flags; with every flag"),
     ]
     hidden = 0
     for leaf in leaves:

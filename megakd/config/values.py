@@ -1,4 +1,4 @@
-"""What a configuration value may be: text of a flag or a YAML file, or plain data, read as its option's type."""
+"""Values of options: text of a flag or a YAML file, or plain data, read as the option's type."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _NUMBER = re.compile(
 )
 _LARGEST_INTEGER = 2**63 - 1
 _WORDS = MappingProxyType(
-    {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # what they look like
+    {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # spellings of a switch
 )
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Text without quotes, which may stand for nothing; quoted text is a ``str``.
+    """Text without quotes, which may stand for null; quoted text is a ``str``.
 
-    nulls: the texts that do. A flag's value is empty where a shell variable was: that is no way to say null.
+    nulls: the texts that stand for null. Those of a flag leave out the empty text, which comes from an empty shell
+    variable and not from a wish for null.
     """
 
     text: str
@@ -32,21 +33,22 @@ class Plain:
 
     @property
     def is_null(self) -> bool:
+        """True if the text stands for null."""
         return self.text in self.nulls
 
 
 class WrongType(ValueError):
-    """A value that is not of its option's type: ``expected`` says what is."""
+    """A value is not of its option's type. expected: that type, in words."""
 
     def __init__(self, value: Any, expected: str) -> None:
         super().__init__(f"{show(value)}; expected {expected}")
 
 
 def read_value(value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint``: bool, int, float, str, a Literal, a list of those, or any of them or None.
+    """Return ``value`` as the type ``hint``: bool, int, float, str, a Literal, a list of those, or any of them or None.
 
-    What has no quotes is read by the option's type alone: ``010`` is ten for an integer and three characters for a
-    path, ``yes`` is true for a switch. One value for a list is a list of one.
+    Text without quotes is read by the option's type alone: ``010`` is ten for an integer and three characters for a
+    path, ``yes`` is true for a switch. A single value for a list is a list of one.
 
     Raises WrongType.
     """
@@ -57,32 +59,32 @@ def read_value(value: Any, hint: Any) -> Any:
         raise WrongType(None, type_name(hint))
     if typing.get_origin(inner) is list:
         (item,) = typing.get_args(inner)
-        return [read_value(each, item) for each in (value if isinstance(value, list | tuple) else [value])]
+        return [read_value(element, item) for element in (value if isinstance(value, list | tuple) else [value])]
     if isinstance(value, list | tuple | dict):
         raise WrongType(value, type_name(hint))
     for candidate in typing.get_args(inner) if _is_union(inner) else (inner,):
         reader = _read_literal if typing.get_origin(candidate) is Literal else _READERS[candidate]
-        found = reader(value, candidate)
-        if found is not None:
-            return found
+        result = reader(value, candidate)
+        if result is not None:
+            return result
     raise WrongType(value, type_name(hint))
 
 
 def show(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """Return a value as a message shows it, cut to 80 characters."""
     if isinstance(value, Plain):
         text = value.text or "null"
     elif isinstance(value, Mapping):
         text = "a group of keys"
     elif isinstance(value, list | tuple):
-        text = "[" + ", ".join(show(each) for each in value[:4]) + (", ..." if len(value) > 4 else "") + "]"
+        text = "[" + ", ".join(show(element) for element in value[:4]) + (", ..." if len(value) > 4 else "") + "]"
     else:
         text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def type_name(hint: Any) -> str:
-    """What a value of this type is, in words."""
+    """Return a type in words, as 'expected ...' continues."""
     optional, inner = _split_optional(hint)
     if typing.get_origin(inner) is list:
         words = f"a list, each {type_name(typing.get_args(inner)[0])}"
@@ -90,38 +92,39 @@ def type_name(hint: Any) -> str:
         choices = [str(choice) for choice in typing.get_args(inner)]
         words = choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     elif _is_union(inner):
-        words = " or ".join(type_name(each) for each in typing.get_args(inner))
+        words = " or ".join(type_name(member) for member in typing.get_args(inner))
     else:
         words = _NAMES[inner]
     return f"{words} or null" if optional else words
 
 
 def takes_switch(hint: Any) -> bool:
-    """Whether the flag stands alone: true or false, or null where what it is by default depends on other options."""
+    """Return True if the flag needs no value: the type is bool, or bool or None."""
     return _split_optional(hint)[1] is bool
 
 
 def takes_list(hint: Any) -> bool:
+    """Return True if the type is a list, or a list or None."""
     return typing.get_origin(_split_optional(hint)[1]) is list
 
 
 def metavar(hint: Any) -> str:
-    """What stands behind the flag in ``--help``."""
+    """Return the placeholder of the flag's value in ``--help``."""
     _, inner = _split_optional(hint)
     if typing.get_origin(inner) is Literal:
         return "{" + ",".join(str(value) for value in typing.get_args(inner)) + "}"
     if _is_union(inner):
-        return "|".join(metavar(each) for each in typing.get_args(inner))
+        return "|".join(metavar(member) for member in typing.get_args(inner))
     if typing.get_origin(inner) is list:
         return metavar(typing.get_args(inner)[0]) + " ..."
     return str(getattr(inner, "__name__", inner)).upper()
 
 
 def _split_optional(hint: Any) -> tuple[bool, Any]:
-    """Whether None is allowed, and the type without it."""
+    """Return True if None is allowed, and the type without None."""
     if not _is_union(hint):
         return False, hint
-    kept = tuple(each for each in typing.get_args(hint) if each is not type(None))
+    kept = tuple(member for member in typing.get_args(hint) if member is not type(None))
     if len(kept) == len(typing.get_args(hint)):
         return False, hint
     return True, kept[0] if len(kept) == 1 else typing.Union[kept]  # noqa: UP007

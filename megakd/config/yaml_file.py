@@ -1,7 +1,7 @@
-"""A YAML file as a tree of groups, read strictly: no code, no surprise of YAML 1.1, nothing given twice.
+"""YAML file as a tree of groups, read strictly: no code, no surprise of YAML 1.1, no key given twice.
 
-Scalars stay text: what they mean is the option's type to say (``config_values``). The events of the parser are put
-together here, one after the other, so that neither depth nor references can cost more than the file's own size.
+Scalars stay text: the type of their option decides their meaning (``megakd.config.values``). The parser's events are
+put together here, one by one, so that neither depth nor references can cost more than the size of the file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MAX_DEPTH = 20
 
 
 def read_config_file(path: str, flag: str = "--config") -> dict[str, Any]:
-    """The tree of a file: mappings with text keys, lists, quoted text (``str``) and the rest (``Plain``).
+    """Read the tree of a file: mappings with text keys, lists, quoted text (``str``) and other scalars (``Plain``).
 
-    flag: what names the file, for messages.
+    flag: the flag that names the file, for messages.
 
-    Raises UsageError, one line with file and line number: a file that cannot be read, is not UTF-8 or no mapping of
-    keys, several documents, a key given twice, tags, references to what is still open, more than ``MAX_VALUES``
-    values with references followed, or deeper than ``MAX_DEPTH``.
+    Raises UsageError, one line with file and line number, for a file that cannot be read, is not UTF-8 or is no mapping
+    of keys, and for several documents, a key given twice, tags, references to an open group, more than ``MAX_VALUES``
+    values with references followed, or more than ``MAX_DEPTH`` levels.
     """
     text = _read_text(path, flag)
     try:
@@ -53,11 +53,11 @@ def _read_text(path: str, flag: str) -> str:
 
 
 class _Builder:
-    """Puts one document together from the parser's events."""
+    """Builder of one document from the parser's events."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._anchors: dict[str, tuple[Any, int]] = {}  # value and how many values it holds
+        self._anchors: dict[str, tuple[Any, int]] = {}  # value, and the number of values in it
         self._open: set[str] = set()
         self._num_values = 0
 
@@ -104,7 +104,7 @@ class _Builder:
         return value
 
     def _mapping(self, events: Iterator[Any], depth: int) -> dict[str, Any]:
-        own: dict[str, Any] = {}
+        direct: dict[str, Any] = {}
         lines: dict[str, int] = {}
         merged: dict[str, Any] = {}
         event: Any
@@ -120,13 +120,13 @@ class _Builder:
             lines[key] = line
             value = self._value(next(events), events, depth + 1)
             if key != "<<" or event.style is not None:
-                own[key] = value
+                direct[key] = value
                 continue
             for source in value if isinstance(value, list) else [value]:
                 if not isinstance(source, dict):
                     raise self._refuse(event, "'<<' takes a group, or a list of groups")
                 merged = {**source, **merged}  # the first of a list counts, as YAML says
-        return {**merged, **own}  # own keys count over merged ones, as YAML says
+        return {**merged, **direct}  # a group's own keys override merged ones, as YAML says
 
     def _reference(self, event: Any) -> Any:
         if event.anchor in self._open:

@@ -50,7 +50,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attention output ``[S, B, N * D]``. The mask is causal; an explicit one or packing is not taken."""
+        """Return the attention ``[S, B, N * D]``. The mask is causal; ``attention_mask`` is not read."""
         assert attention_bias is None and packed_seq_params is None
         size, rank = self.context_group.size(), self.context_group.rank()
         if size > 1:
@@ -86,15 +86,15 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
 
 
 def gather_sequence(part_S: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The whole sequence in order, from parts that ranks hold in zigzag; dim 0 is the sequence. Differentiable."""
+    """Join the parts of a sequence that ranks hold in zigzag order, along dim 0. Differentiable."""
     gathered: Tensor = _GatherSequence.apply(part_S, group)  # type: ignore[no-untyped-call]
     return gathered
 
 
 def slice_sequence(whole: Tensor, *, dim: int, rank: int, size: int) -> Tensor:
-    """This rank's part of a sequence: chunks ``rank`` and ``2 * size - 1 - rank`` of ``2 * size``.
+    """Return this rank's part of a sequence: chunks ``rank`` and ``2 * size - 1 - rank`` of ``2 * size``.
 
-    So causal work is even over ranks. The order is megatron's (``rope_utils.get_pos_emb_on_this_cp_rank``).
+    This spreads causal work evenly over ranks. The order is megatron's (``rope_utils.get_pos_emb_on_this_cp_rank``).
     """
     if size == 1:
         return whole

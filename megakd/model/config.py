@@ -1,4 +1,4 @@
-"""What a model is, with Megatron's names, its presets, and every combination that is refused. No torch."""
+"""Shape of a model, in Megatron's names: its options, presets and the combinations that are refused. No torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _LARGEST = {
 
 
 def preset_layers(name: str) -> int | None:
-    """The number of layers of a preset; None for a name that is none."""
+    """Return the number of layers of a preset; None if there is no preset of that name."""
     layers: int | None = _PRESETS.get(name, {}).get("num_layers")
     return layers
 
@@ -51,7 +51,7 @@ def preset_layers(name: str) -> int | None:
 class ModelConfig:
     """A decoder of the Llama/Qwen family: RMSNorm, SwiGLU, RoPE, no bias outside QKV."""
 
-    preset: str | None = option(None, "a named shape; explicit keys override it", common=True)
+    preset: str | None = option(None, "named shape; explicit sizes override it", common=True)
     num_layers: int | None = option(None, "transformer layers", common=True)
     hidden_size: int | None = option(None, "width of the residual stream", common=True)
     ffn_hidden_size: int | None = option(None, "width of the feed-forward layer (default: 8/3 of hidden, rounded up)")
@@ -61,23 +61,27 @@ class ModelConfig:
     normalization: Literal["RMSNorm"] = option("RMSNorm", "norm before each block")
     norm_epsilon: float = option(1e-6, "epsilon of the norms")
     add_qkv_bias: bool | None = option(
-        None, "bias in the QKV projection, as Qwen 1.5 and 2 have (default: what the preset says, else false)"
+        None, "bias in the QKV projection, as in Qwen 1.5 and 2 (default: as the preset says, else false)"
     )
     qk_layernorm: bool = option(False, "norm of queries and keys (Qwen 3)")
     rotary_base: float = option(10000.0, "base of the rotary embedding")
     rotary_percent: float = option(1.0, "share of a head that is rotated")
-    rope_scaling_factor: float | None = option(None, "Llama 3.1 frequency scaling; 8.0 there (default: none)")
+    rope_scaling_factor: float | None = option(
+        None, "factor of Llama 3.1's frequency scaling, 8.0 in Llama 3.1 (default: none)"
+    )
     untie_embeddings_and_output_weights: bool | None = option(
-        None, "separate output weight (default: what the preset says, else true)"
+        None, "output weight apart from the embedding (default: as the preset says, else true)"
     )
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
     hidden_dropout: float = option(0.0, "dropout after attention and feed-forward")
     attention_dropout: float = option(0.0, "dropout of attention weights")
-    make_vocab_size_divisible_by: int = option(128, "the embedding is padded to a multiple of this times TP")
+    make_vocab_size_divisible_by: int = option(128, "divisor of the padded vocabulary, times TP")
     num_experts: int | None = option(None, "experts per feed-forward layer (MoE; default: dense)")
     moe_router_topk: int = option(2, "experts a token is sent to")
     moe_ffn_hidden_size: int | None = option(None, "width of one expert (default: ffn-hidden-size)")
-    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = option("alltoall", "how tokens reach experts")
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = option(
+        "alltoall", "messages that bring tokens to experts"
+    )
     moe_aux_loss_coeff: float = option(1e-2, "weight of the load-balancing loss")
     moe_shared_expert_intermediate_size: int | None = option(None, "width of the expert that sees every token")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
@@ -86,16 +90,18 @@ class ModelConfig:
     bf16: bool = option(False, "bfloat16 parameters and activations", common=True)
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "FP8 through Transformer Engine", common=True)
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option("delayed", "FP8 scaling recipe")
-    fp8_param_gather: bool = option(False, "keep parameters in FP8 and gather them so")
-    fp8_margin: int = option(0, "delayed scaling: the scale is divided by 2 to this power")
+    fp8_param_gather: bool = option(False, "keep and gather parameters in FP8")
+    fp8_margin: int = option(0, "delayed scaling: power of 2 that the scale is divided by")
     fp8_amax_history_len: int = option(1, "delayed scaling: steps whose largest values are kept")
     fp8_amax_compute_algo: Literal["most_recent", "max"] = option(
-        "most_recent", "delayed scaling: which of them counts"
+        "most_recent", "delayed scaling: value of those steps that counts, the latest or the largest"
     )
     fp4_format: Literal["e2m1"] | None = option(None, "FP4 through Transformer Engine (Blackwell)")
-    first_last_layers_bf16: bool = option(False, "first and last layer stay in bf16 under FP8")
-    recompute_granularity: Literal["full", "selective"] | None = option(None, "activations recomputed in backward")
-    recompute_method: Literal["uniform", "block"] | None = option(None, "how layers are grouped for full recompute")
+    first_last_layers_bf16: bool = option(False, "keep the first and the last layer in bf16 under FP8")
+    recompute_granularity: Literal["full", "selective"] | None = option(
+        None, "activations that are recomputed in the backward pass"
+    )
+    recompute_method: Literal["uniform", "block"] | None = option(None, "grouping of layers for full recompute")
     recompute_num_layers: int | None = option(None, "layers per recompute group")
 
     def validate(self) -> None:
@@ -104,7 +110,7 @@ class ModelConfig:
         if (self.fp8_format or self.fp4_format) and self.transformer_impl == "local":
             raise UsageError(
                 f"--{'fp8' if self.fp8_format else 'fp4'}-format needs --transformer-impl transformer_engine: "
-                "megatron-core's local layers ignore it without a word. Install Transformer Engine with: "
+                "megatron-core's local layers ignore it without an error. Install Transformer Engine with: "
                 "pip install --no-build-isolation 'megakd[te]'"
             )
         if self.fp8_format and self.fp4_format:
@@ -165,11 +171,11 @@ class ModelConfig:
 
     @property
     def given(self) -> bool:
-        """Whether the user described a model here at all."""
+        """True if the user described a model here."""
         return self.preset is not None or self.num_layers is not None or self.hidden_size is not None
 
     def resolve(self, role: str) -> ModelShape:
-        """The finished shape: preset, then explicit keys, then defaults that depend on other keys.
+        """Return the finished shape: preset, then explicit keys, then defaults that depend on other keys.
 
         Raises:
             UsageError: a size is missing or does not divide; the message names role, key and value.
@@ -244,13 +250,13 @@ class ModelShape:
     recompute_granularity: str | None
     recompute_method: str | None
     recompute_num_layers: int | None
-    # with defaults: checkpoints older than these do not tell them
+    # with defaults, because older checkpoints do not record them
     fp8_margin: int = 0
     fp8_amax_history_len: int = 1
     fp8_amax_compute_algo: str = "most_recent"
 
     def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:
-        """The shape of these weights where they are only asked, in this precision: no dropout, no FP4."""
+        """Return the shape for inference with these weights, in the given precision: no dropout, no FP4."""
         return dataclasses.replace(
             self,
             transformer_impl=transformer_impl,
@@ -315,7 +321,7 @@ class ModelShape:
                 )
 
     def weight_names(self) -> set[str]:
-        """Names of the weights in a checkpoint of this shape (layers are stored stacked); without the experts' own."""
+        """Return the names of the weights in a checkpoint of this shape (layers are stacked), without experts."""
         attention = ["linear_qkv.weight", "linear_qkv.layer_norm_weight", "linear_proj.weight"]
         attention += ["linear_qkv.bias"] if self.add_qkv_bias else []
         attention += ["q_layernorm.weight", "k_layernorm.weight"] if self.qk_layernorm else []

@@ -41,13 +41,13 @@ class HiddenGPTModel(GPTModel):  # type: ignore[misc]
         return hidden_states
 
     def output_weight(self) -> Tensor:
-        """This rank's rows ``[v, H]`` of the output weight; only where the model ends."""
+        """Return this rank's rows ``[v, H]`` of the output weight; only for a chunk that ends the model."""
         if self.share_embeddings_and_output_weights:
             return cast(Tensor, self.shared_embedding_or_output_weight())
         return cast(Tensor, self.output_layer.weight)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As megatron's, also for a model built without its head (language_module.py:302 takes the head for given)."""
+        """Return megatron's sharded tensors, also of a model without its head, which language_module.py:302 expects."""
         ends_here = self.post_process
         self.post_process = ends_here and self.output_layer is not None
         try:
@@ -57,7 +57,7 @@ class HiddenGPTModel(GPTModel):  # type: ignore[misc]
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm that tells megatron its weight lives in a sequence-parallel region (torch_norm.py:32 refuses that)."""
+    """RMSNorm whose weight is marked for sequence parallelism, which megatron's own (torch_norm.py:32) refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class RMSNorm(torch.nn.Module):
 
 
 def resolve_transformer_impl(shape: ModelShape) -> str:
-    """``local`` or ``transformer_engine`` for what the configuration asks and this machine has.
+    """Return ``local`` or ``transformer_engine``, as the configuration asks and this machine allows.
 
-    ``auto`` is Transformer Engine only where the device is CUDA and its import succeeds.
+    ``auto`` is Transformer Engine only if the device is CUDA and the import succeeds.
 
     Raises:
-        UsageError: Transformer Engine or FP8/FP4 is asked for and is not usable; the reason is in the message.
+        UsageError: Transformer Engine or FP8/FP4 is asked for and cannot be used; the message has the reason.
     """
     reason = _transformer_engine_failure()
     wants_low_precision = shape.fp8_format or shape.fp4_format
@@ -100,10 +100,10 @@ def build_model(
     seq_length: int,
     with_head: bool = True,
 ) -> list[HiddenGPTModel]:
-    """This rank's chunks of a model, weights not yet set.
+    """Build this rank's chunks of a model; their weights are not set yet.
 
-    vocab_size: the true vocabulary; rows are padded for the layout. with_head: allocate the output weight on the last
-    stage (a teacher's head lives with the student's last stage instead).
+    vocab_size: the true vocabulary; its rows are padded for the layout. with_head: allocate the output weight on the
+    last stage (a teacher's head is on the student's last stage instead).
     """
     chunks = groups.parallel.virtual_pipeline_model_parallel_size
     rows = padded_vocab_size(
@@ -141,14 +141,14 @@ def build_model(
 
 
 def partition_dim(name: str) -> int | None:
-    """Along which axis megatron splits a matrix over tensor-parallel ranks; None if every rank holds it whole."""
+    """Return the axis along which megatron splits a matrix over tensor-parallel ranks; None for a whole matrix."""
     if any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
         return 0
     return 1 if "linear_proj" in name or "linear_fc2" in name else None
 
 
 def _mark_split_weights(model: HiddenGPTModel) -> None:
-    """megatron marks weights only while it initialises them (layers.py:855); gradient norms count by the mark."""
+    """Mark split weights for the gradient norm; megatron does so only when it initialises them (layers.py:855)."""
     for name, weight in model.named_parameters():
         dim = partition_dim(name)
         if weight.dim() == 2 and dim is not None and not hasattr(weight, "tensor_model_parallel"):
@@ -156,7 +156,7 @@ def _mark_split_weights(model: HiddenGPTModel) -> None:
 
 
 def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> TransformerConfig:
-    """megatron's configuration of this shape in this layout."""
+    """Return megatron's configuration of this shape in this layout."""
     parallel, on_cpu = groups.parallel, groups.device.type == "cpu"
     dtype = torch.bfloat16 if shape.bf16 else torch.float32
     engine = resolve_transformer_impl(shape) == "transformer_engine"
@@ -253,7 +253,7 @@ def _layer_spec(shape: ModelShape, config: TransformerConfig, groups: Groups, st
 
 
 def _transformer_engine_failure() -> str | None:
-    """Why Transformer Engine cannot be used here, or None."""
+    """Return the reason why Transformer Engine cannot be used here; None if it can."""
     if cpu.needed():
         return "there is no CUDA device"
     try:

@@ -18,7 +18,7 @@ from megakd.parallel import Groups
 def set_initial_weights(
     models: list[HiddenGPTModel], shape: ModelShape, groups: Groups, *, vocab_size: int, seed: int
 ) -> None:
-    """Fill every weight from ``seed`` and its name alone, so that a seed gives one model in every layout.
+    """Fill every weight from ``seed`` and its name alone, so that a seed gives the same model in every layout.
 
     Norms are 1, biases 0, matrices normal with ``init_method_std``; the two that write to the residual stream with
     ``init_method_std / sqrt(2 * num_layers)``. Padded vocabulary rows are 0. Each rank draws the whole matrix on CPU
@@ -39,7 +39,7 @@ def set_initial_weights(
 
 
 def global_name(model: HiddenGPTModel, name: str, groups: Groups) -> str:
-    """A parameter's name in the whole model: layers and experts counted from its beginning, not from this rank's."""
+    """Return a parameter's name in the whole model, where layers and experts are not counted from this rank's first."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)

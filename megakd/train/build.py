@@ -1,4 +1,4 @@
-"""How each part of a run is built from the configuration and the plan."""
+"""Parts of a training run, each built from the options that it reads and from the plan."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ def build_writer(
 
 
 def _token_bytes(data: DataConfig, plan: Plan, metrics: Metrics) -> NDArray[np.int32] | None:
-    """UTF-8 bytes of each token, for bits per byte; None, with a word why, where the tokenizer cannot be opened."""
+    """Return int32 ``[V]``, UTF-8 bytes of each token; None, with a line that says why, if the tokenizer is missing."""
     recorded = plan.tokenizer or {}
     kind: Any = data.tokenizer_type or recorded.get("type")
     model = data.tokenizer_model or recorded.get("path")

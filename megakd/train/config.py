@@ -1,4 +1,4 @@
-"""Everything a training run can be told, and what is refused before a process group exists. No torch."""
+"""Options of a training run, and the refusal of values that cannot work. No torch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,13 @@ class TrainingConfig:
     micro_batch_size: int = option(1, "samples a rank passes through the model at once", common=True)
     global_batch_size: int = option(8, "samples of one optimizer step, over all ranks", common=True)
     rampup_batch_size: list[int] = option(
-        [], "START INCREMENT SAMPLES: steps of START samples first, INCREMENT more each time, all over SAMPLES samples"
+        [],
+        "ramp of the global batch size, START INCREMENT SAMPLES: from START samples a step, INCREMENT more each time, "
+        "over the first SAMPLES samples",
     )
     seed: int = option(1234, "seed of weights, data order and dropout", common=True)
-    exit_interval: int | None = option(None, "save and stop after this many steps of this process")
-    exit_duration_in_mins: float | None = option(None, "save and stop after this many minutes, with status 75")
+    exit_interval: int | None = option(None, "number of steps of this process after which it saves and stops")
+    exit_duration_in_mins: float | None = option(None, "minutes after which the run saves and stops, with status 75")
 
     def validate(self) -> None:
         for name in ("train_iters", "micro_batch_size", "global_batch_size"):
@@ -64,7 +66,7 @@ class TrainingConfig:
         if self.rampup_batch_size and len(self.rampup_batch_size) != 3:
             told = " ".join(map(str, self.rampup_batch_size))
             raise UsageError(f"--rampup-batch-size {told}: expected three numbers, START INCREMENT SAMPLES")
-        sizes = self.batch_sizes  # refuses a ramp that does not come to the global batch
+        sizes = self.batch_sizes  # refuses a ramp that does not end at the global batch
         if self.train_samples is not None and sizes.train_iters(self.train_samples) < 1:
             raise UsageError(f"--train-samples {self.train_samples} is less than one step of --global-batch-size")
 
@@ -92,38 +94,39 @@ class TrainingConfig:
 @dataclass
 class DataConfig:
     data_path: list[str | float] = option([], "training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", common=True)
-    valid_data_path: list[str | float] = option([], "held-out data, in the same form", common=True)
+    valid_data_path: list[str | float] = option([], "held-out data, in the form of --data-path", common=True)
     split: str | None = option(
         None,
-        "shares of training, held-out and test documents of --data-path, as 969,30,1: each dataset is cut in that "
-        "order "
-        "(default: all of it for training)",
+        "shares of training, held-out and test documents of --data-path, such as 969,30,1: each dataset is cut in "
+        "that order (default: all of it for training)",
     )
     seq_length: int = option(1024, "tokens of one sample", common=True)
     packing: Packing = option(
-        "concat", "samples are windows (concat), windows cut back to a sentence end, or documents", common=True
+        "concat",
+        "form of a sample: a window (concat), a window cut back to a sentence end (sentence), or a document",
+        common=True,
     )
-    valid_packing: Packing | None = option(None, "the same for the held-out data (default: as --packing)")
+    valid_packing: Packing | None = option(None, "packing of the held-out data (default: as --packing)")
     selection: list[str] = option(
         [],
-        "train on these samples alone: a folder of 'megakd select' for each dataset, or 'all' for one used whole",
+        "samples to train on: a folder of 'megakd select' for each dataset, or 'all' for a dataset that is used whole",
         common=True,
     )
     vocab_size: int | None = option(
         None,
-        "number of ids (default: the tokenizer's, as the dataset's manifest or --tokenizer-model tells); the rows that "
-        "a model has from there on are padding",
+        "number of ids in the vocabulary (default: the tokenizer's, from the dataset's manifest or --tokenizer-model); "
+        "further rows of a model's embedding are padding",
     )
     tokenizer_type: (
         Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] | None
-    ) = option(None, "what the data was made with (default: what its manifest records)")
+    ) = option(None, "type of the tokenizer that made the data (default: as its manifest records)")
     tokenizer_model: str | None = option(
-        None, "its file, which must be that of the manifest, teacher and checkpoint (default: as the manifest records)"
+        None, "file of that tokenizer, the same as of teacher and checkpoint (default: as the manifest records)"
     )
     eod_mask_loss: bool = option(
         False,
-        "no loss, in training and evaluation, on the token after an end-of-document id, nor on one with which a "
-        "document starts by the index",
+        "leave out of the loss, in training and evaluation, the first token of every document: by the "
+        "end-of-document id before it, or by the dataset's index",
     )
 
     def validate(self) -> None:
@@ -134,7 +137,7 @@ class DataConfig:
         if self.vocab_size is not None and not 1 <= self.vocab_size <= 1 << 30:
             raise UsageError(f"--vocab-size is {self.vocab_size}; expected 1 to {1 << 30}")
         if self.split is not None:
-            shares = self.split_shares.shares  # refuses a text that tells none
+            shares = self.split_shares.shares  # refuses a text that is not a list of shares
             if self.valid_data_path and shares[1]:
                 raise UsageError(
                     f"--split {self.split} and --valid-data-path both say what is held out: drop one, or give the "
@@ -147,7 +150,7 @@ class DataConfig:
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there is anything to evaluate on."""
+        """True if there is held-out data to evaluate on."""
         return bool(self.valid_data_path) or self.split_shares.shares[1] > 0
 
 
@@ -156,23 +159,27 @@ class OptimConfig:
     lr: float = option(3e-4, "peak learning rate", common=True)
     min_lr: float = option(0.0, "learning rate at the end of the decay", common=True)
     decoupled_lr: float | None = option(None, "peak learning rate of embeddings and output weight (default: as --lr)")
-    decoupled_min_lr: float | None = option(None, "the same at the end of the decay (default: as --min-lr)")
+    decoupled_min_lr: float | None = option(
+        None, "learning rate of embeddings and output weight at the end of the decay (default: as --min-lr)"
+    )
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = option(
         "cosine", "decay after warm-up", common=True
     )
     lr_warmup_iters: int = option(0, "steps of linear warm-up", common=True)
-    lr_warmup_samples: int = option(0, "the same in samples, with --train-samples")
-    lr_warmup_fraction: float | None = option(None, "the same as a share of the decay's steps or samples")
+    lr_warmup_samples: int = option(0, "samples of linear warm-up, in a run of --train-samples")
+    lr_warmup_fraction: float | None = option(None, "share of the decay's steps or samples that is warm-up")
     lr_warmup_init: float = option(0.0, "learning rate at which the warm-up starts")
     lr_decay_iters: int | None = option(None, "step at which the decay ends (default: train-iters)")
-    lr_decay_samples: int | None = option(None, "the same in samples (default: train-samples)")
+    lr_decay_samples: int | None = option(
+        None, "sample at which the decay ends, in a run of --train-samples (default: train-samples)"
+    )
     lr_wsd_decay_style: DecayShape = option("minus_sqrt", "shape of WSD's final decay (minus_sqrt: 1 - sqrt)")
     lr_wsd_decay_iters: int | None = option(None, "steps of WSD's final decay (default: a tenth of the run)")
-    lr_wsd_decay_samples: int | None = option(None, "the same in samples, with --train-samples")
+    lr_wsd_decay_samples: int | None = option(None, "samples of WSD's final decay, in a run of --train-samples")
     weight_decay: float = option(0.1, "decoupled weight decay; none on norms and biases", common=True)
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.95, "decay of the second moment")
-    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    adam_eps: float = option(1e-8, "epsilon, added to the root of the second moment")
     clip_grad: float = option(1.0, "largest gradient norm; 0 for none", common=True)
 
     def validate(self) -> None:
@@ -202,7 +209,7 @@ class OptimConfig:
             )
 
     def phases(self, train_iters: int) -> Phases:
-        """Those of the WSD style in steps, whether it is chosen or not, of a run whose length is told in steps."""
+        """Return the phases that the WSD style would have, in steps, for a run whose length is given in steps."""
         return lr_lengths(self, train_iters).phases(int, self.lr_wsd_decay_style)
 
 
@@ -211,26 +218,26 @@ class CheckpointConfig:
     save: str | None = option(None, "folder for checkpoints, records and the resolved configuration", common=True)
     load: str | None = option(
         None,
-        "folder to start from (default: continue in --save if it holds a checkpoint); where it is --save and holds "
-        "none yet, the run starts from the seed",
+        "folder of the checkpoint to start from (default: continue in --save if it holds a checkpoint); if it is the "
+        "folder of --save and holds no checkpoint yet, the run starts from the seed",
         common=True,
     )
     ckpt_step: int | None = option(
-        None, "start from the checkpoint of this step: of --load, or of --save without it (default: the latest)"
+        None, "step whose checkpoint to start from, in --load, or in --save without it (default: the latest)"
     )
-    save_interval: int = option(1000, "steps between checkpoints; one more at the end", common=True)
+    save_interval: int = option(1000, "steps between checkpoints; the last step has one too", common=True)
     async_save: bool = option(False, "write checkpoints in the background")
-    finetune: bool = option(False, "from --load take the weights only: new optimizer, step 0, first sample")
+    finetune: bool = option(False, "take only the weights of --load: new optimizer, step 0, first sample")
     exit_on_missing_checkpoint: bool = option(
-        False, "refuse a --load without a checkpoint also where it is --save, instead of starting there"
+        False, "refuse a --load without a checkpoint even if it is the folder of --save, instead of starting anew"
     )
 
     @property
     def starts_afresh(self) -> bool:
-        """Whether the run loads from the folder it saves to, as Megatron's scripts do, before anything is there.
+        """True if the run loads from the folder it saves to, as Megatron's scripts do, and no checkpoint is there yet.
 
-        Weights to start from (``finetune``) and any other folder must be there: a name with a slip would train a model
-        from the seed.
+        With ``finetune``, and for any other folder, the checkpoint must exist: otherwise a mistyped name would train a
+        model from the seed.
         """
         if not (self.load and self.save) or self.finetune or self.exit_on_missing_checkpoint:
             return False
@@ -247,7 +254,7 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
-    eval_interval: int = option(100, "steps between evaluations; one more at the end", common=True)
+    eval_interval: int = option(100, "steps between evaluations; the last step has one too", common=True)
     eval_iters: int = option(10, "global batches of one evaluation, at most one pass over the data", common=True)
     skip_train: bool = option(False, "evaluate the checkpoint once: trains nothing, saves no checkpoint")
 
@@ -260,15 +267,17 @@ class EvaluateConfig:
 
 @dataclass
 class LoggingConfig:
-    log_interval: int = option(10, "steps between lines", common=True)
+    log_interval: int = option(10, "steps between two lines on the console", common=True)
     tensorboard_dir: str | None = option(None, "folder for TensorBoard (default: SAVE/tensorboard)")
-    wandb_project: str | None = option(None, "record the run in this project of Weights & Biases too")
-    wandb_exp_name: str | None = option(None, "the run's name there (default: the name of the --save folder)")
-    wandb_save_dir: str | None = option(None, "folder for its local files (default: SAVE)")
-    wandb_entity: str | None = option(None, "user or team that the project belongs to (default: yours)")
-    mlflow_tracking_uri: str | None = option(None, "record the run in this MLflow server or database too")
-    mlflow_experiment: str | None = option(None, "MLflow's experiment for the run (default: Default)")
-    mlflow_run_name: str | None = option(None, "the run's name there (default: the name of the --save folder)")
+    wandb_project: str | None = option(None, "project of Weights & Biases that the run is recorded in too")
+    wandb_exp_name: str | None = option(
+        None, "name of the run in Weights & Biases (default: the name of the --save folder)"
+    )
+    wandb_save_dir: str | None = option(None, "folder for local files of Weights & Biases (default: SAVE)")
+    wandb_entity: str | None = option(None, "user or team that the W&B project belongs to (default: yours)")
+    mlflow_tracking_uri: str | None = option(None, "MLflow server or database that the run is recorded in too")
+    mlflow_experiment: str | None = option(None, "experiment of the run in MLflow (default: Default)")
+    mlflow_run_name: str | None = option(None, "name of the run in MLflow (default: the name of the --save folder)")
 
     def validate(self) -> None:
         if self.log_interval < 1:
@@ -284,7 +293,7 @@ class LoggingConfig:
 
 @dataclass
 class TrainConfig:
-    """The root: groups in YAML, and one flat flag a leaf."""
+    """Root of the tree: groups in YAML, and one flat flag for each option."""
 
     training: TrainingConfig = group(TrainingConfig, "training")
     student: ModelConfig = group(ModelConfig, "model (the student)")
@@ -321,7 +330,7 @@ class TrainConfig:
     def _check_objective(self) -> None:
         objective, teacher = self.objective, self.teacher
         if teacher.load is None and objective.rho_keep != 1:
-            with_stores = "; logits stores do not tell its loss on every label" if teacher.reads_stores else ""
+            with_stores = "; logits stores do not hold its loss on every label" if teacher.reads_stores else ""
             raise UsageError(
                 f"--rho-keep {objective.rho_keep} asks a teacher which tokens to leave out: add --teacher-load DIR"
                 + with_stores
@@ -351,7 +360,7 @@ class TrainConfig:
             )
 
     def kd_schedule(self) -> KDSchedule | None:
-        """What alpha and the temperature are at each step; None where nothing is distilled."""
+        """Return alpha and the temperature as functions of the step; None if nothing is distilled."""
         if not self.teacher.is_there or self.objective.kd_alpha == 0:
             return None
         return self.objective.schedule(self.training.train_iters, self.phases())
@@ -362,12 +371,12 @@ class TrainConfig:
         return lr_lengths(self.optim, self.training.train_iters, self.training.train_samples)
 
     def phases(self) -> Phases:
-        """Those of the WSD style in steps, whether it is chosen or not."""
+        """Return the phases that the WSD style would have, in steps."""
         lengths, style = self.lr_lengths, self.optim.lr_wsd_decay_style
         return lengths.phases(self.training.batch_sizes.steps_of if lengths.unit == "samples" else int, style)
 
     def resolved(self) -> TrainConfig:
-        """This configuration with ``train_iters`` where the length is told in samples."""
+        """Return this configuration with ``train_iters`` set, even if the length is given in samples."""
         training = self.training
         if training.train_samples is None:
             return self
@@ -375,12 +384,12 @@ class TrainConfig:
         return replace(self, training=replace(training, train_iters=train_iters))
 
     def check_given(self, given: frozenset[str]) -> None:
-        """Refuse what was asked for and would do nothing. given: places in the tree of what somebody chose."""
+        """Refuse options that were given and would do nothing. given: their places in the tree."""
         check_given(self.training, self.teacher, self.objective, given)
 
     @property
     def trains_taid(self) -> bool:
-        """Whether the run keeps the state of taid."""
+        """True if the run trains with taid, whose progress its checkpoints keep."""
         objective = self.objective
         with_kd = self.teacher.is_there and objective.kd_alpha > 0
         return with_kd and objective.kd_divergence == "taid" and not self.evaluate.skip_train

@@ -1,4 +1,4 @@
-"""Which samples a gradient that is not finite comes from: the step is gone through again, a microbatch at a time."""
+"""Search for the samples whose gradients are not finite: the step is computed again, one microbatch at a time."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def name_samples(
     *,
     step: int,
 ) -> Exception:
-    """The ``refusal`` of a step with the samples in its words, where a gradient is what it is about; else as it is.
+    """Return the ``refusal`` of a step; if it is about a gradient, with the guilty samples in its message.
 
-    All ranks call it, with the random numbers that the step began with. Gradients are looked at before they are added
-    up over data-parallel ranks, so that each rank answers for its own samples; with experts on several ranks, also for
-    those of others that its experts saw. The gradients are of no use afterwards.
+    All ranks call it, with the random numbers that the step began with. Gradients are examined before they are added up
+    over data-parallel ranks, so that each rank sees those of its own samples; with experts on several ranks, also those
+    of other ranks' samples that its experts computed. The gradients must not be used afterwards.
+
+    teacher, objective: of the step, as `run_step` had them.
     """
     if not isinstance(refusal, NonFiniteGradientError):
         return refusal
@@ -48,22 +50,22 @@ def name_samples(
     dist.all_gather_object(everyone, (groups.data_rank, bad))
     seen = {}
     for data_rank in range(groups.data_size):
-        ranks = [rank for rank, (own, _) in enumerate(everyone) if own == data_rank]
+        ranks = [rank for rank, (part_of, _) in enumerate(everyone) if part_of == data_rank]
         guilty = [part for index, part in enumerate(parts) if any(everyone[rank][1][index] for rank in ranks)]
         if names := [name for part in guilty for name in _names(part, data_rank)]:
             seen[next(rank for rank in ranks if any(everyone[rank][1]))] = names
-    if not seen:  # each part is finite: what overflows is the sum
+    if not seen:  # each part is finite: the sum overflows
         rank_0 = [name for part in parts for name in _names(part, 0)]
-        told = f"in the sum over the step's samples alone, of rank 0: {_listed(rank_0)}"
+        where = f"in the sum over the step's samples alone, of rank 0: {_listed(rank_0)}"
     else:
-        told = "; ".join(f"rank {rank}: {_listed(names)}" for rank, names in seen.items())
+        where = "; ".join(f"rank {rank}: {_listed(names)}" for rank, names in seen.items())
     what, outcome = str(refusal).split("; ", 1)
-    return type(refusal)(f"{what} ({told}); {outcome}")
+    return type(refusal)(f"{what} ({where}); {outcome}")
 
 
 @contextmanager
 def _unreduced(student: Student) -> Iterator[None]:
-    """Within, a backward pass leaves every rank with the gradients of its own microbatches."""
+    """Keep backward passes inside the block from reducing: every rank has the gradients of its own microbatches."""
     config = student.chunks[0].config
     finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
     config.finalize_model_grads_func = config.no_sync_func = None

@@ -27,15 +27,15 @@ _OF_KD = ("kd", "agreement", "teacher_entropy")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens that the loss mask keeps, in nats, those of KD over the tokens about which the
-    teacher says anything; no gate leaves any out. ``bits_per_byte`` is None without a tokenizer.
+    """Means over the held-out tokens that the loss mask keeps, in nats; no gate leaves any token out.
 
-    lm_loss: cross-entropy of the labels, which compares runs of every kind. kd_loss: from the teacher on the held-out
-    data; None where none knows it. total_loss: the objective of the training, ``lm_weight`` x LM + ``alpha`` x KD with
-    the largest alpha of a schedule (and the z-loss); None where the run distils and no teacher knows the held-out data.
-    bits_per_byte: LM loss summed over tokens, in bits, over the UTF-8 bytes those tokens stand for; it compares
-    models of different tokenizers. calibration_error: how far the probability of the student's best id is from how
-    often that id is the label, over 15 bins; 0 to 1.
+    lm_loss: cross-entropy of the labels, which compares runs of every kind. kd_loss, agreement, teacher_entropy: means
+    over the tokens with targets; None if no teacher has targets for the held-out data. total_loss: the objective of
+    the training, ``lm_weight`` x LM + ``alpha`` x KD with the largest alpha of a schedule (and the z-loss); None if the
+    run distils and no teacher has targets for the held-out data. bits_per_byte: LM loss summed over tokens, in bits,
+    divided by the UTF-8 bytes of those tokens; it compares models of different tokenizers, and is None without a
+    tokenizer. calibration_error: difference between the probability of the student's best id and the share of tokens
+    where that id is the label, over 15 bins; 0 to 1.
     """
 
     lm_loss: float
@@ -52,17 +52,17 @@ class Evaluation:
     held_out: HeldOut
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures that are known, by name."""
+        """Return the figures that are known, by name."""
         return {key: value for key, value in self.__dict__.items() if value is not None and key != "held_out"}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an evaluation was made on: two of the same compare.
+    """Held-out data of an evaluation; two evaluations compare if it is the same.
 
-    fingerprint: XXH3-128 of the datasets, their weights, packing, sequence length and order. num_samples: how many,
-    from the beginning of that order. num_tokens: their labels that count. num_bytes, tokenizer: the UTF-8 bytes of
-    these, and the tokenizer's hash; None where they are not known.
+    fingerprint: XXH3-128 of the datasets, their weights, packing, sequence length and order. num_samples: number of
+    samples, from the beginning of that order. num_tokens: their labels that the loss mask keeps. num_bytes: UTF-8 bytes
+    of those labels; tokenizer: the tokenizer's hash; each None if it is not known.
     """
 
     fingerprint: str
@@ -72,7 +72,7 @@ class HeldOut:
     tokenizer: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """What is known, by name."""
+        """Return the fields that are known, by name."""
         return {key: value for key, value in self.__dict__.items() if value is not None}
 
 
@@ -97,7 +97,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, step: int) -> Evaluation:
-        """Evaluate after ``step`` (named in errors). All ranks call it."""
+        """Evaluate after ``step``, which errors name. All ranks call it."""
         self.student.whole()
         for chunk in self.student.wrapped:
             chunk.eval()
@@ -127,10 +127,10 @@ class Evaluator:
         return self._result(sums, held_out, num_kd_tokens, error)
 
     def _held_out(self, batches: Loader, num_tokens: int, num_bytes: int) -> HeldOut:
-        """What ``batches``, read so far, came to."""
+        """Return the description of what was read from ``batches`` so far."""
         state = batches.state()
         num_samples = state.pop("consumed_samples")
-        del state["global_batch_size"]  # which cuts the order into steps and does not change it
+        del state["global_batch_size"]  # it cuts the order into steps and does not change it
         fingerprint = xxhash.xxh3_128_hexdigest(orjson.dumps(state, option=orjson.OPT_SORT_KEYS))
         return HeldOut(fingerprint, num_samples, num_tokens, num_bytes or None, self.tokenizer)
 

@@ -21,9 +21,9 @@ import megatron.core.optimizer.distrib_optimizer
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay Adam (Loshchilov and Hutter, arXiv 1711.05101), bias-corrected.
+    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), bias-corrected.
 
-    Parameters and state are whatever dtype megatron hands over: fp32 main parameters under bf16.
+    Parameters and state have the dtype that megatron passes: fp32 main parameters under bf16.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def use_where_fused_adam_is_missing() -> None:
-    """Hand this class to megatron-core in place of torch's, unless Transformer Engine or apex gave it FusedAdam."""
+    """Make megatron-core use this class, unless it has FusedAdam from Transformer Engine or apex."""
     optimizer, distributed = megatron.core.optimizer, megatron.core.optimizer.distrib_optimizer
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distributed.Adam = AdamW

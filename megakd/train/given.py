@@ -1,4 +1,4 @@
-"""What somebody asked for that would do nothing: refused, where a default would be left out without a word."""
+"""Refusal of options that were given and would do nothing; as defaults they are ignored silently."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _OF_STORES = ("logits_load_decode_threads", "logits_load_prefetch_depth")
 def check_given(
     training: TrainingConfig, teacher: TeacherConfig, objective: ObjectiveConfig, given: frozenset[str]
 ) -> None:
-    """Refuse options of distillation with nothing to distil from, parameters of a divergence that is not chosen, and a
-    length that is told twice.
+    """Refuse options of distillation without a teacher, parameters of another divergence, and a length given twice.
 
-    given: places in the tree of what flags and files say. ``--kd-alpha 0`` says itself that nothing is distilled.
+    given: places in the tree of the options that flags and files set. ``--kd-alpha 0`` itself says that nothing is
+    distilled, so that no teacher is needed beside it.
     """
     if {"training.train_iters", "training.train_samples"} <= given and training.train_samples is not None:
         comes_to = training.batch_sizes.train_iters(training.train_samples)
@@ -40,7 +40,7 @@ def check_given(
             )
     without_kd = "objective.kd_alpha" in given and objective.kd_alpha == 0
     distils = re.compile(r"objective\.((?:kd|taid)_.*|lm_weight)")
-    asked = [] if without_kd else sorted(found[1] for key in given if (found := distils.fullmatch(key)))
+    asked = [] if without_kd else sorted(match[1] for key in given if (match := distils.fullmatch(key)))
     if asked and not teacher.is_there:
         raise UsageError(
             f"{_flags(asked)} without a teacher: the run would train on the LM loss alone. Add --teacher-load DIR or "

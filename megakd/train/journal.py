@@ -1,4 +1,4 @@
-"""Keeping what the model in training says about its own batches: rows read off its head, into a journal.
+"""Journal of the model in training: rows of its own distribution on its batches, read off its head.
 
 Axes: ``S`` sequence (this rank's part under context parallelism), ``B`` microbatch, ``H`` hidden, ``T`` = S x B tokens,
 ``N`` draws.
@@ -43,10 +43,11 @@ class TrainingJournal:
     """Rows of every sample of every step from ``from_step`` on, one journal for each dataset of the blend.
 
     Ranks of the last stage read their slice of the head, as the loss does, before the update of the step; the first
-    of each copy writes. Where there are no specs nothing is kept.
+    of each copy writes.
 
-    specs: one a dataset. start_step: that the run goes on from, whose checkpoint names ``counted``; what else the
-    journal has is taken out. num_records: of a segment, at most. say: tells people.
+    specs: one for each dataset; without any, nothing is kept. start_step: the step that the run goes on from; counted:
+    the segments that its checkpoint names, all others are taken out of the journal. num_records: most records of a
+    segment. say: prints a line for the user.
     """
 
     def __init__(
@@ -66,19 +67,19 @@ class TrainingJournal:
         self._specs, self._datasets, self._groups = specs, blend.datasets, groups
         self._committed, self._from_step, self._say = start_step, from_step, say
         self.counted = list(counted or ())
-        """Fingerprints of what was committed up to now, on rank 0: for the checkpoint, which makes it count."""
+        """Fingerprints of the segments committed so far, on rank 0; a checkpoint that names them makes them count."""
         if not specs:
             return
-        self._waiting: list[tuple[int, str, int, NDArray[Any], Rows | None]] = []  # of the step under way
+        self._waiting: list[tuple[int, str, int, NDArray[Any], Rows | None]] = []  # rows of the step under way
         self._folders = {spec.parents["dataset"]: journal_folder(folder, spec) for spec in specs}
         if groups.rank == 0:
-            for own in self._folders.values():
-                _make_folder(own)
-                for first, last in cut_back(own, start_step, counted):
-                    say(f"{own}: took out steps {first} to {last}, which this run does not go on from")
+            for journal in self._folders.values():
+                _make_folder(journal)
+                for first, last in cut_back(journal, start_step, counted):
+                    say(f"{journal}: took out steps {first} to {last}, which this run does not go on from")
         dist.barrier()
         self._reader = RowReader(
-            specs[0],  # they differ in what the samples are, which is of no matter to the head
+            specs[0],  # they differ in their samples alone, which the reading of the head does not depend on
             shard=objective.shard,
             implementation=objective.implementation,
             chunk_bytes=objective.chunk_bytes,
@@ -96,16 +97,19 @@ class TrainingJournal:
             }
 
     def at(self, step: int) -> Keep | None:
-        """What takes the microbatches of a step; None where nothing of it is kept. The steps before it were applied."""
+        """Return the function that keeps the microbatches of a step; None if they are not kept.
+
+        All steps before it must have been applied.
+        """
         if not self._specs or step < self._from_step:
             return None
         self._hand_over(step - 1)
         return partial(self._keep, step)
 
     def commit(self, step: int) -> None:
-        """Make the rows up to ``step`` count: to be called before its checkpoint is saved. All ranks call it.
+        """Commit the rows up to ``step``, before its checkpoint is saved. All ranks call it.
 
-        A run that is killed before the checkpoint is whole goes on from the one before, and takes these out again.
+        A run that is killed before that checkpoint is whole goes on from an earlier one and takes these rows out again.
         """
         first, self._committed = max(self._committed + 1, self._from_step), step
         if not self._specs or first > step:
@@ -118,20 +122,20 @@ class TrainingJournal:
         if self._groups.rank == 0:
             for spec in {spec.parents["dataset"]: spec for spec in self._specs}.values():
                 dataset = spec.parents["dataset"]
-                folder, found = self._folders[dataset], [one[dataset] for one in everyone if dataset in one]
-                segments = [segment for several, _ in found for segment in several]
-                left_out = sum(number for _, number in found)
+                folder, written = self._folders[dataset], [rank[dataset] for rank in everyone if dataset in rank]
+                segments = [segment for several, _ in written for segment in several]
+                left_out = sum(number for _, number in written)
                 if left_out:
                     self._say(
                         f"Warning: {folder}: {left_out} samples of steps {first} to {step} have no rows: logits of "
                         "theirs that the loss mask hides are not finite"
                     )
                 if segments:
-                    made = commit_steps(folder, spec, segments, steps=(first, step), left_out=left_out)
-                    self.counted.append(made.fingerprint)
+                    commit = commit_steps(folder, spec, segments, steps=(first, step), left_out=left_out)
+                    self.counted.append(commit.fingerprint)
 
     def _hand_over(self, last_step: int) -> None:
-        """Give the writers what waits, up to ``last_step``; what is behind it is of a step that was refused."""
+        """Give the writers the waiting rows up to ``last_step``; drop later ones, whose step was refused."""
         for step, dataset, sample_id, tokens_S, rows in self._waiting:
             if step > last_step:
                 continue
@@ -153,24 +157,24 @@ class TrainingJournal:
         reading = self._whole_sequence(reading, batch)
         if not self._writers:
             return
-        # a loss that is not finite refuses the whole step; what a mask hides from it has no rows
+        # a loss that is not finite refuses the whole step; a sample whose masked logits are not finite has no rows
         finite_B, lengths_B = finite_samples(reading, batch), np.zeros(batch, np.int64)
         ids_B = np.zeros(batch, np.int64)
         for dataset in np.unique(microbatch.dataset_ids_B).tolist():
             here_B, samples = microbatch.dataset_ids_B == dataset, self._datasets[dataset]
-            own_ids = microbatch.sample_ids_B[here_B]
-            lengths_B[here_B], ids_B[here_B] = samples.lengths(own_ids), ids_in_dataset(samples, own_ids)
+            sample_ids = microbatch.sample_ids_B[here_B]
+            lengths_B[here_B], ids_B[here_B] = samples.lengths(sample_ids), ids_in_dataset(samples, sample_ids)
         num_rows_B = np.minimum(lengths_B - 1, microbatch.tokens_BS.shape[1])
         rows_B = split_samples(self._reader.rows(reading), num_rows_B)
         for place, rows in enumerate(rows_B):
             fingerprint = self._datasets[int(microbatch.dataset_ids_B[place])].dataset.fingerprint
             tokens_S = microbatch.tokens_BS[place, : rows.num_rows]
             if rows.num_rows or not finite_B[place]:
-                own = rows if finite_B[place] else None
-                self._waiting.append((step, fingerprint, int(ids_B[place]), tokens_S, own))
+                kept = rows if finite_B[place] else None
+                self._waiting.append((step, fingerprint, int(ids_B[place]), tokens_S, kept))
 
     def _uniforms(self, microbatch: Microbatch) -> Tensor:
-        """``[T, N]`` float64 of this rank's part of the sequence."""
+        """Return the random numbers of the draws, float64 ``[T, N]``, for this rank's part of the sequence."""
         batch, width = microbatch.tokens_BS.shape
         numbers_SBN = np.empty((width, batch, self._specs[0].draws))
         for dataset in np.unique(microbatch.dataset_ids_B).tolist():
@@ -182,7 +186,7 @@ class TrainingJournal:
         return own_SBN.flatten(0, 1).to(self._groups.device)
 
     def _whole_sequence(self, reading: HeadReading, batch: int) -> HeadReading:
-        """Of all parts that context-parallel ranks hold."""
+        """Join the readings of the parts of the sequence that context-parallel ranks hold."""
         if self._groups.parallel.context_parallel_size == 1:
             return reading
         group = self._groups.collection.cp
@@ -195,7 +199,7 @@ class TrainingJournal:
 
 
 def _make_folder(folder: Path) -> None:
-    """Now, and not when the first rows are written: hours may lie between."""
+    """Make the folder at the start: the first rows, and with them an error, may come hours later."""
     try:
         (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run keeps of its own model's output distribution, and every refusal of it. No torch."""
+"""Options for keeping the output distribution of the model in training, and their refusals. No torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from megakd.logits.spec import StoreSpec
 class LogitsSaveConfig:
     dir: str | None = option(
         None,
-        "keep what the model says about its own batches, for students to come: a folder for the journal, of which "
-        "'megakd collect' makes a logits store",
+        "folder for a journal of the model's own outputs on its batches, for later students; 'megakd collect' makes a "
+        "logits store of it",
         common=True,
     )
-    from_step: int = option(1, "of those steps on alone: late ones teach better (arXiv 2410.16215)", common=True)
-    kind: Literal["top_p_k", "samples", "renormalised_samples"] = option("top_p_k", "as --kind of 'megakd capture'")
-    top_k: int = option(100, "of top_p_k: ids of a row, at most")
+    from_step: int = option(
+        1, "first step whose outputs are kept: late steps teach better (arXiv 2410.16215)", common=True
+    )
+    kind: Literal["top_p_k", "samples", "renormalised_samples"] = option(
+        "top_p_k", "kind of rows, as --kind of 'megakd capture'"
+    )
+    top_k: int = option(100, "top_p_k: most ids of a row")
     top_p: float = option(
-        0.95, "of top_p_k: mass under the whole softmax at which a row ends; 1: at --logits-save-top-k"
+        0.95, "top_p_k: mass under the whole softmax at which a row ends; 1: every row has --logits-save-top-k ids"
     )
-    draws: int | None = option(
-        None, "of samples and renormalised_samples: draws of a row (default: 50, and 256 as Gemma 3)"
-    )
+    draws: int | None = option(None, "samples and renormalised_samples: draws a row (default: 50 and, as Gemma 3, 256)")
     value_bits: Literal["8", "16", "32"] = option(
-        "16", "of a log-probability in the journal; the store made of it rounds once more, to --value-bits of its own"
+        "16", "bits per log-probability in the journal; 'megakd collect' rounds once more, to its own --value-bits"
     )
-    seed: int = option(1234, "of the draws, which depend on it, the dataset and the token position alone")
+    seed: int = option(1234, "seed of the draws; a draw depends only on seed, dataset and token position")
 
     def validate(self) -> None:
         flag = "--logits-save"
@@ -53,7 +55,7 @@ class LogitsSaveConfig:
 def journal_specs(
     config: LogitsSaveConfig, blend: Blend, *, save: str | None, vocab_size: int, tokenizer: dict[str, Any] | None
 ) -> tuple[StoreSpec, ...]:
-    """What the rows of each dataset are, nothing where none are kept.
+    """Return the form of the rows of each dataset; an empty tuple if none are kept.
 
     Raises UsageError, and MismatchError for a journal of other rows or of another run.
     """
@@ -76,7 +78,7 @@ def journal_specs(
         top_p=config.top_p,
         seed=config.seed,
     )
-    found = []
+    specs = []
     for samples in map(unselected, blend.datasets):
         spec = StoreSpec(
             vocab_size=vocab_size,
@@ -89,11 +91,11 @@ def journal_specs(
             **rows,
         )
         folder = journal_folder(config.dir, spec)
-        found.append(training_spec(spec, folder, save))
-        check_journal(folder, found[-1])
-    return tuple(found)
+        specs.append(training_spec(spec, folder, save))
+        check_journal(folder, specs[-1])
+    return tuple(specs)
 
 
 def journal_folder(folder: str, spec: StoreSpec) -> Path:
-    """Of one dataset, by its fingerprint."""
+    """Return the folder of one dataset's journal, which is named by the dataset's fingerprint."""
     return Path(folder) / spec.parents["dataset"]

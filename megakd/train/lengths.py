@@ -1,4 +1,4 @@
-"""Where the phases of the learning rate end: in steps, or in samples where the run's length is told in samples."""
+"""Ends of the learning rate's phases: in steps, or in samples if the run's length is given in samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Phases of the learning rate. unit: what they count; end, warmup, wsd_decay: in it."""
+    """Phases of the learning rate, in ``unit``: the end of the decay, the warm-up, and WSD's final decay."""
 
     unit: Literal["iters", "samples"]
     end: int
@@ -23,14 +23,14 @@ class Lengths:
     wsd_decay: int
 
     def phases(self, steps: Callable[[float], int], decay_style: DecayShape) -> Phases:
-        """The phases of WSD in steps. steps: whole steps among so many of the unit."""
+        """Return the phases of WSD in steps. steps: converts a number of the unit into whole steps."""
         end = max(1, steps(self.end))
         decay = max(1, end - steps(self.end - self.wsd_decay))
         return Phases(end=end, warmup=steps(self.warmup), decay=decay, decay_style=decay_style)
 
 
 def lr_lengths(optim: OptimConfig, train_iters: int, train_samples: int | None = None) -> Lengths:
-    """What the options come to for a run of ``train_iters`` steps, or of ``train_samples`` samples where given.
+    """Return the phases that the options give a run of ``train_iters`` steps, or of ``train_samples`` samples.
 
     Raises UsageError for lengths in the other unit, and for two that say one thing.
     """
@@ -58,7 +58,7 @@ def lr_lengths(optim: OptimConfig, train_iters: int, train_samples: int | None =
 
 
 def check_lengths(optim: OptimConfig, lengths: Lengths, *, with_phases: bool = False) -> None:
-    """Refuse phases that do not fit into the run. with_phases: of WSD, whatever the learning rate's style."""
+    """Refuse phases that do not fit into the run. with_phases: WSD's are used, whatever the learning rate's style."""
     unit, warmup, end = lengths.unit, lengths.warmup, lengths.end
     told = f"--lr-warmup-{unit} {warmup:g}"
     if warmup >= end:
@@ -71,7 +71,7 @@ def check_lengths(optim: OptimConfig, lengths: Lengths, *, with_phases: bool = F
 
 
 def check_told_once(training: TrainingConfig) -> None:
-    """Refuse a length in steps beside one in samples that comes to another. What is recorded of a run has both."""
+    """Refuse a length in steps that differs from the one in samples. A run's recorded configuration has both."""
     if training.train_samples is None:
         return
     comes_to = training.batch_sizes.train_iters(training.train_samples)

@@ -34,8 +34,8 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
 
     Raises:
         NonFiniteError: a loss or a gradient is not finite.
-        MismatchError, CorruptError: a logits store is not what it was.
-            Nothing of the step in which it is seen was applied, and what was trained up to it was saved.
+        MismatchError, CorruptError: a logits store has changed or is damaged.
+            The step that met the error was not applied, and the steps before it were saved.
     """
     training, data = config.training, config.data
     last_step = training.train_iters
@@ -48,7 +48,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     start_step, objective = restore(plan, student, objective, optimizer, groups)
     batches = build_loader(data, training, plan, groups)
     metrics = build_metrics(config, plan, groups, start_step)  # it records the whole configuration
-    journal = build_journal(  # of what the student itself says
+    journal = build_journal(  # rows of the student's own distribution
         config.logits_save, training, config.checkpoint, plan, objective, groups, metrics, start_step
     )
     evaluate = build_evaluator(
@@ -73,7 +73,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
             loss = run_step(student, batch, asked, current, groups, step=step, keep=journal.at(step))
             update = optimizer.step(step, before.consumed_samples)
         except (NonFiniteError, MismatchError, CorruptError) as refusal:
-            before.restore()  # nothing of this step was applied: what was trained up to it is sound
+            before.restore()  # nothing of this step was applied: the steps before it are sound
             save(step - 1, objective)
             writer.finish()
             metrics.close(complete=False)
@@ -87,7 +87,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         if evaluate is not None and not stopped and _due(step, config.evaluate.eval_interval, at_end):
             try:
                 metrics.log_evaluation(step, evaluate(step))
-            except (NonFiniteError, MismatchError, CorruptError):  # of held-out data: what was trained is sound
+            except (NonFiniteError, MismatchError, CorruptError):  # of held-out data: the training is sound
                 save(step, objective)
                 writer.finish()
                 metrics.close(complete=False)

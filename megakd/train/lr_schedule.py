@@ -15,9 +15,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 def build_lr_schedule(
     optim: OptimConfig, optimizer: Any, *, train_iters: int, lengths: Lengths | None = None
 ) -> OptimizerParamScheduler:
-    """megatron's scheduler, counting what is finished as Megatron-LM's training loop does; ``set_rate`` moves it.
+    """Build megatron's scheduler, which counts finished updates as Megatron-LM's training loop does.
 
-    lengths: where its phases end, in the unit that it counts; those of a run of ``train_iters`` steps where None.
+    `set_rate` moves it.
+
+    lengths: its phases, in the unit that it counts; None: those of a run of ``train_iters`` steps.
 
     WSD holds the peak until ``lr_wsd_decay_iters`` before the end, then decays linearly, by half a cosine,
     exponentially (``2 * 0.5^x - 1``) or as ``1 - sqrt(x)``. Weight decay is constant.
@@ -44,11 +46,11 @@ def build_lr_schedule(
 
 
 def set_rate(schedule: OptimizerParamScheduler, finished: int) -> float:
-    """Give the optimizer the learning rate for the update that follows, and return it.
+    """Set the optimizer's learning rate for the next update, and return it.
 
-    finished: steps, or samples where the schedule counts those, of the updates before it. Its value there is Megatron's
-    convention (decision 0011): the first update without a warm-up has the peak rate, the last one is a step short of
-    the end of the decay.
+    finished: steps of the updates before it, or samples if the schedule counts samples. The rate at that number is
+    Megatron's convention (docs/decisions/0011): without a warm-up the first update has the peak rate, and the last
+    update is one step short of the end of the decay.
     """
     schedule.num_steps = 0
     schedule.step(finished)

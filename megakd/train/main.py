@@ -19,7 +19,7 @@ HELP = "pre-train a student on an indexed dataset, with or without a teacher (un
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check everything that can be checked without a process group, then train. Returns the exit status."""
+    """Parse, check everything that can be checked without a process group, then train. Return the exit status."""
     if "--help-megatron" in (sys.argv[1:] if argv is None else argv):
         print("\n".join(megatron_help(list_leaves(TrainConfig))))
         return 0
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         TrainConfig,
         argv,
         prog="megakd train",
-        description="Pre-train a student. Alone: megakd train ...; on several ranks: torchrun "
-        "--nproc-per-node N --no-python megakd train ... The same flags can stand in a YAML file (--config).",
+        description="Pre-train a student. One process: megakd train ...; several ranks: torchrun "
+        "--nproc-per-node N --no-python megakd train ... Options may also be given in a YAML file (--config).",
         epilog=[
             "",
             "divergences (--kd-divergence):",
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "schedules (--kd-alpha-schedule, --kd-temperature-schedule):",
             *schedule_help(),
             "",
-            "launch lines of Megatron-LM: --help-megatron lists its flags and what each comes to here",
+            "flags of Megatron-LM: --help-megatron lists them, with the meaning that each has here",
         ],
         dialect=MegatronFlags(),
     )

@@ -1,4 +1,4 @@
-"""The student ready to train, and the update: megatron's data parallelism and optimizer, and no non-finite step."""
+"""Student ready to train, and its updates: megatron's data parallelism and optimizer; no non-finite step is applied."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
 
 class NonFiniteGradientError(NonFiniteError):
-    """A gradient is not finite where every loss was: which samples it is of is not known yet."""
+    """A gradient is not finite although every loss was; the samples that it comes from are not known yet."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """The model under training: the bare chunks, and the same chunks inside megatron's data parallelism.
+    """The model in training: the bare chunks, and the same chunks inside megatron's data parallelism.
 
-    Between steps weights are read from ``whole()``, never from ``chunks``.
+    Between steps, read weights from ``whole()``, never from ``chunks``.
     """
 
     chunks: list[HiddenGPTModel]
     wrapped: list[DistributedDataParallel]
 
     def whole(self) -> list[HiddenGPTModel]:
-        """The bare chunks with every weight as the last update left it. All ranks call it.
+        """Return the bare chunks with every weight as the last update left it. All ranks call it.
 
-        With overlapped gathering an update reaches this rank's own part of the weights alone; the other parts come in
-        the forward pass of the next step. Here they come now, and the next forward pass finds them there.
+        With overlapped gathering an update changes only this rank's part of the weights; the other parts arrive during
+        the forward pass of the next step. This gathers them now, so that the next forward pass need not.
         """
         for model in self.wrapped:
             if model.ddp_config.overlap_param_gather:
-                # what the forward pass waits for, layer by layer; unlike start_param_sync(force_sync=True) it also
-                # makes the second copy that FP8 weights have
+                # the forward pass waits for the same, layer by layer; unlike start_param_sync(force_sync=True) it
+                # also makes the second copy that FP8 weights have
                 for group in reversed(model.bucket_groups + model.expert_parallel_bucket_groups):
                     group.finish_param_sync(skip_next_bucket_dispatch=True)
         return self.chunks
 
     def output_weight(self, chunk: Any) -> torch.Tensor:
-        """The head's shard ``[v, H]`` of a chunk that ends the model, gathered if its gathering is still under way."""
+        """Return the head's shard ``[v, H]`` of a chunk that ends the model, after its gathering is finished."""
         weight = chunk.module.output_weight()
         if chunk.ddp_config.overlap_param_gather:
             # the output layer's own forward, whose hook would wait, never runs
@@ -67,7 +67,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did."""
+    """Gradient norm and learning rate of one optimizer step."""
 
     grad_norm: float
     lr: float
@@ -99,9 +99,9 @@ def wrap_student(chunks: list[HiddenGPTModel], parallel: ParallelConfig, groups:
 
 
 class Optimizer:
-    """megatron's optimizer with the learning-rate schedule, one call a step.
+    """megatron's optimizer with the learning-rate schedule: one call per step.
 
-    lengths: phases of the learning rate; where they are in samples, it counts those.
+    lengths: phases of the learning rate; if they are in samples, the schedule counts samples.
     """
 
     def __init__(
@@ -144,10 +144,10 @@ class Optimizer:
         self.inner.zero_grad()
 
     def give_weights(self) -> None:
-        """Set the student's weights to the optimizer's own, rounded to their dtype: after a checkpoint was loaded.
+        """Set the student's weights to the optimizer's own, rounded to their dtype, after a checkpoint was loaded.
 
-        They are the same but in checkpoints of versions that saved before overlapped gathering was over. There the
-        optimizer's are right: half of the weights are one update older.
+        The two differ only in checkpoints of older versions, which saved before overlapped gathering was finished: half
+        of their weights are one update old, and the optimizer's are right.
         """
         for part in self.inner.chained_optimizers:
             if isinstance(part, MixedPrecisionOptimizer):

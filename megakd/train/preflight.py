@@ -1,6 +1,6 @@
-"""Everything about a run that can be refused is refused here, in a second or two, before a process group exists.
+"""Checks of a training run before it starts, in a second or two: all that needs no process group.
 
-Without megatron, and without torch unless a checkpoint's list of tensors is to be read.
+No megatron; torch only if the list of tensors of a checkpoint is read.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megakd.train.teacher_config import TeacherConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What the configuration comes to, checked against the data and the checkpoints on disk."""
+    """A training run, resolved from its configuration and checked against the data and the checkpoints on disk."""
 
     student: ModelShape
     vocab_size: int
@@ -49,19 +49,18 @@ class Plan:
     valid_blend: Blend | None
     resume: CheckpointRecord | None
     weights_only: bool
-    """Take only the weights of ``resume``: a new run from a trained model."""
+    """True for a new run that takes only the weights of ``resume``."""
     teacher: CheckpointRecord | None
     teacher_shape: ModelShape | None
     teacher_layout: ParallelConfig
     """The model's as teacher; the student's where there is none."""
     stores: tuple[LogitsStore | None, ...] = ()
-    """One for each dataset, None for one without; empty where none is read."""
+    """One for each dataset, None for a dataset without a store; empty if no store is read."""
     valid_stores: tuple[LogitsStore | None, ...] = ()
     journal: tuple[StoreSpec, ...] = ()
-    """What is kept of the student's own distribution, one for each dataset; empty where nothing is,
-    and where nothing is trained."""
+    """Form of the kept rows of the student's own distribution, one for each dataset; empty if none are kept."""
     warnings: tuple[str, ...] = ()
-    """What could not be checked, a line each."""
+    """Lines about what could not be checked."""
 
     @property
     def continued(self) -> CheckpointRecord | None:
@@ -80,19 +79,21 @@ class Plan:
 
     @property
     def parents(self) -> dict[str, str]:
-        """Fingerprints of what this run is made from."""
-        found = {f"data{index}": samples.dataset.fingerprint for index, samples in enumerate(self.blend.datasets)}
+        """Fingerprints of the datasets, selections, stores and teacher that this run is made from."""
+        fingerprints = {
+            f"data{index}": samples.dataset.fingerprint for index, samples in enumerate(self.blend.datasets)
+        }
         for index, samples in enumerate(self.blend.datasets):
             if (selection := selection_of(samples)) is not None:
-                found[f"selection{index}"] = selection.fingerprint
+                fingerprints[f"selection{index}"] = selection.fingerprint
         for index, store in enumerate(self.stores):
             if store is not None:
-                found[f"logits{index}"] = store.fingerprint
-        return found | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
+                fingerprints[f"logits{index}"] = store.fingerprint
+        return fingerprints | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
 
     @property
     def changed_teachers(self) -> list[str]:
-        """What this run distils from and the checkpoint that it goes on from did not, or the reverse; a phrase each."""
+        """Differences between the teachers of this run and of the checkpoint that it continues, a phrase each."""
         if self.continued is None:
             return []
         then, now = self.continued.parents, self.parents
@@ -104,7 +105,7 @@ class Plan:
 
 
 def check_run(config: TrainConfig, world_size: int) -> Plan:
-    """Refuse what cannot work, and return what the rest of the run needs to know.
+    """Refuse a run that cannot work, and return the plan of it.
 
     Raises:
         UsageError, MismatchError, CorruptError: with the value, what was expected, and the flag to change.
@@ -193,7 +194,10 @@ def student_rows(shape: ModelShape, vocab_size: int, parallel: ParallelConfig) -
 def _open_blend(
     data: DataConfig, data_path: list[str | float], packing: Packing, selections: Sequence[str] = (), *, seed: int
 ) -> Blend:
-    """seed: of the order; the held-out data's is fixed, so that an evaluation of a part of it compares over seeds."""
+    """Open every dataset of ``data_path``, as packed or selected.
+
+    seed: of the order. It is fixed for held-out data, so that evaluations on a part of it compare over seeds.
+    """
     weights, prefixes = parse_data_path([str(part) for part in data_path])
     if selections and len(selections) != len(prefixes):
         raise UsageError(
@@ -227,9 +231,9 @@ def _open_valid_blend(data: DataConfig, *, needed: bool) -> Blend | None:
 
 
 def _part_of(blend: Blend, split: Split, part: int) -> Blend | None:
-    """One part of every dataset of a blend, drawn from by the same weights; without those that have no sample in it.
+    """Return one part of every dataset of a blend, with the same weights; without datasets that have no sample in it.
 
-    Raises UsageError where the training part of one has none.
+    Raises UsageError if a dataset's training part has no sample.
     """
     datasets, weights = [], []
     for samples, weight in zip(blend.datasets, blend.given_weights or [1.0] * len(blend.datasets)):
@@ -260,22 +264,22 @@ def _sides(
     resume: CheckpointRecord | None,
     weights_only: bool,
 ) -> list[Side]:
-    """All that knows a tokenizer or a vocabulary; stores, which are of a dataset, are held against it when opened."""
-    found = {
+    """List everything that records a tokenizer or a vocabulary. Stores are compared with their dataset when opened."""
+    by_prefix = {
         samples.dataset.prefix: Side(f"dataset {samples.dataset.prefix}", recorded_tokenizer(samples.dataset))
         for samples in datasets
     }
-    sides = list(found.values())
+    sides = list(by_prefix.values())
     if teacher is not None:
         padded = teacher.rows is not None
         sides.append(Side(f"the teacher {teacher.path}", teacher.tokenizer, teacher.vocab_size, padded=padded))
-    if resume is not None:  # a run that goes on has the vocabulary that it had, which is checked with its shape
+    if resume is not None:  # the vocabulary of a continued run is checked with its shape
         rows = resume.vocab_size if weights_only else None
         padded = resume.rows is not None
         sides.append(Side(f"the checkpoint {resume.path}", resume.tokenizer, rows, padded=padded))
-    given = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
-    # what flags name is what the data was made with, where nothing is recorded
-    return sides if given is None else [given, *(side for side in sides if side.tokenizer or side.vocab_size)]
+    by_flags = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
+    # where nothing is recorded, flags say what the data was made with
+    return sides if by_flags is None else [by_flags, *(side for side in sides if side.tokenizer or side.vocab_size)]
 
 
 def _check_interleaving(training: TrainingConfig, parallel: ParallelConfig, data_size: int) -> None:
@@ -324,12 +328,12 @@ def _check_teacher(
 
 
 def _read_resume(checkpoint: CheckpointConfig, student: ModelShape) -> tuple[CheckpointRecord | None, bool]:
-    """What to go on from, and whether of that the weights alone are taken."""
+    """Return the checkpoint to start from, if any, and True if only its weights are taken."""
     if checkpoint.save:
         _check_save(Path(checkpoint.save))
     own_step = checkpoint.ckpt_step if checkpoint.load in (None, checkpoint.save) else None
     if checkpoint.save and (own_step is not None or latest_iteration(checkpoint.save) is not None):
-        # a run that was stopped continues, whatever --load says
+        # a stopped run continues, whatever --load says
         flag = "--ckpt-step" if checkpoint.load is None else f"--load {checkpoint.save} --ckpt-step"
         return read_record(checkpoint.save, own_step, role="--save", flag=flag), False
     if not checkpoint.load or checkpoint.starts_afresh:
@@ -354,7 +358,7 @@ def _check_resume(
 ) -> None:
     if weights_only:
         use_distributed_optimizer = record.use_distributed_optimizer
-        vocab_size = record.vocab_size  # held against the tokenizer's already; rows behind that are padding
+        vocab_size = record.vocab_size  # compared with the tokenizer's already; further rows are padding
     check_resume(record, student, vocab_size=vocab_size, use_distributed_optimizer=use_distributed_optimizer)
     if trains_taid and not weights_only and "taid" not in record.objective_state:
         raise MismatchError(
@@ -385,7 +389,7 @@ def _check_order(
 
 
 def _check_save(folder: Path) -> None:
-    """Refuse a ``--save`` that no checkpoint can be written to, before the steps are made that it would lose."""
+    """Refuse a ``--save`` that no checkpoint can be written to, before steps are made that would be lost."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UsageError(f"--save {folder}: {there} is a file; expected a folder, new or there")

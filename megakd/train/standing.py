@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, beside its weights: its place in the data, and its random numbers."""
+"""State of a run between two steps, beside its weights: its place in the data and its random numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megakd.parallel import Groups, random_states, set_random_states
 
 @dataclass(frozen=True)
 class Standing:
-    """What a step changes though it is refused in the end. It can be put back, for a checkpoint of the step before."""
+    """State that even a refused step changes; it is put back before a checkpoint of the step before is saved."""
 
     batches: Loader
     consumed_samples: int
@@ -19,10 +19,10 @@ class Standing:
 
     @classmethod
     def of(cls, batches: Loader, groups: Groups) -> Standing:
-        """Where the run stands now."""
+        """Return the run's current state."""
         return cls(batches, batches.consumed_samples, random_states(groups))
 
     def restore(self) -> None:
-        """Put the run back to where it stood then."""
+        """Put the run back into this state."""
         self.batches.rewind(self.consumed_samples)
         set_random_states(self.random)

@@ -1,4 +1,4 @@
-"""One step: microbatches through megatron's schedule, each loss made from hidden states and the teacher's targets.
+"""One step: microbatches go through megatron's schedule; losses come from hidden states and the teacher's targets.
 
 Axes: B microbatch, S sequence (this rank's part under context parallelism), H hidden.
 """
@@ -31,25 +31,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-# What is added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
+# Quantities added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
 _COUNTS = ("all", "modelled", "mask", "kept", "known", "kd_tokens", "entropy_tokens", "stored")
 _SUMS = (*_COUNTS, "loss", "lm", "z", "kd", "agreement", "entropy", "temperature")
-_NUM_SUMS = len(_SUMS) + 2 * NUM_BINS  # and those of the calibration, which training leaves at 0
+_NUM_SUMS = len(_SUMS) + 2 * NUM_BINS  # and the sums of the calibration, which training leaves at 0
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Means over the whole global batch, in nats; the same on every rank.
+    """Means over the whole global batch, in nats; equal on all ranks.
 
-    loss: what was optimised, a mean over ``num_tokens``, the tokens that are trained on. lm and z_loss (log-sum-exp of
-    the student's logits, squared; None if it weighs nothing): over those of them that were computed. kd, agreement
-    (share of tokens where student and target have one top-1) and teacher_entropy (of the target, after its
-    temperature): over the ``num_kd_tokens`` tokens with KD; None without. kd_share: those among all that the loss mask
-    keeps, where a gate may leave some out. stored_share: the same of tokens whose targets come from a store. taid_t:
-    the teacher's weight in taid's target. alpha, lm_weight, temperature (a mean, where each token has its own; None
-    where alpha is 0): of this step; None without a teacher. modelled_share: of all tokens, masked ones too, those of
-    microbatches for which a model ran as teacher. calibration: sums of an evaluation, see
-    ``calibration.calibration_sums``, on the host; they are no means.
+    loss: the optimised loss, a mean over ``num_tokens``, the tokens that are trained on. lm, z_loss (squared
+    log-sum-exp of the student's logits; None if its weight is 0): means over those of them whose loss was computed.
+    kd, agreement (share of tokens where student and target have one top-1), teacher_entropy (of the target, after its
+    temperature): means over the ``num_kd_tokens`` tokens with KD; None if there are none. kd_share: share of tokens
+    with KD among those that the loss mask keeps; None unless a gate may leave tokens out. stored_share: share of tokens
+    with stored targets among those; None if no store is read. taid_t: the teacher's weight in taid's target. alpha,
+    lm_weight, temperature: those of this step, None without a teacher; the temperature is a mean if each token has its
+    own, and None if alpha is 0. modelled_share: share, among all tokens with the masked ones, of those in microbatches
+    for which a model ran as teacher. calibration: sums (not means) of an evaluation, on the host; see
+    ``calibration.calibration_sums``.
     """
 
     loss: float
@@ -81,10 +82,10 @@ def run_step(
     forward_only: bool = False,
     keep: Keep | None = None,
 ) -> StepLoss:
-    """Forward and backward over all microbatches of this rank; gradients end up as the mean over the global batch.
+    """Run forward and backward over all microbatches of this rank; gradients become the mean over the global batch.
 
-    teacher, objective: of this step, so that a teacher whose targets no term reads has been left out already.
-    keep: takes what the student says about each microbatch, as long as its weights are those of this step.
+    teacher, objective: those of this step; a teacher whose targets no term reads must have been left out already.
+    keep: takes the student's hidden states of each microbatch, before the weights are updated.
 
     Raises:
         NonFiniteError: on every rank, if a loss anywhere is not finite; the rank that saw it names the samples.
@@ -94,9 +95,9 @@ def run_step(
     chunks = student.wrapped
     micro_batch_size, seq_length = batch.microbatch(0).tokens_BS.shape
     run_schedule = get_forward_backward_func()
-    found = _Found()
+    problems = _Problems()
     sums = run_schedule(
-        forward_step_func=_forward_step(student, targets, objective, groups, found, keep),
+        forward_step_func=_forward_step(student, targets, objective, groups, problems, keep),
         data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch.num_microbatches,
@@ -106,14 +107,14 @@ def run_step(
     )
     total = _sum_over_batch(sums, groups)
     if not torch.isfinite(total).all():
-        _refuse(found, step, "the evaluation has no result" if forward_only else "the step was not applied")
+        _refuse(problems, step, "the evaluation has no result" if forward_only else "the step was not applied")
     calibration = total[len(_SUMS) :].reshape(2, NUM_BINS).cpu() if objective.calibrate else None
     return _means(dict(zip(_SUMS, total.tolist())), objective, calibration)
 
 
 @dataclass
-class _Found:
-    """What this rank met that refuses the step: samples with a loss that is not finite, targets it could not read."""
+class _Problems:
+    """Reasons on this rank to refuse the step: samples with a loss that is not finite, targets that cannot be read."""
 
     samples: list[str] = field(default_factory=list)
     unreadable: Exception | None = None
@@ -124,10 +125,13 @@ def _forward_step(
     targets: Iterator[Given | Unreadable],
     objective: Objective,
     groups: Groups,
-    found: _Found,
+    problems: _Problems,
     keep: Keep | None,
 ) -> Callable[..., tuple[Tensor, LossFunction]]:
-    """What megatron's schedule calls for each microbatch and model chunk: the output, and the loss on it."""
+    """Return the function that megatron's schedule calls for each microbatch and model chunk.
+
+    It returns the chunk's output and the loss as a function of it. problems: takes the reasons to refuse the step.
+    """
 
     def forward_step(microbatches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, LossFunction]:
         microbatch = next(microbatches)
@@ -138,19 +142,19 @@ def _forward_step(
             labels_SB = to_device(microbatch.labels_BS, groups).t().contiguous()
             mask_SB = to_device(microbatch.loss_mask_BS, groups).t().contiguous()
             weight_vH = student.output_weight(chunk)
-            given = next(targets)
-            if isinstance(given, Unreadable):  # go on: the other ranks wait in this step's messages
-                found.unreadable, given = given.error, None
-            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, given)
+            own_targets = next(targets)
+            if isinstance(own_targets, Unreadable):  # go on: the other ranks wait in this step's messages
+                problems.unreadable, own_targets = own_targets.error, None
+            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, own_targets)
             if keep is not None:
                 keep(hidden_SBH, weight_vH, microbatch)
             sums = _sums(result)
-            if found.unreadable is not None:
-                sums.fill_(torch.nan)  # so every rank gets to hear of it
+            if problems.unreadable is not None:
+                sums.fill_(torch.nan)  # which tells every rank
             elif not torch.isfinite(sums).all():
-                found.samples.extend(_non_finite_samples(result, mask_SB, microbatch))
+                problems.samples.extend(_non_finite_samples(result, mask_SB, microbatch))
             # three values: with two, megatron multiplies by the context parallel size (schedules.py:268). It may scale
-            # the loss in place, so what is logged is a tensor of its own.
+            # the loss in place, so the logged sums are a tensor of their own.
             return result.loss, result.kept_T.sum().to(torch.int), sums
 
         return output, loss_function
@@ -159,13 +163,13 @@ def _forward_step(
 
 
 def to_device(array: np.ndarray[Any, Any], groups: Groups) -> Tensor:
-    """A ``[B, S]`` array as a tensor on this rank's device: this rank's part of the sequence."""
+    """Return this rank's part of the sequence of a ``[B, S]`` array, as a tensor on its device."""
     whole = torch.from_numpy(array).to(groups.device, non_blocking=True)
     return slice_sequence(whole, dim=1, rank=groups.context_rank, size=groups.parallel.context_parallel_size)
 
 
 def _sums(result: TokenLosses) -> Tensor:
-    """``[_NUM_SUMS]`` float64: ``_SUMS`` of this microbatch, and those of its calibration."""
+    """Return float64 ``[_NUM_SUMS]``: the ``_SUMS`` of this microbatch, and the sums of its calibration."""
     head, known_T, kd_T = result.head, result.known_T, result.kd_T
     sums = {"mask": result.mask_T.sum(), "kept": result.kept_T.sum(), "known": known_T.sum(), "kd_tokens": kd_T.sum()}
     sums |= {"stored": result.stored_T.sum(), "all": known_T.new_tensor(known_T.numel(), dtype=torch.float64)}
@@ -187,7 +191,7 @@ def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
 
 
 def _sum_over_batch(sums: list[Tensor], groups: Groups) -> Tensor:
-    """The sums of all microbatches of all ranks, on every rank."""
+    """Return the sums over all microbatches of all ranks, on every rank."""
     total = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=groups.device)
     if groups.is_last_stage:
         total = torch.stack(list(sums)).sum(0)
@@ -235,12 +239,12 @@ def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microb
     ]
 
 
-def _refuse(found: _Found, step: int, outcome: str) -> NoReturn:
-    """Every rank gets here together, so all can say what any of them saw."""
-    gathered = [_Found() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, found)
-    for rank, one in enumerate(gathered):
-        if one.unreadable is not None:
-            raise type(one.unreadable)(f"step {step}, rank {rank}: {one.unreadable}; {outcome}")
-    seen = "; ".join(f"rank {rank}: {', '.join(one.samples[:8])}" for rank, one in enumerate(gathered) if one.samples)
+def _refuse(problems: _Problems, step: int, outcome: str) -> NoReturn:
+    """Raise the error of a refused step. Every rank calls it, so that each can name what any of them met."""
+    gathered = [_Problems() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, problems)
+    for rank, met in enumerate(gathered):
+        if met.unreadable is not None:
+            raise type(met.unreadable)(f"step {step}, rank {rank}: {met.unreadable}; {outcome}")
+    seen = "; ".join(f"rank {rank}: {', '.join(met.samples[:8])}" for rank, met in enumerate(gathered) if met.samples)
     raise NonFiniteError(f"step {step}: the loss is not finite ({seen or 'in the sum alone'}); {outcome}")

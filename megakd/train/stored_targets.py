@@ -1,4 +1,4 @@
-"""The logits stores that a run reads: opened, and compared with its data and its loss. No torch."""
+"""Logits stores that a run reads: opened, and compared with its data and its loss. No torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def open_stores(
     tokenizer: Mapping[str, Any] | None,
     vocab_size: int,
 ) -> tuple[LogitsStore | None, ...]:
-    """One store for each dataset of the blend, None for one without; nothing where no folders are given.
+    """Open one store for each dataset of the blend, None for a dataset without; an empty tuple without folders.
 
-    flag: which gave the folders.
+    flag: the flag that gave the folders.
 
-    Raises UsageError where they are not one a dataset or of several kinds, MismatchError for a store of other data,
-    CorruptError for one that is not whole.
+    Raises UsageError for a number of folders that is not that of the datasets and for stores of several kinds,
+    MismatchError for a store of other data, CorruptError for a store that is not whole.
     """
     if folders and len(folders) != len(blend.datasets):
         raise UsageError(
@@ -41,12 +41,12 @@ def open_stores(
         None if folder == WITHOUT else _open_store(folder, samples, flag, tokenizer, vocab_size)
         for folder, samples in zip(folders, blend.datasets)
     )
-    found = [store for store in stores if store is not None]
-    for store in found[1:]:
-        if store.spec.kind != found[0].spec.kind:
+    opened = [store for store in stores if store is not None]
+    for store in opened[1:]:
+        if store.spec.kind != opened[0].spec.kind:
             raise UsageError(
-                f"{flag}: {found[0].folder} holds {found[0].spec.kind}, {store.folder} {store.spec.kind}: a run takes "
-                "stores of one kind"
+                f"{flag}: {opened[0].folder} holds {opened[0].spec.kind}, {store.folder} {store.spec.kind}: a "
+                "run takes stores of one kind"
             )
     return stores
 
@@ -67,10 +67,10 @@ def _open_store(
             f"{flag}: {error}; expected a folder that 'megakd capture' or 'megakd collect' has finished: run its "
             "command again to finish it"
         ) from error
-    # that it is of this dataset was checked: what it does not record, the dataset does
+    # the store is of this dataset, as was checked: a tokenizer that it does not record is the dataset's
     made_with = store.spec.tokenizer or recorded_tokenizer(samples.dataset)
     sides = [Side("the data", tokenizer), Side(f"the logits store {folder}", made_with, store.spec.vocab_size)]
-    # a student may have more rows than the tokenizer has ids: the store need not list what nothing stands for
+    # a student may have more rows than the tokenizer has ids: the store need not cover ids that do not exist
     true_vocabulary(sides, stated=min(vocab_size, int((tokenizer or {}).get("vocab_size", vocab_size))))
     if store.spec.num_samples != all_samples.num_samples:
         raise MismatchError(
@@ -81,7 +81,7 @@ def _open_store(
 
 
 def check_stores(stores: Sequence[LogitsStore | None], objective: ObjectiveConfig) -> None:
-    """Refuse a loss that is wrong for what the stores hold. Raises UsageError with what would be right."""
+    """Refuse a loss that is wrong for the kind of the stores. Raises UsageError, which names a loss that is right."""
     store = next((store for store in stores if store is not None), None)
     if store is None:
         return

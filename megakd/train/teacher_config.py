@@ -1,4 +1,4 @@
-"""What a run distils from can be told: a model, logits stores, or both. No torch."""
+"""Options of the teacher: a model, logits stores, or both. No torch."""
 
 from __future__ import annotations
 
@@ -14,45 +14,49 @@ from megakd.train.stored_targets import WITHOUT
 
 @dataclass
 class TeacherConfig:
-    load: str | None = option(None, "teacher's checkpoint folder; its model is read from there", common=True)
-    iteration: int | None = option(None, "which checkpoint of that folder (default: the latest)")
+    load: str | None = option(None, "folder of the teacher's checkpoint, which also describes its model", common=True)
+    iteration: int | None = option(None, "iteration of the checkpoint in that folder (default: the latest)")
     model_config: str | None = option(
         None,
-        "YAML that describes the model of a checkpoint that does not (plain megatron-core): keys as of the student",
+        "YAML file that describes the model if the checkpoint does not (plain megatron-core): keys as for the student",
     )
     tensor_model_parallel_size: int | None = option(None, "TP of the teacher (default: the student's)", common=True)
     pipeline_model_parallel_size: int | None = option(None, "PP of the teacher (default: the student's)", common=True)
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = option("auto", "the teacher's layers")
-    bf16: bool | None = option(None, "run the teacher in bfloat16 (default: as the student)")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "layers of the teacher: as for the student"
+    )
+    bf16: bool | None = option(None, "run the teacher in bfloat16 (default: like the student)")
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "run the teacher in FP8 (Transformer Engine)")
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = option("tensorwise", "FP8 scaling of the teacher")
     logits_load_dir: list[str] = option(
         [],
-        "targets from logits stores: a folder of 'megakd capture' for each dataset of --data-path, or 'none' for one "
-        "without; what has no stored targets asks --teacher-load, or trains on the LM loss alone",
+        "logits stores with the targets: a folder of 'megakd capture' for each dataset of --data-path, or 'none'; "
+        "data without stored targets asks --teacher-load, or trains on the LM loss alone",
         common=True,
         flag="--logits-load-dir",
     )
-    valid_logits_load_dir: list[str] = option([], "the same for --valid-data-path", flag="--valid-logits-load-dir")
+    valid_logits_load_dir: list[str] = option(
+        [], "logits stores of the held-out data, in the form of --logits-load-dir", flag="--valid-logits-load-dir"
+    )
     logits_load_decode_threads: int = option(
-        1, "threads a rank that read and decode stored targets", flag="--logits-load-decode-threads"
+        1, "threads of a rank that read and decode stored targets", flag="--logits-load-decode-threads"
     )
     logits_load_prefetch_depth: int = option(
-        2, "microbatches whose stored targets are held ahead", flag="--logits-load-prefetch-depth"
+        2, "microbatches whose stored targets are read ahead", flag="--logits-load-prefetch-depth"
     )
 
     def shape(self) -> ModelShape | None:
-        """What ``model_config`` describes."""
+        """Return the model that ``model_config`` describes; None without it."""
         return None if self.model_config is None else read_shape(self.model_config, "--teacher-model-config")
 
     @property
     def reads_stores(self) -> bool:
-        """Whether any of the training data has stored targets."""
+        """True if any of the training data has stored targets."""
         return any(folder != WITHOUT for folder in self.logits_load_dir)
 
     @property
     def is_there(self) -> bool:
-        """Whether there is anything to distil from."""
+        """True if there is anything to distil from."""
         return self.load is not None or self.reads_stores
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written, and what a run can do that finds one that is not. No torch."""
+"""Damage of checkpoints: its detection, and the error that names an older whole checkpoint. No torch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 
 FORMAT, VERSION = "megakd-checkpoint", 1
 MANIFEST = "manifest.json"
-_SHARDS = "__"  # what names of the large files, those with the tensors, begin with
+_SHARDS = "__"  # beginning of the names of the large files, which hold the tensors
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """``iter_...`` folders in ``folder``, the oldest first, whole or not."""
+    """Return the ``iter_...`` folders in ``folder``, oldest first, whole or not."""
     return sorted(
         path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and path.is_dir()
     )  # fmt: skip
 
 
 def faults_beside_tensors(manifest: Manifest) -> list[str]:
-    """Faults of a checkpoint's small files, and files that it did not have; a process alone can afford it."""
+    """Return faults of a checkpoint's small files, and files that its manifest does not name; fast on one process."""
     strangers = unlisted_files(manifest)
     small = [record.name for record in manifest.files if not record.name.startswith(_SHARDS)]
     return faults_in_blocks(manifest, small) + [f"{name}: {MANIFEST} does not name it" for name in strangers]
 
 
 def damaged(path: Path, faults: list[str], *, role: str, flag: str, hash_all: bool) -> CorruptError:
-    """The error that says what is wrong with the checkpoint at ``path`` and which one before it to start from.
+    """Return the error that names the faults of the checkpoint at ``path`` and an older one to start from.
 
-    flag: what chooses an iteration in the command at hand, "" where nothing does. hash_all: the older checkpoint is
-    named only after all of it was hashed; else after its small files were, and a run from it hashes the rest.
+    flag: the flag of this command that chooses an iteration, "" if none does. hash_all: hash all of the older
+    checkpoint before it is named; otherwise only its small files, and a run from it hashes the rest.
     """
     more = f" ({len(faults)} faults)" if len(faults) > 1 else ""
     return CorruptError(f"{role}: {path} is damaged: {faults[0]}{more}; {_way_out(path, flag, hash_all=hash_all)}")

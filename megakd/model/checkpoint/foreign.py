@@ -1,6 +1,6 @@
 """``torch_dist`` checkpoints that Megatron-LM or plain megatron-core wrote, described as if they were ours. No torch.
 
-Such a checkpoint has no manifest. What it holds is read from ``.metadata`` (names and sizes of tensors) and, where
+Such a checkpoint has no manifest. Its description is read from ``.metadata`` (names and sizes of tensors) and, if
 Megatron-LM wrote it, from the run's arguments in ``common.pt``; both are pickles, and nothing that they name is run.
 """
 
@@ -35,27 +35,30 @@ _KNOWN_BACKENDS = {
 
 @dataclass(frozen=True)
 class KeyForm:
-    """How a checkpoint names weights. prefix: before each; layers_apart: a number in each layer's, not one stack."""
+    """Form of the names of weights in a checkpoint.
+
+    prefix: stands before each name. layers_apart: each layer has numbered tensors of its own, instead of one stack.
+    """
 
     prefix: str = ""
     layers_apart: bool = False
 
     @classmethod
     def of(cls, names: Iterable[str]) -> KeyForm:
-        """The form of these names of tensors; the plain one where there is no embedding among them."""
+        """Return the form of these names of tensors; the plain one if there is no embedding among them."""
         names = list(names)
-        found = [name.removesuffix(_EMBEDDING) for name in names if name.endswith(_EMBEDDING)]
-        prefix = min((each for each in found if "optim" not in each), key=len, default="")
+        prefixes = [name.removesuffix(_EMBEDDING) for name in names if name.endswith(_EMBEDDING)]
+        prefix = min((prefix for prefix in prefixes if "optim" not in prefix), key=len, default="")
         apart = any(re.match(re.escape(prefix) + r"decoder\.layers\.\d+\.", name) for name in names)
         return cls(prefix, apart)
 
     def plain(self, name: str) -> str:
-        """The name as this project's checkpoints have it, of a weight that has the prefix."""
+        """Return the name that a weight with the prefix has in this project's checkpoints."""
         return re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", name.removeprefix(self.prefix))
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a finished ``torch_dist`` checkpoint: megatron-core writes `BACKENDS` last."""
+    """Return True if ``path`` is a finished ``torch_dist`` checkpoint: megatron-core writes `BACKENDS` last."""
     return (path / BACKENDS).is_file() and (path / METADATA).is_file()
 
 
@@ -63,7 +66,7 @@ def check_backends(path: Path) -> None:
     """Refuse a checkpoint in a form that this megatron-core does not read.
 
     Raises:
-        MismatchError: names what is other. CorruptError: the file is none of megatron-core's.
+        MismatchError: names what differs. CorruptError: the file is not megatron-core's.
     """
     try:
         found = json.loads((path / BACKENDS).read_bytes())
@@ -84,13 +87,13 @@ def check_backends(path: Path) -> None:
 
 
 def describe_foreign(path: Path, *, role: str, given: ModelShape | None = None) -> Manifest:
-    """The manifest that the checkpoint at ``path`` would have; its files are read whole, to be hashed.
+    """Return the manifest that the checkpoint at ``path`` would have; its files are read whole, for their hashes.
 
-    given: the model, for a checkpoint that does not tell it.
+    given: the model, for a checkpoint that does not describe it.
 
     Raises:
-        MismatchError: a model that cannot be run here; names what is other. UsageError: the model is told nowhere.
-        CorruptError: files that cannot be read.
+        MismatchError: the model cannot be run here; names what differs. UsageError: the model is described nowhere.
+        CorruptError: files cannot be read.
     """
     check_backends(path)
     sizes = read_sizes(path)
@@ -136,10 +139,10 @@ def describe_foreign(path: Path, *, role: str, given: ModelShape | None = None) 
 
 
 def read_shape(file: str | Path, role: str) -> ModelShape:
-    """The model that a YAML file describes: the keys of the group ``student``, or a run's whole configuration.
+    """Return the model that a YAML file describes: the keys of the group ``student``, or a run's whole configuration.
 
     Raises:
-        UsageError: not such a file, an unknown key, a size missing.
+        UsageError: the file is another one, a key is unknown, or a size is missing.
     """
     tree = read_config_file(str(file), role)
     if isinstance(tree.get("student"), dict):
@@ -150,7 +153,7 @@ def read_shape(file: str | Path, role: str) -> ModelShape:
 
 
 def read_sizes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Sizes of the tensors in a checkpoint, by name. Raises CorruptError."""
+    """Return the sizes of the tensors in a checkpoint, by name. Raises CorruptError."""
     metadata = read_pickle(path / METADATA)
     tensors = metadata.attributes.get("state_dict_metadata") if isinstance(metadata, Named) else None
     if not isinstance(tensors, dict):
@@ -164,7 +167,7 @@ def read_sizes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_names(weights: Mapping[str, tuple[int, ...]], shape: ModelShape, what: str) -> None:
-    """Refuse weights that the model would not use: it would compute something else than the one that was trained."""
+    """Refuse weights that the model would not use, because it would not compute what the trained model did."""
     ours = {name for name in weights if name.startswith(("embedding.", "decoder.", "output_layer."))}
     known = shape.weight_names()
     if shape.num_experts:

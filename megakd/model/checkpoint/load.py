@@ -39,7 +39,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 
 def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], optimizer: Any, groups: Groups) -> None:
-    """Weights, optimizer state and (in the same layout) random states of ``record``, in place."""
+    """Load weights, optimizer state and (in the same layout) random states of ``record``, in place."""
     tree = model_state(chunks, groups)
     tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=True, metadata=sharding_metadata(groups))
     same_layout = record.layout == layout_of(groups)
@@ -54,7 +54,7 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
 
 
 def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
-    """The weights of ``record`` and nothing else, in place."""
+    """Load the weights of ``record`` and nothing else, in place."""
     form = KeyForm.of(read_tensor_names(record.path))
     tree = model_state(chunks, groups, layers_apart=form.layers_apart)
     set_model_state(chunks, _read_weights(tree, record, form))
@@ -68,9 +68,10 @@ def load_teacher(
     *,
     rows: int,
 ) -> Tensor | None:
-    """The teacher's weights in its own layout, and its head's shard ``[rows, H]`` in the student's, on its last stage.
+    """Load the teacher's weights in its own layout, in place, and return its head in the student's layout.
 
-    rows: the head's rows a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
+    Returns this rank's rows of the head, ``[rows, H]``, on the student's last stage; None on other stages. rows: number
+    of rows that a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
     """
     form = KeyForm.of(read_tensor_names(record.path))
     tree = model_state(chunks, groups, layers_apart=form.layers_apart)
@@ -94,7 +95,7 @@ def load_teacher(
 def _read_weights(
     tree: dict[str, Any], record: CheckpointRecord, form: KeyForm, *, reads_twice: bool = False
 ) -> dict[str, Any]:
-    """Tensors alone, under the checkpoint's own names; of a foreign one no pickled object is read."""
+    """Read tensors alone, under the checkpoint's own names; no pickled object of a foreign checkpoint is read."""
     if form.prefix:
         add_prefix_for_sharding(tree, form.prefix)
     if record.foreign:
@@ -109,6 +110,14 @@ def _read_tree(
     common: LoadCommonStrategy | None = None,
     reads_twice: bool = False,
 ) -> dict[str, Any]:
+    """Check a checkpoint and read it into a tree of sharded tensors.
+
+    common: reads the objects in ``common.pt``; None for megatron's own reader. reads_twice: some tensor of the tree is
+    read by several ranks or names.
+
+    Raises:
+        CorruptError: the files are damaged. MismatchError: a weight is missing or has another shape.
+    """
     if record.checked:
         _check_content(record)
     path = record.path
@@ -118,24 +127,24 @@ def _read_tree(
         loaded: dict[str, Any] = dist_checkpointing.load(
             tree, str(path), common_strategy=common, validate_access_integrity=not reads_twice
         )
-    except CheckpointException as error:  # of torch: some rank could not read its part; all raise
+    except CheckpointException as error:  # torch: some rank could not read its part, and all ranks raise
         raise CorruptError(f"{record.role}: {path} cannot be read: {_reason(error)}") from error
     return loaded
 
 
 def _reason(error: CheckpointException) -> str:
-    """One line of what torch says about every rank; ranks beside the first are told nothing."""
+    """Return torch's reasons in one line; only the first rank has them."""
     reasons = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
     return "; ".join(reason.splitlines()[0] for reason in reasons) or "see what rank 0 says"
 
 
 def _without_object(value: Any) -> Any:
-    """A module's extra state, say that of FP8 scaling, stays as it was built: it is a pickle in the checkpoint."""
+    """Leave a module's extra state, such as FP8 scaling, as it was built: it is a pickle in the checkpoint."""
     return LocalNonpersistentObject(None) if isinstance(value, ShardedObject) else value
 
 
 class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc]
-    """Reads nothing: weights need nothing of ``common.pt``, which is a pickle."""
+    """Reader of no common state: weights need nothing of ``common.pt``, which is a pickle."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
         return {}
@@ -144,26 +153,26 @@ class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc]
         raise NotImplementedError("torch_dist holds its objects itself")
 
     def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """What was read before is what can be read."""
+        """Accept every backend: `read_record` has checked it."""
 
     def check_version_compatibility(self, loaded_version: Any) -> None:
-        """What was read before is what can be read."""
+        """Accept every version: `read_record` has checked it."""
 
 
 def _check_content(record: CheckpointRecord) -> None:
-    """Hold every byte of the checkpoint against its manifest, each on one rank; every rank raises or none.
+    """Compare every byte of the checkpoint with its manifest, each on one rank; either every rank raises or none.
 
-    It is read from the page cache right after.
+    Loading reads the files from the page cache right after.
 
     Raises:
-        CorruptError: names file and block, and the checkpoint before it.
+        CorruptError: names file and block, and the whole checkpoint before it.
     """
     assert record.manifest is not None
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    found = faults_in_blocks(record.manifest, share=rank, num_shares=num_ranks)
+    own_faults = faults_in_blocks(record.manifest, share=rank, num_shares=num_ranks)
     gathered: list[list[str]] = [[] for _ in range(num_ranks)]
-    dist.all_gather_object(gathered, found)
-    faults = sorted(fault for own in gathered for fault in own)
+    dist.all_gather_object(gathered, own_faults)
+    faults = sorted(fault for rank_faults in gathered for fault in rank_faults)
     if not faults:
         return
     error: list[CorruptError | None] = [None]
@@ -175,15 +184,15 @@ def _check_content(record: CheckpointRecord) -> None:
 
 
 def _check_complete(tree: dict[str, Any], path: Path, role: str) -> None:
-    """Every weight that the model has must be in the checkpoint, in its shape; every rank raises or none."""
+    """Refuse a checkpoint that lacks a weight of the model or has it in another shape; every rank raises or none."""
     available = dist_checkpointing.load_tensors_metadata(str(path))
     problems = []
     for tensor in wanted_tensors(tree):
-        found = available.get(tensor.key)
-        if found is None:
+        stored = available.get(tensor.key)
+        if stored is None:
             problems.append(f"{tensor.key} is missing")
-        elif not tensor.allow_shape_mismatch and tuple(found.global_shape) != tuple(tensor.global_shape):
-            problems.append(f"{tensor.key} is {tuple(found.global_shape)} there, {tuple(tensor.global_shape)} here")
+        elif not tensor.allow_shape_mismatch and tuple(stored.global_shape) != tuple(tensor.global_shape):
+            problems.append(f"{tensor.key} is {tuple(stored.global_shape)} there, {tuple(tensor.global_shape)} here")
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, problems)
     merged = sorted({problem for rank in gathered for problem in rank})

@@ -1,7 +1,7 @@
-"""What Megatron-LM's arguments, as its checkpoints keep them, say about the model. No torch.
+"""Model of a checkpoint of Megatron-LM, from the arguments that the checkpoint keeps. No torch.
 
-Megatron-LM saves the ``argparse.Namespace`` of the run in ``common.pt``. Fields that a version of it does not have
-stand at what the older code did.
+Megatron-LM saves the ``argparse.Namespace`` of the run in ``common.pt``. A field that is missing, because the version
+is older, means what the older code did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megakd.errors import MismatchError
 from megakd.model.checkpoint.plain_pickle import Named
 from megakd.model.config import ModelConfig
 
-# field -> the values that the models here have, and what another one would be
+# field -> the values that the models here have, and the meaning of any other value
 _EXPECTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "normalization": (("RMSNorm",), "norms with a mean and a bias"),
     "apply_layernorm_1p": ((False,), "norms with weights around 0"),
@@ -59,15 +59,16 @@ _EXPECTED_OF_EXPERTS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def model_of_args(args: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]], *, role: str) -> ModelConfig:
-    """The model that ``args`` describe.
+    """Return the model that ``args`` describe.
 
-    sizes: of the weights, by the names of this project without layer numbers; tell what older versions do not.
+    sizes: of the weights, by the names of this project without layer numbers; they tell what older versions do not
+    record.
 
     Raises:
-        MismatchError: names every field with a value that the models here do not have, and what it means.
+        MismatchError: names every field with a value that the models here do not have, and its meaning.
     """
     expected = _EXPECTED | (_EXPECTED_OF_EXPERTS if args.get("num_experts") else {})
-    if args.get("use_rotary_position_embeddings"):  # the older way to say it
+    if args.get("use_rotary_position_embeddings"):  # the older spelling
         expected.pop("position_embedding_type")
     wrong = [
         f"{field} is {_plain(args[field])!r}, expected {' or '.join(map(repr, accepted))}: {meaning}"

@@ -1,7 +1,7 @@
-"""A pickle's plain values, read without looking up, let alone running, anything that it names. No torch.
+"""Reading of a pickle's plain values, without looking up, let alone running, anything that it names. No torch.
 
-Where it names a class or a function, stands a `Named` with that name instead: numbers, strings, lists and dicts are
-themselves, a tensor's bytes are not read.
+Numbers, strings, lists and dicts are themselves; a class or a function is replaced by a `Named` with its name; the
+bytes of tensors are not read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from megakd.errors import CorruptError
 
-# what an unpickler raises over bytes that no pickler wrote
+# exceptions of an unpickler over bytes that no pickler wrote
 BROKEN_PICKLE = (
     OSError, EOFError, pickle.UnpicklingError, ArithmeticError, AttributeError, ImportError, LookupError, MemoryError,
     NotImplementedError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
@@ -21,14 +21,14 @@ BROKEN_PICKLE = (
 
 
 class Named:
-    """What was pickled as an object of a class, or as a function's result: its arguments and its attributes."""
+    """Stand-in for an object of a class, or for a function's result: its arguments and its attributes."""
 
     name = ""
 
     def __new__(cls, *arguments: Any, **_keywords: Any) -> Named:
-        made: Named = super().__new__(cls)
-        made.arguments, made.attributes = arguments, {}
-        return made
+        stand_in: Named = super().__new__(cls)
+        stand_in.arguments, stand_in.attributes = arguments, {}
+        return stand_in
 
     def __init__(self, *arguments: Any, **_keywords: Any) -> None:
         self.arguments: tuple[Any, ...]
@@ -41,10 +41,10 @@ class Named:
                 self.attributes.update(part)
 
     def append(self, _item: Any) -> None:
-        """What a list would keep is not looked at."""
+        """Ignore an item of an object that is a list."""
 
     def extend(self, _items: Any) -> None:
-        """What a list would keep is not looked at."""
+        """Ignore items of an object that is a list."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if isinstance(key, str):
@@ -55,7 +55,7 @@ class Named:
 
 
 def read_pickle(path: Path) -> Any:
-    """The plain values of a pickle file. Raises CorruptError for what is none."""
+    """Return the plain values of a pickle file. Raises CorruptError if it is not one."""
     try:
         with open(path, "rb") as stream:
             return _PlainUnpickler(stream).load()
@@ -64,7 +64,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_torch_file(path: Path) -> Any:
-    """The plain values of a file that ``torch.save`` wrote. Raises CorruptError for what is none."""
+    """Return the plain values of a file that ``torch.save`` wrote. Raises CorruptError if it is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
@@ -82,7 +82,7 @@ class _PlainUnpickler(pickle.Unpickler):
         self._classes: dict[str, type[Named]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """A class of its own for each name; nothing is imported."""
+        """Return a class of its own for each name; nothing is imported."""
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
             return dict

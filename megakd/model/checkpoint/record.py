@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, read without torch: where it is, which model, which data, how far."""
+"""Record of a checkpoint, read without torch: its place, model, data and progress."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _RELEASE = "release"  # Megatron-LM's name of a checkpoint that was converted, i
 class CheckpointRecord:
     """The manifest of one checkpoint, understood.
 
-    loader_state: what ``Loader.state()`` returned. layout: sizes of the groups that wrote it. tokenizer: type, hash,
-    vocab_size and eod of the data it was trained on, or None if the data had no manifest. objective_state: what the
-    loss carries from step to step; empty for most, and in checkpoints that are older than it. parents: fingerprints of
-    what it was made from. journal: those of the rows that the run had kept of its own model by then
-    (``logits.journal``); None in checkpoints that are older. settings: what ``train.settings`` says of the run;
-    None in checkpoints that are older, and in those that no run has written. manifest: with the hashes that loading
-    holds its files against. role, flag: what it is to the command that reads it, and what chooses another one
-    there, for messages. foreign: written by Megatron-LM or plain megatron-core: weights to start from, no run to
-    continue. checked: there were hashes to hold it against before it was read. rows: of the embedding, where that
-    is all that is known about the vocabulary, as in foreign ones; `of_vocabulary` tells the rest.
+    loader_state: result of ``Loader.state()``. layout: sizes of the groups that wrote it. tokenizer: type, hash,
+    vocab_size and eod of the data it was trained on; None if the data had no manifest. objective_state: state of the
+    loss, such as taid's; empty for most losses and in older checkpoints. parents: fingerprints of the data, teacher and
+    stores that it was made from. journal: fingerprints of the segments that the run had kept of its own model by then
+    (``logits.journal``); None in older checkpoints. settings: those of ``train.settings``; None in older checkpoints
+    and in those that no run has written. manifest: has the hashes that loading compares the files with. role, flag: for
+    messages, the checkpoint's role in the command that reads it, and the flag that chooses another one. foreign:
+    written by Megatron-LM or plain megatron-core, so that it has weights to start from but no run to continue. checked:
+    its manifest was there before it was read. rows: of the embedding, if nothing else is known about the vocabulary, as
+    in foreign checkpoints; None after `of_vocabulary`.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class CheckpointRecord:
     rows: int | None = None
 
     def of_vocabulary(self, vocab_size: int) -> CheckpointRecord:
-        """The record with the true vocabulary, that of the data's tokenizer; where it has its own, as it is.
+        """Return the record with the true vocabulary, that of the data's tokenizer; unchanged if it records its own.
 
         Raises:
             MismatchError: the embedding has fewer rows.
@@ -77,15 +77,15 @@ class CheckpointRecord:
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
-    """``FOLDER/iter_0000100``, Megatron's name."""
+    """Return ``FOLDER/iter_0000100``, Megatron's name of a checkpoint."""
     return Path(folder) / f"iter_{iteration:07d}"
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration of the newest whole checkpoint in ``folder``; None if there is none.
+    """Return the iteration of the newest whole checkpoint in ``folder``; None if there is none.
 
-    The tracker file is moved last, so it never names a half-written checkpoint. Where it is missing, the newest that
-    is finished counts. Megatron-LM's ``release`` is 0.
+    The tracker file is moved last, so that it never names a half-written checkpoint. Without it, the newest finished
+    checkpoint counts. Megatron-LM's ``release`` is 0.
 
     Raises:
         CorruptError: the tracker file does not hold a number.
@@ -102,20 +102,22 @@ def read_record(
     flag: str = "",
     shape: ModelShape | None = None,
 ) -> CheckpointRecord:
-    """The record of a checkpoint in ``folder``: of ``iteration``, or the newest one; or of the one that it is itself.
+    """Read the record of a checkpoint in ``folder``: of ``iteration``, or the newest.
 
-    Its small files are hashed; the tensors are when they are loaded. One without a manifest is read whole, with a
-    warning that it cannot be checked. role, flag: see `CheckpointRecord`. shape: the model that it should hold, for
-    foreign checkpoints that do not tell.
+    ``folder`` may also be a checkpoint itself.
+
+    Its small files are hashed now, the tensors when they are loaded. A checkpoint without a manifest is read whole,
+    with a warning that it cannot be checked. role, flag: see `CheckpointRecord`. shape: the model that it should hold,
+    for foreign checkpoints that do not describe theirs.
 
     Raises:
         UsageError: there is no such checkpoint. CorruptError: files are missing, have another size or other content;
-        names the checkpoint before it. MismatchError: of another model, or written by an unknown version.
+        names the checkpoint before it. MismatchError: it has another model, or an unknown version wrote it.
     """
     path = _find(Path(folder), iteration, role=role, flag=flag)
-    own = (path / MANIFEST).exists()
+    has_manifest = (path / MANIFEST).exists()
     try:
-        manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION) if own else None
+        manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION) if has_manifest else None
         faults = faults_beside_tensors(manifest) if manifest is not None else []
     except CorruptError as error:
         faults = [str(error)]
@@ -129,7 +131,7 @@ def read_record(
             stacklevel=2,
         )
         manifest = describe_foreign(path, role=role, given=shape)
-    record = dataclasses.replace(_understand(manifest, path), role=role, flag=flag, checked=own)
+    record = dataclasses.replace(_understand(manifest, path), role=role, flag=flag, checked=has_manifest)
     if shape is not None and (wrong := _differences(record.shape, shape, free={"bf16"})):
         raise MismatchError(f"{role}: {path} holds another model than is asked for: {_both(wrong)}")
     return record
@@ -145,10 +147,10 @@ def _find(folder: Path, iteration: int | None, *, role: str, flag: str) -> Path:
     else:
         path = checkpoint_path(folder, iteration)
     if not (path / MANIFEST).exists() and not is_checkpoint(path):
-        found = ", ".join(each.name for each in _finished(folder)) or "none"
+        whole = ", ".join(checkpoint.name for checkpoint in _finished(folder)) or "none"
         choose = f" ({flag} N takes another)" if flag else ""
         old = ", but files of Megatron-LM's older form (--ckpt-format torch)" if any(path.glob("mp_rank_*")) else ""
-        raise UsageError(f"{role}: {path} has no {MANIFEST}{old}; whole checkpoints there: {found}{choose}")
+        raise UsageError(f"{role}: {path} has no {MANIFEST}{old}; whole checkpoints there: {whole}{choose}")
     return path
 
 
@@ -207,7 +209,7 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
     )
 
 
-# what may change when a run continues: it does not touch weights or optimizer state
+# keys that may change when a run continues: they do not touch weights or optimizer state
 _FREE_KEYS = {
     "transformer_impl", "recompute_granularity", "recompute_method", "recompute_num_layers", "hidden_dropout",
     "attention_dropout", "init_method_std", "moe_token_dispatcher_type", "moe_aux_loss_coeff", "fp8_format",

@@ -1,7 +1,4 @@
-"""Checkpoints in megatron-core's ``torch_dist`` form: written aside, hashed, renamed, then announced.
-
-Any layout can be loaded in any other (the layers are stored stacked, and shards are cut anew).
-"""
+"""Saving a checkpoint in megatron-core's ``torch_dist`` form: written aside, hashed, renamed, then announced."""
 
 from __future__ import annotations
 
@@ -35,18 +32,19 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 
 class CheckpointWriter:
-    """Saves checkpoints of one run, in the foreground or, with ``background``, while training goes on.
+    """Writer of the checkpoints of one run, in the foreground or, with ``background``, while training goes on.
 
-    saved: told the folder of each checkpoint once it is whole and announced, on every rank.
+    saved: called on every rank with the folder of each checkpoint once it is whole and announced.
     """
 
     def __init__(
         self, folder: str | Path, *, background: bool, saved: Callable[[Path], None] = lambda path: None
     ) -> None:
-        self.folder = self._partial = Path(folder)  # the latter: of the checkpoint that is being written
+        self.folder = Path(folder)
+        self._partial = self.folder  # the folder of the checkpoint that is being written
         self._saved = saved
         self._queue = AsyncCallsQueue(persistent=False) if background else None
-        _use_mortal_results_queue()
+        _end_results_process_with_this()
 
     def save(
         self,
@@ -61,7 +59,7 @@ class CheckpointWriter:
     ) -> None:
         """Write ``iter_...`` and move the tracker to it. All ranks call it.
 
-        parameters: what ``CheckpointRecord`` reads back, beside what is known here. optimizer: megatron's.
+        parameters: those of `record_parameters`, and others that the manifest keeps. optimizer: megatron's.
         """
         self.finish()
         final = checkpoint_path(self.folder, iteration)
@@ -91,7 +89,7 @@ class CheckpointWriter:
                 self._queue.schedule_async_request(request)
 
     def poll(self) -> None:
-        """Announce a background checkpoint that has been written meanwhile. All ranks call it, every step."""
+        """Announce a background checkpoint that has been written since the last call. All ranks call it, every step."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
             with explained(self._partial):
                 self._queue.maybe_finalize_async_calls(blocking=False)
@@ -114,7 +112,7 @@ def record_parameters(
     objective_state: dict[str, Any],
     journal: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The part of a manifest that ``read_record`` understands."""
+    """Return the parameters of a manifest that ``record.read_record`` reads back."""
     return {
         "iteration": iteration,
         "shape": to_dict(shape),
@@ -130,10 +128,10 @@ def record_parameters(
     }
 
 
-def _use_mortal_results_queue() -> None:
-    """The process that megatron keeps for the results of its writers would outlive a killed rank; this one does not.
+def _end_results_process_with_this() -> None:
+    """Replace megatron's process for its writers' results, which outlives a killed rank, by one that ends with it.
 
-    It is started at the first checkpoint by filesystem_async.py:51, for the life of the rank.
+    filesystem_async.py:51 would start it at the first checkpoint, for the life of the rank.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
@@ -142,10 +140,10 @@ def _use_mortal_results_queue() -> None:
 
 
 def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
-    """Refuse to begin a checkpoint that the disk cannot hold; every rank raises or none.
+    """Refuse to begin a checkpoint that the disk cannot hold; either every rank raises or none.
 
     Raises:
-        NoSpaceError: with the bytes needed and free. The checkpoint before stays as it is.
+        NoSpaceError: with the bytes needed and free. Earlier checkpoints are not touched.
     """
     mine = sum(
         tensor.data.nbytes
@@ -167,7 +165,7 @@ def _check_space(tree: dict[str, Any], folder: Path, groups: Groups) -> None:
 def _commit(
     partial: Path, final: Path, *, parameters: dict[str, Any], parents: dict[str, str], tokenizer: dict[str, Any] | None
 ) -> None:
-    """Hash (each rank the files it wrote), write the manifest, rename the folder. All ranks call it."""
+    """Hash the files (each rank its own), write the manifest and rename the folder. All ranks call it."""
     dist.barrier()
     rank = dist.get_rank()
     names = sorted(path.name for path in partial.iterdir())
@@ -188,8 +186,8 @@ def _commit(
             files=files,
         )
         old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed in between
-        if final.exists():  # the same iteration again, after a resume from an earlier one
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed in between
+        if final.exists():  # this iteration was saved before, and came again after a resume from an earlier one
             os.rename(final, old)
         os.rename(partial, final)
         shutil.rmtree(old, ignore_errors=True)
@@ -197,6 +195,7 @@ def _commit(
 
 
 def _durable(path: Path) -> FileRecord:
+    """Force a file to disk and return its hash."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return hash_file(path)

@@ -1,7 +1,7 @@
-"""What it means that a checkpoint could not be written: a full disk, a quota, a file-size limit, or something else.
+"""Reasons why a checkpoint could not be written: a full disk, a quota, a file-size limit, or something else.
 
-megatron's writers are processes of their own, and torch's serialisation loses the error number (a write that falls
-short is 'unexpected pos'), so that the files themselves are asked again.
+megatron's writers are processes of their own, and torch's serialisation loses the error number (it calls a short write
+'unexpected pos'), so the reason is found by writing to the files once more.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _PROBE_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def explained(partial: Path) -> Iterator[None]:
-    """Turn what fails while the checkpoint in ``partial`` is written into one error, and remove what there is of it.
+    """Turn a failure to write the checkpoint in ``partial`` into one error, and remove its files.
 
-    All ranks call it. What their writers met is raised on every rank; what only the first one does, on that.
+    All ranks call it. Failures of the writers are raised on every rank; failures of the first rank's own work only
+    there.
 
     Raises:
         NoSpaceError: with the path. OSError: any other failure to write.
@@ -50,7 +51,7 @@ def explained(partial: Path) -> Iterator[None]:
 
 
 def _no_room(partial: Path) -> OSError | None:
-    """Why this rank's files do not grow; None where they do, or where there is none."""
+    """Return the error that keeps this rank's files from growing; None if they grow, or if it has none."""
     rank = dist.get_rank()
     try:
         for path in sorted(partial.iterdir()):

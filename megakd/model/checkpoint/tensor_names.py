@@ -1,4 +1,4 @@
-"""The pickled list of tensors in a checkpoint, read without running anything it names. torch, but no megatron."""
+"""List of the tensors in a checkpoint, unpickled without running anything that it names. torch, but no megatron."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megakd.model.checkpoint.foreign import KeyForm
 from megakd.model.checkpoint.plain_pickle import BROKEN_PICKLE
 from megakd.model.config import ModelShape
 
-# module -> names that a real ``.metadata`` holds; None: any of that module's, which are plain dataclasses and enums
+# module -> names that a real ``.metadata`` has; None: any name of a module of plain dataclasses and enums
 _METADATA_NAMES: dict[str, set[str] | None] = {
     "torch": None,
     "torch.distributed.checkpoint.metadata": None,
@@ -23,17 +23,21 @@ _METADATA_NAMES: dict[str, set[str] | None] = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "Path", "PurePosixPath"},
 }
-_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)  # all that may be named of ``torch``, beside Size
+_TORCH_VALUES = (
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+)  # the only names of ``torch`` that are allowed, beside Size
 
 
 def read_tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in the checkpoint at ``path``.
+    """Return the names of the tensors in the checkpoint at ``path``.
 
-    megatron-core unpickles ``.metadata`` unrestrictedly; this reads it first with an unpickler that resolves only
+    megatron-core unpickles ``.metadata`` without restriction; this reads it first, with an unpickler that resolves only
     torch's plain checkpoint classes.
 
     Raises:
-        CorruptError: the file is missing, cut, or names something else; the name is in the message.
+        CorruptError: the file is missing, cut short, or names something else, which the message tells.
     """
     try:
         with open(path / ".metadata", "rb") as file:
@@ -44,7 +48,7 @@ def read_tensor_names(path: Path) -> set[str]:
 
 
 def check_weights(path: Path, shape: ModelShape, role: str) -> None:
-    """Refuse a checkpoint that lacks a weight of ``shape``: nothing may stay as it was initialised.
+    """Refuse a checkpoint that lacks a weight of ``shape``, which would keep its initial value.
 
     Raises:
         MismatchError: names the missing weights.

@@ -1,1 +1,1 @@
-"""What Megatron-LM's flags come to here: tables, and how a launch line is read with them."""
+"""Launch lines of Megatron-LM: a table of its flags with their meaning here, and the reading of a line."""

@@ -1,4 +1,4 @@
-"""Where a flag is the same and its default is not: Megatron-LM's, beside ours."""
+"""Defaults that differ: of flags that Megatron-LM and this trainer share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megakd.config.command_line import Line
 
 @dataclass(frozen=True)
 class Default:
-    """key: the option's place. megatron, ours: what holds where nothing is given. matters: to what is trained."""
+    """A flag with two defaults. key: the option's place in the tree. matters: True if it changes the trained model."""
 
     key: str
     flag: str
@@ -17,14 +17,15 @@ class Default:
     ours: str
     matters: bool = False
     unless: str = ""
-    """A flag that says the same otherwise."""
+    """A flag that sets the same thing in another way."""
 
     def is_given(self, line: Line) -> bool:
+        """Return True if the line or its files set the option."""
         return line.has(self.flag) or line.has(self.unless) or line.files.get(self.key) is not None
 
 
 def tell_difference(row: Default) -> str:
-    """Both values in one phrase."""
+    """Return both values in one phrase."""
     return f"{row.flag} {row.ours} (Megatron: {row.megatron})"
 
 

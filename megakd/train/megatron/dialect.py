@@ -1,4 +1,4 @@
-"""A launch line of Megatron-LM, read: its flags in our own, every one that cannot be had named, and what to know."""
+"""Reading of a launch line of Megatron-LM: its flags translated into ours, refusals, and notes for the user."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _normalization(words: tuple[str, ...], line: Line) -> Reading:
 _FAMILY = (
     "models are decoders of the Llama and Qwen family, with RMSNorm, SwiGLU, rotary positions and no linear biases"
 )
-# Flags that both have, in the uses that are not the same.
+# Flags that both programs have, with the values whose meaning differs; None: any value.
 _OWN: Mapping[str, tuple[tuple[str, ...] | None, Reader]] = MappingProxyType(
     {
         "--sequence-parallel": (None, _sequence_parallel),
@@ -73,17 +73,18 @@ class MegatronFlags:
     """The dialect of Megatron-LM's ``pretrain_gpt.py``."""
 
     def takes(self, name: str) -> Takes | None:
+        """Return the form of a flag's value; None for a flag that Megatron-LM does not have."""
         entry = find(name)
         return None if entry is None else entry.takes
 
     def reads_itself(self, given: Given) -> bool:
-        """Whether this use of a flag that is ours too is not read as ours."""
+        """Return True if this use of a flag that we have too has another meaning here."""
         values, _ = _OWN.get(given.name, ((), None))
         return values is None or given.values[:1] in [(value,) for value in values]
 
     def translate(self, line: Line) -> Translation:
-        """Every flag of Megatron's in our own. Notes come from the first rank alone."""
-        own: list[Given] = []
+        """Translate every flag of Megatron-LM's in the line. Only the first rank has notes."""
+        translated: list[Given] = []
         refused: list[str] = []
         quiet: list[str] = []
         notes: list[str] = []
@@ -92,27 +93,27 @@ class MegatronFlags:
             if entry is None and use is None:
                 continue
             reading = (use or entry.read)(given.values, line)  # type: ignore[union-attr]
-            own += reading.flags
+            translated += reading.flags
             if reading.refused:
                 refused.append(" ".join([given.name, *given.values]) + f": {reading.refused}")
             elif reading.note:
                 notes.append(f"{given.name}: {reading.note}")
             elif entry is not None and entry.verdict == "same":
                 quiet.append(given.name)
-        refused = [*_refuse_gpt(line), *refused]  # what the model is comes first
+        refused = [*_refuse_gpt(line), *refused]  # refusals of the model itself come first
         if os.environ.get("RANK", "0") != "0":
-            return Translation(own, refused)
+            return Translation(translated, refused)
         if quiet:
             notes.append(f"as here anyway, or without effect on the result: {' '.join(dict.fromkeys(quiet))}")
         if quiet or notes:
             left = [tell_difference(row) for row in DEFAULTS if row.matters and not row.is_given(line)]
             notes += [f"left to defaults that are not Megatron's: {'; '.join(left)}"] if left else []
-            notes.append("every flag of Megatron's and what it comes to: --help-megatron")
-        return Translation(own, refused, notes)
+            notes.append("every flag of Megatron's with its meaning here: --help-megatron")
+        return Translation(translated, refused, notes)
 
 
 def find(name: str) -> Entry | None:
-    """The table's row of a flag, or one made for the group it belongs to."""
+    """Return the table's row of a flag, or one made for the group that it belongs to; None for an unknown flag."""
     if name in _ENTRIES:
         return _ENTRIES[name]
     reason = next((text for start, text in ELSEWHERE.items() if name.startswith(start)), None)
@@ -122,7 +123,7 @@ def find(name: str) -> Entry | None:
 
 
 def _refuse_gpt(line: Line) -> list[str]:
-    """A line that says how many positions there are and not that they are rotary means the table of GPT-2 and GPT-3."""
+    """Refuse a line that gives the number of positions without rotary ones: it means the position table of GPT-3."""
     rotary = ("--position-embedding-type", "--use-rotary-position-embeddings", "--no-position-embedding")
     described = any(re.match(r"student\.", key) for key in line.files) or line.has("--preset")
     if described or not line.has("--max-position-embeddings") or any(map(line.has, rotary)):

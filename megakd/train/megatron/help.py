@@ -1,4 +1,4 @@
-"""What ``--help-megatron`` prints: every flag of Megatron-LM, and what it comes to here."""
+"""Text of ``--help-megatron``: every flag of Megatron-LM, with its meaning here."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megakd.train.megatron.machine_flags import ELSEWHERE
 from megakd.train.megatron.names import SHARED
 
 _HEADS = {
-    "same": "accepted: so here anyway, or without effect on the result",
-    "means": "accepted, and read as",
+    "same": "accepted: the case here anyway, or without effect on the result",
+    "means": "accepted, and translated",
     "refused": "refused",
 }
 
 
 def megatron_help(leaves: Sequence[Leaf]) -> list[str]:
-    """The lines. leaves: of the training configuration."""
+    """Return the lines of the help. leaves: options of the training configuration."""
     ours = {leaf.flag: leaf for leaf in leaves}
     lines = ["Megatron-LM's flags in a line of 'megakd train'", "", "accepted with Megatron's meaning:"]
     for flag in SHARED:

@@ -54,8 +54,8 @@ def _read_split_paths(words: tuple[str, ...], line: Line) -> Reading:
         paths = {part: [str(word) for word in parts.get(part) or []] for part in ("train", "valid")}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return Reading(refused=f"{words[0]} is no JSON object of the lists train, valid and test: {error}")
-    own = {"train": "--data-path", "valid": "--valid-data-path"}
-    return Reading(flags_of([word for part, found in paths.items() if found for word in (own[part], *found)]))
+    names = {"train": "--data-path", "valid": "--valid-data-path"}
+    return Reading(flags_of([word for part, blend in paths.items() if blend for word in (names[part], *blend)]))
 
 
 def _train_path(words: tuple[str, ...], line: Line) -> Reading:
@@ -171,7 +171,7 @@ CHECKPOINTS: tuple[Entry, ...] = (
     same("--no-ckpt-fully-parallel-save", "every rank writes its part, whatever is given"),
     same("--ckpt-fully-parallel-load", "every rank reads its part"),
     same("--ckpt-assume-constant-structure", "a checkpoint's structure is made anew each time"),
-    same("--use-persistent-ckpt-worker", "--async-save writes in the background as it is"),
+    same("--use-persistent-ckpt-worker", "--async-save writes in the background without it"),
     same("--dist-ckpt-optim-fully-reshardable", "the optimizer's state can be read in any layout"),
     same("--distrib-optim-fully-reshardable-mem-efficient", "the optimizer's state can be read in any layout"),
     same_for(
@@ -187,7 +187,7 @@ CHECKPOINTS: tuple[Entry, ...] = (
     same("--no-initialization", "weights are drawn, and then read where there is a checkpoint"),
     same("--use-cpu-initialization", "weights follow from the seed alone, in any layout and on any device"),
     same("--lazy-mpu-init", "groups are made at the start", takes="one"),
-    means("--persistent-save-interval", "Megatron's other name of it", "--save-interval {}", takes="one"),
+    means("--persistent-save-interval", "another name of --save-interval", "--save-interval {}", takes="one"),
     means("--pretrained-checkpoint", "start from weights", "--load {} --finetune", takes="one"),
     refused("--use-checkpoint-args", "give the model's shape by flags (a teacher's is read from its checkpoint)"),
     refused("--use-mp-args-from-checkpoint-args", "the layout may differ from the checkpoint's: give it by flags"),
@@ -235,7 +235,7 @@ RECORD: tuple[Entry, ...] = (
     same("--timing-log-option", "the time of a whole step is logged", takes="one"),
     same("--no-barrier-with-level-1-timing", "the time of a whole step is logged"),
     same("--tensorboard-log-interval", "TensorBoard has the steps that have a line: --log-interval", takes="one"),
-    same("--tensorboard-queue-size", "TensorBoard's own", takes="one"),
+    same("--tensorboard-queue-size", "the queue has TensorBoard's own size", takes="one"),
     same("--logging-level", "messages are few", takes="one"),
     same("--profile", "nothing is profiled; run the command under nsys or a profiler of its own", told=True),
     same("--use-pytorch-profiler", "nothing is profiled", told=True),

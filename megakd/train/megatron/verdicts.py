@@ -1,4 +1,4 @@
-"""The four answers to a flag of Megatron-LM that is not ours: the same here, spelled otherwise, read as, refused."""
+"""Answers to a flag of Megatron-LM that is not ours: accepted without effect, translated, or refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 from megakd.config.command_line import Given, Line, Takes
 
 Reader = Callable[[tuple[str, ...], Line], "Reading"]
-"""From the words behind a flag, and the whole line, to what the flag comes to."""
+"""Function from the words behind a flag, and the whole line, to the flag's meaning here."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one use of a flag comes to: our own flags, or a reason why it cannot be had. note: what to tell."""
+    """Meaning of one use of a flag: our flags, or the reason why it is refused. note: a line for the user."""
 
     flags: Sequence[Given] = ()
     refused: str = ""
@@ -23,7 +23,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table. text: the reason, or the meaning. read: what a use comes to."""
+    """A row of the table. text: the meaning, or the reason. read: returns the meaning of one use."""
 
     flag: str
     verdict: Literal["same", "means", "refused"]
@@ -34,12 +34,15 @@ class Entry:
 
 
 def same(flag: str, text: str, *, takes: Takes = "nothing", told: bool = False) -> Entry:
-    """A flag that says what is so here anyway, or that changes nothing of the result. told: said in a run's notes."""
+    """Make the row of a flag that is the case here anyway, or does not change the result.
+
+    told: mention the text in a run's notes.
+    """
     return Entry(flag, "same", text, takes, lambda values, line: Reading(note=text if told else ""))
 
 
 def same_for(flag: str, values: str, text: str, otherwise: str, *, takes: Takes = "one") -> Entry:
-    """A flag that some values (separated by spaces) agree with, and no other."""
+    """Make the row of a flag that is accepted with some values (separated by spaces) and refused with others."""
     agreed = tuple(values.split())
 
     def read(words: tuple[str, ...], line: Line) -> Reading:
@@ -51,40 +54,40 @@ def same_for(flag: str, values: str, text: str, otherwise: str, *, takes: Takes 
 def same_if(
     flag: str, text: str, disagrees: Callable[[tuple[str, ...], Line], str], *, takes: Takes = "nothing"
 ) -> Entry:
-    """A flag that agrees unless ``disagrees`` says why not."""
+    """Make the row of a flag that is accepted unless ``disagrees`` returns a reason."""
     return Entry(flag, "same", text, takes, lambda words, line: Reading(refused=disagrees(words, line)))
 
 
-def means(flag: str, text: str, own: str, *, takes: Takes = "nothing") -> Entry:
-    """A flag that is ``own`` here: our flags and their values, ``{}`` for the words behind it."""
+def means(flag: str, text: str, ours: str, *, takes: Takes = "nothing") -> Entry:
+    """Make the row of a flag that is ``ours`` here: our flags and their values, ``{}`` for the words behind it."""
 
     def read(words: tuple[str, ...], line: Line) -> Reading:
-        return Reading(flags_of([word for part in own.split() for word in (words if part == "{}" else (part,))]))
+        return Reading(flags_of([word for part in ours.split() for word in (words if part == "{}" else (part,))]))
 
-    return Entry(flag, "means", f"{text}: {own.replace('{}', 'the same')}", takes, read)
+    return Entry(flag, "means", f"{text}: {ours.replace('{}', 'the same')}", takes, read)
 
 
 def becomes(flag: str, text: str, read: Reader, *, takes: Takes = "one") -> Entry:
-    """A flag whose meaning here depends on its value or on the rest of the line."""
+    """Make the row of a flag whose meaning here depends on its value or on the rest of the line."""
     return Entry(flag, "means", text, takes, read)
 
 
 def refused(flag: str, text: str, *, takes: Takes = "nothing") -> Entry:
-    """A flag that would change what is trained, and that this trainer does not have."""
+    """Make the row of a flag that would change the trained model and that this trainer does not have."""
     return Entry(flag, "refused", text, takes, lambda words, line: Reading(refused=text))
 
 
 def flags_of(words: Sequence[str]) -> list[Given]:
-    """Our own flags from their words."""
-    found: list[Given] = []
+    """Return our flags with their values from the words of a line."""
+    flags: list[Given] = []
     for word in words:
         if word.startswith("--"):
-            found.append(Given(word))
+            flags.append(Given(word))
         else:
-            found[-1] = Given(found[-1].name, (*found[-1].values, word))
-    return found
+            flags[-1] = Given(flags[-1].name, (*flags[-1].values, word))
+    return flags
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, for rows that differ in the flag alone."""
+    """Return the words of a text, for rows that differ only in the flag."""
     return text.split()

@@ -1,4 +1,4 @@
-"""How far a model's confidence in its best id is from how often that id is right: the expected calibration error.
+"""Expected calibration error: the difference between a model's confidence in its best id and that id's accuracy.
 
 Axes: T tokens, H hidden, v this rank's slice of the vocabulary, b bins of confidence.
 """
@@ -26,8 +26,8 @@ def calibration_sums(
     implementation: Implementation,
     chunk_bytes: int,
 ) -> Tensor:
-    """``[2, b]`` float64, the same on every rank of the group: of the tokens in each bin, how often the best id was the
-    label, and the sum of its probability. A bin is open on the left: ``(m / b, (m + 1) / b]``.
+    """Return float64 ``[2, b]``: for each bin, the number of tokens whose best id is the label, and the sum of its
+    probability. All ranks of the group get it. A bin is open on the left: ``(m / b, (m + 1) / b]``.
 
     The arguments are those of ``losses.read.read_head``; labels_T: int64; mask_T: bool, the tokens that count.
     """
@@ -44,10 +44,10 @@ def calibration_sums(
 
 
 def calibration_error(sums: Tensor, num_tokens: int) -> float:
-    """The mean over tokens of ``|share right - mean confidence|`` of their bin (arXiv 1706.04599, equation 3).
+    """Return the mean over tokens of ``|accuracy - mean confidence|`` of their bin (arXiv 1706.04599, equation 3).
 
-    sums: what `calibration_sums` returned, added up over any number of calls; num_tokens: over how many tokens.
-    Raises UsageError for no tokens.
+    sums: results of `calibration_sums`, added up over any number of calls; num_tokens: the tokens of all those calls.
+    Raises UsageError for 0 tokens.
     """
     if num_tokens < 1:
         raise UsageError("a calibration error of 0 tokens; expected held-out data that the loss mask does not empty")

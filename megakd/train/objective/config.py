@@ -1,4 +1,4 @@
-"""What the loss of a run can be told, and what is refused of it. No torch."""
+"""Options of the loss, and the refusal of values that cannot work. No torch."""
 
 from __future__ import annotations
 
@@ -17,56 +17,63 @@ TemperatureMode = Literal["static", "logit_std", "entropy"]
 
 @dataclass
 class ObjectiveConfig:
-    kd_alpha: float = option(0.5, "loss = (1 - alpha) * LM + alpha * KD, where there is a teacher", common=True)
-    kd_alpha_schedule: Shape = option("constant", "how alpha goes over the run: see the table below", common=True)
-    kd_alpha_min: float | None = option(
-        None, "the smallest alpha of a schedule, whose largest is --kd-alpha (default: 0)"
-    )
+    kd_alpha: float = option(0.5, "weight of KD beside a teacher: loss = (1 - alpha) * LM + alpha * KD", common=True)
+    kd_alpha_schedule: Shape = option("constant", "schedule of alpha over the run: see the table below", common=True)
+    kd_alpha_min: float | None = option(None, "smallest alpha of a schedule; the largest is --kd-alpha (default: 0)")
     lm_weight: float | None = option(None, "weight of the LM loss beside a teacher (default: 1 - alpha)", common=True)
-    kd_divergence: str = option("forward_kl", "how student and teacher are compared: see the table below", common=True)
-    kd_temperature: float = option(1.0, "divides the logits before the softmax", common=True)
-    kd_temperature_schedule: Shape = option("constant", "how it goes over the run: see the table below")
+    kd_divergence: str = option(
+        "forward_kl", "divergence that compares student and teacher: see the table below", common=True
+    )
+    kd_temperature: float = option(1.0, "temperature, which divides the logits before the softmax", common=True)
+    kd_temperature_schedule: Shape = option("constant", "schedule of the temperature over the run: see the table below")
     kd_temperature_min: float | None = option(
-        None, "the smallest temperature of a schedule, whose largest is --kd-temperature (default: 1)"
+        None, "smallest temperature of a schedule; the largest is --kd-temperature (default: 1)"
     )
     kd_temperature_mode: TemperatureMode = option(
         "static",
-        "static: one for all tokens; logit_std: times the standard deviation of the token's teacher logits (NormKD); "
-        "entropy: from --kd-temperature where the teacher is sure to --kd-temperature-uncertain where it knows nothing",
+        "temperature of a token. static: --kd-temperature; logit_std: that times the standard deviation of the token's "
+        "teacher logits (NormKD); entropy: from --kd-temperature where the teacher is certain to "
+        "--kd-temperature-uncertain where all ids are equally likely",
     )
-    kd_temperature_uncertain: float = option(0.5, "entropy: the temperature where all ids are as likely")
-    kd_schedule_iters: int | None = option(None, "step at which schedules end; then they stay (default: train-iters)")
+    kd_temperature_uncertain: float = option(0.5, "entropy: temperature where all ids are equally likely")
+    kd_schedule_iters: int | None = option(
+        None, "step at which schedules end; later steps keep the last value (default: train-iters)"
+    )
     kd_schedule_period: int | None = option(
         None, "steps of one wave of periodic schedules (default: a tenth of the run)"
     )
-    kd_temperature_on: Literal["teacher", "both"] = option("both", "whose logits the temperature divides")
+    kd_temperature_on: Literal["teacher", "both"] = option("both", "logits that the temperature divides")
     kd_scale_by_temperature_squared: bool = option(
-        True, "multiply by the squared temperature where it divides both (Hinton)"
+        True, "multiply KD by the squared temperature if that divides both (Hinton)"
     )
-    kd_tail: Tail = option("none", "what becomes of mass that sparse targets do not list")
+    kd_tail: Tail = option("none", "treatment of the mass that sparse targets do not list")
     kd_reverse_weight: float = option(0.5, "symmetric_kl: weight of reverse KL")
     kd_jsd_beta: float = option(0.5, "generalised_jsd: weight of the teacher in the mixture")
-    kd_skew_alpha: float = option(0.1, "skew_*_kl: weight of the own side in the mixture")
-    kd_akl_mu: float = option(0.5, "adaptive_kl: teacher's mass of the head")
+    kd_skew_alpha: float = option(
+        0.1, "skew_*_kl: weight, in the mixture, of the distribution that is compared with it"
+    )
+    kd_akl_mu: float = option(0.5, "adaptive_kl: teacher's mass in the head of the distribution")
     kd_ab_alpha: float = option(0.5, "alpha_beta: exponent of the teacher")
     kd_ab_beta: float = option(0.5, "alpha_beta: exponent of the student")
     kd_dkd_alpha: float = option(1.0, "decoupled: weight of the label's part")
     kd_dkd_beta: float = option(8.0, "decoupled: weight of the other ids' part")
-    taid_t_start: float = option(0.4, "taid: the teacher's weight in the target at first")
-    taid_t_end: float = option(1.0, "taid: the same at the end")
-    taid_alpha: float = option(5e-4, "taid: how fast that weight follows a falling loss")
+    taid_t_start: float = option(0.4, "taid: teacher's weight in the target at the first step")
+    taid_t_end: float = option(1.0, "taid: teacher's weight in the target at the last step")
+    taid_alpha: float = option(5e-4, "taid: speed at which that weight follows a falling loss")
     taid_beta: float = option(0.99, "taid: momentum of the loss's relative change")
     kd_entropy_gate: float = option(
-        0.0, "share of each microbatch's tokens, those of lowest teacher entropy, without KD", common=True
+        0.0, "share of each microbatch's tokens that gets no KD: those of lowest teacher entropy", common=True
     )
     rho_keep: float = option(
-        1.0, "share of each microbatch's tokens, those of largest loss above the teacher's, to train on", common=True
+        1.0,
+        "share of each microbatch's tokens that is trained on: those with the largest loss above the teacher's",
+        common=True,
     )
     z_loss_coeff: float = option(0.0, "weight of the squared log-sum-exp of the student's logits", common=True)
     loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
-        "auto", "code that sweeps the logits"
+        "auto", "implementation of the loss over the vocabulary"
     )
-    head_chunk_mbytes: int = option(256, "memory for logits of one chunk of tokens, MiB")
+    head_chunk_mbytes: int = option(256, "memory for the logits of one chunk of tokens, in MiB")
 
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:
@@ -133,7 +140,7 @@ class ObjectiveConfig:
         return low if low is not None else (0.0 if name == "alpha" else 1.0)
 
     def schedule(self, train_iters: int, phases: Phases) -> KDSchedule:
-        """What alpha and the temperature are at each step of a run. phases: the learning rate's."""
+        """Return alpha and the temperature as functions of the step. phases: of the learning rate."""
         make = partial(
             make_schedule,
             end=self.kd_schedule_iters or train_iters,
@@ -148,16 +155,16 @@ class ObjectiveConfig:
 
     @property
     def has_phases(self) -> bool:
-        """Whether a schedule has the phases of a WSD learning rate, whichever that is."""
+        """True if a schedule has the phases of a WSD learning rate, whatever style the learning rate has."""
         return any(shape.startswith("wsd") for shape in (self.kd_alpha_schedule, self.kd_temperature_schedule))
 
     def kd_term(self) -> KDTerm:
-        """The divergence with all it is told. Raises UsageError, in the names of the flags, for what it refuses."""
+        """Return the divergence with its parameters. Raises UsageError, in the names of the flags, for wrong ones."""
         names = [field.name for field in fields(KDTerm)]
-        told = {name: getattr(self, f"kd_{name}") for name in names if name != "taid_t"}
+        values = {name: getattr(self, f"kd_{name}") for name in names if name != "taid_t"}
         try:
-            return KDTerm(**told, taid_t=self.taid_t_start)
+            return KDTerm(**values, taid_t=self.taid_t_start)
         except UsageError as error:
             name = re.compile(rf"\b({'|'.join(names)})\b")
-            message = name.sub(lambda found: f"--kd-{found[1].replace('_', '-')}", str(error))
+            message = name.sub(lambda match: f"--kd-{match[1].replace('_', '-')}", str(error))
             raise UsageError(message) from None

@@ -1,4 +1,4 @@
-"""What a token weighs in each term of the loss, decided here alone, and the loss of one microbatch.
+"""Objective of the training: the weight of each token in each term, and the loss of one microbatch.
 
 Axes: B microbatch, S sequence, T = S x B flattened tokens in megatron's order (sequence first), H hidden, v this rank's
 slice of the vocabulary.
@@ -31,15 +31,15 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What the objective says about one microbatch.
+    """Loss of one microbatch, and the values of its tokens.
 
-    loss: the weighted sum; differentiable. It is to be divided by the number of tokens in ``kept_T``.
+    loss: the weighted sum, differentiable, to be divided by the number of tokens in ``kept_T``.
     mask_T, kept_T, kd_T: bool, the tokens that the loss mask keeps, those of them that are trained on, and those of
-        these that get KD. known_T: bool, the tokens whose values were computed. stored_T: bool, those in the mask whose
-    targets come from a store.
-    head: the values of every term a token. kd: of the KD terms, for each token those of its own; None without KD.
-    temperature_T: of the teacher's logits, where each token has its own. calibration: sums by bin of confidence, see
-        ``calibration.calibration_sums``; None in training. asked_model: whether a model ran as teacher.
+        these that get KD. known_T: bool, the tokens whose values were computed. stored_T: bool, the tokens of the mask
+        with stored targets.
+    head: the values of every term for each token. kd: the values of each token's KD term; None without KD.
+    temperature_T: of the teacher's logits, fp32; None if all tokens have the same. calibration: sums by bin of
+    confidence, see ``calibration.calibration_sums``; None in training. asked_model: True if a model ran as teacher.
     """
 
     loss: Tensor
@@ -59,17 +59,16 @@ class TokenLosses:
 class Objective:
     """loss = (1 - alpha) · LM + alpha · KD + z_loss_coeff · log_z², each a sum over the tokens that are trained on.
 
-    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0; ``lm_weight`` stands for
-    1 - alpha where it is given. The mean is taken outside,
-    once the global batch is complete, over all of its tokens that are trained on: what Rho-1 drops counts no more than
-    what is masked (arXiv 2404.07965, equation 4), while a token that the entropy gate takes from KD alone still counts,
-    with its LM loss at its weight of 1 - alpha. A token about which the teacher says nothing has its LM loss alone, at
-    weight 1.
+    Pre-training distillation, arXiv 2410.16215, equation 1. Without a teacher alpha is 0; ``lm_weight``, if given,
+    replaces 1 - alpha. The caller takes the mean, once the global batch is complete, over all of its tokens that are
+    trained on: a token that Rho-1 drops counts as masked (arXiv 2404.07965, equation 4), while a token that the entropy
+    gate takes from KD still counts, with its LM loss at weight 1 - alpha. A token without targets has its LM loss
+    alone, at weight 1.
 
-    taid: the state of that divergence, which changes the target from step to step. schedule: what alpha and the
-    temperature are at each step; ``at`` makes the objective of one. token_temperature: gives each token its own.
-    from_store: whether targets come from a store, for some tokens at least. calibrate: whether calibration is
-    measured too, with logits of its own.
+    taid: that divergence's rule and progress, which change the target from step to step. schedule: alpha and the
+    temperature of each step; `at` returns the objective of one step. token_temperature: gives each token its own.
+    from_store: some tokens at least have stored targets. calibrate: measure the calibration too, from logits of its
+    own.
     """
 
     alpha: float
@@ -88,7 +87,7 @@ class Objective:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def at(self, step: int) -> Objective:
-        """The objective of one step. Where alpha is 0 it has no KD term and asks no teacher but for Rho-1's choice."""
+        """Return the objective of one step. If alpha is 0, it needs a teacher only for Rho-1's choice."""
         if self.schedule is None or self.term is None:
             return self
         alpha = self.schedule.alpha.at(step)
@@ -98,22 +97,23 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
+        """True if a term or a gate reads the teacher's targets."""
         return self.term is not None or self.gates.closed
 
     @property
     def lm_share(self) -> float:
-        """What the LM loss of a token weighs."""
+        """Weight of the LM loss of a token."""
         return 1.0 - self.alpha if self.lm_weight is None else self.lm_weight
 
     def __call__(
         self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Given
     ) -> TokenLosses:
-        """The weighted sum over this microbatch, differentiable, and every term a token.
+        """Return the loss of this microbatch and the values of its tokens.
 
         hidden_SBH: the last stage's output; under sequence parallelism ``[S / TP, B, H]``.
         """
         if self.sequence_parallel:
-            # its backward reduce-scatters the partial gradients of the ranks
+            # the backward of this reduce-scatters the partial gradients of the ranks
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
         hidden_TH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1])
         labels_T, mask_T = labels_SB.reshape(-1), mask_SB.reshape(-1)
@@ -165,9 +165,11 @@ class Objective:
         return replace(self, taid=self.taid.advance(step, kd))
 
     def held_out(self, *, with_teacher: bool = True) -> Objective:
-        """The same loss for evaluation: on all tokens, with the teacher itself as taid's target, and with the largest
-        alpha and temperature of schedules, so that values compare over steps and runs. Without a teacher that knows the
-        held-out data, the LM loss alone."""
+        """Return the objective of an evaluation, whose values compare over steps and runs.
+
+        It takes all tokens, the teacher itself as taid's target, and the largest alpha and temperature of schedules.
+        with_teacher: False if no teacher has targets for the held-out data, which leaves the LM loss alone.
+        """
         if not with_teacher:
             return replace(
                 self, alpha=0.0, lm_weight=None, term=None, gates=Gates(), taid=None, schedule=None, calibrate=True
@@ -176,7 +178,7 @@ class Objective:
         return replace(self, term=term, gates=Gates(), taid=None, schedule=None, calibrate=True)
 
     def state(self) -> dict[str, Any]:
-        """What must be saved with the weights; plain data."""
+        """Return the state to be saved with the weights, as plain data."""
         taid = {} if self.taid is None else {"taid": self.taid.state()}
         return taid if self.schedule is None else {**taid, "schedule": self.schedule.state_dict()}
 
@@ -187,8 +189,15 @@ class Objective:
         return replace(self, taid=self.taid.restored(state["taid"]))
 
     def _calibration(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
-        own: dict[str, Any] = {"implementation": self.implementation, "chunk_bytes": self.chunk_bytes}
-        return calibration_sums(hidden_TH, weight_vH, labels_T, mask_T, shard=self.shard, **own)
+        return calibration_sums(
+            hidden_TH,
+            weight_vH,
+            labels_T,
+            mask_T,
+            shard=self.shard,
+            implementation=self.implementation,
+            chunk_bytes=self.chunk_bytes,
+        )
 
     def _gate(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor, targets: Given) -> Gated:
         if targets is None:
@@ -208,7 +217,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class _TokensOfOneKind:
-    """Tokens whose targets are of one kind."""
+    """Tokens whose targets are of one kind, dense or sparse, and the KD term that compares them."""
 
     term: KDTerm
     targets: Targets
@@ -224,21 +233,21 @@ def _parts(targets: Given, term: KDTerm, kd_T: Tensor) -> list[_TokensOfOneKind]
 
 
 def _stored_tokens(targets: Given, mask_T: Tensor) -> Tensor:
-    """bool ``[T]``: the tokens of the mask whose targets come from a store."""
+    """Return the tokens of the mask whose targets come from a store, bool ``[T]``."""
     stored = targets.stored if isinstance(targets, MixedTargets) else targets
     return tokens_with_targets(stored if isinstance(stored, SparseTargets) else None, mask_T)
 
 
 def _merged(outputs: tuple[KDOutput, ...], parts: list[_TokensOfOneKind]) -> KDOutput | None:
-    """For each token the values of the part it is in; the parts share no token."""
+    """Return for each token the values of the part that it is in; the parts share no token."""
     if not outputs:
         return None
     value_T, agree_T, entropy_T = outputs[0].value_T, outputs[0].agree_T, outputs[0].entropy_T
-    for other, part in zip(outputs[1:], parts[1:]):
-        value_T = torch.where(part.tokens_T, other.value_T, value_T)
-        agree_T = torch.where(part.tokens_T, other.agree_T, agree_T)
-        if entropy_T is not None and other.entropy_T is not None:
-            entropy_T = torch.where(part.tokens_T, other.entropy_T, entropy_T)
+    for output, part in zip(outputs[1:], parts[1:]):
+        value_T = torch.where(part.tokens_T, output.value_T, value_T)
+        agree_T = torch.where(part.tokens_T, output.agree_T, agree_T)
+        if entropy_T is not None and output.entropy_T is not None:
+            entropy_T = torch.where(part.tokens_T, output.entropy_T, entropy_T)
         else:
             entropy_T = None
     return KDOutput(value_T, agree_T, entropy_T)
@@ -255,7 +264,7 @@ def make_objective(
     train_iters: int,
     schedule: KDSchedule | None,
 ) -> Objective:
-    """The objective for this rank's slice of the vocabulary."""
+    """Build the objective for this rank's slice of the vocabulary."""
     shard = groups.vocab_shard(vocab_size, padded_vocab_size=padded_vocab_size)
     with_kd = with_teacher and config.kd_alpha > 0
     chunk_bytes = config.head_chunk_mbytes << 20

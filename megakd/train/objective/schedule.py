@@ -1,6 +1,7 @@
 """Alpha and the temperature of distillation over a run: pure functions of the step. No torch.
 
-The shapes are those of Pre-training Distillation (arXiv 2410.16215, Table 5) and stand in ``docs/numerics.md``.
+The shapes are those of Pre-training Distillation (arXiv 2410.16215, Table 5); their formulas are in
+``docs/numerics.md``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ DecayShape = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 SHAPES: Mapping[str, str] = MappingProxyType(
     {
         "constant": "the value itself at every step",
-        "linear_up": "in a straight line from its -min up to the value at --kd-schedule-iters",
-        "linear_down": "in a straight line from the value down to its -min at --kd-schedule-iters",
-        "cosine": "from the value down to its -min by half a cosine",
+        "linear_up": "a straight line from its -min up to the value at --kd-schedule-iters",
+        "linear_down": "a straight line from the value down to its -min at --kd-schedule-iters",
+        "cosine": "half a cosine from the value down to its -min at --kd-schedule-iters",
         "periodic": "a cosine wave: the value, its -min half a --kd-schedule-period later, the value again",
-        "wsd": "with the phases of a WSD learning rate, also beside another one: up to the value over "
-        "--lr-warmup-iters, there until --lr-wsd-decay-iters before the end, then down as --lr-wsd-decay-style says",
-        "wsd_beta": "the mirror image: 1 - alpha has those phases, KD weighs most at both ends",
+        "wsd": "the phases of a WSD learning rate, whatever style the learning rate has: up to the value over "
+        "--lr-warmup-iters, constant until --lr-wsd-decay-iters before the end, then down as --lr-wsd-decay-style says",
+        "wsd_beta": "the mirror image of wsd: 1 - alpha has those phases, KD weighs most at both ends",
     }
 )
 
@@ -39,11 +40,11 @@ _DECAYS: Mapping[str, Callable[[float], float]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value between ``low`` and ``high`` at every step, the first of which is 1.
+    """A value between ``low`` and ``high`` at every step; the first step is 1.
 
-    end: the step at which linear, cosine and wsd shapes end; from there on their last value stays. period: steps of one
-    wave. warmup, decay, decay_style: phases of wsd, in steps before the peak and before ``end``. What a shape does not
-    use keeps its default, so that two schedules are equal if they give equal values.
+    end: the step at which linear, cosine and wsd shapes end; later steps keep the last value. period: steps of one
+    wave. warmup, decay, decay_style: phases of wsd, in steps before the peak and before ``end``. Fields that a shape
+    does not use keep their defaults, so that two schedules are equal if they give equal values.
     """
 
     shape: Shape
@@ -56,14 +57,14 @@ class Schedule:
     decay_style: DecayShape = "linear"
 
     def at(self, step: int) -> float:
-        """The value for the update of ``step``."""
+        """Return the value for the update of ``step``."""
         level = self._level(step)
-        if level in (0.0, 1.0):  # the ends to the bit: a teacher is left out where alpha is exactly 0
+        if level in (0.0, 1.0):  # exact ends: a teacher is left out where alpha is exactly 0
             return self.high if level else self.low
         return self.low + (self.high - self.low) * level
 
     def _level(self, step: int) -> float:
-        """0 for low, 1 for high."""
+        """Return the place between low (0) and high (1)."""
         if self.shape == "constant":
             return 1.0
         if self.shape == "periodic":
@@ -77,7 +78,7 @@ class Schedule:
         return _DECAYS["linear" if self.shape == "linear_down" else "cosine"](x)
 
     def _phase(self, finished: int) -> float:
-        """The share of its range that a WSD learning rate has after so many updates."""
+        """Return the share of its range that a WSD learning rate has after ``finished`` updates."""
         if finished < self.warmup:
             return finished / self.warmup
         into = finished - (self.end - self.decay)
@@ -86,7 +87,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Phases:
-    """Of a WSD learning rate: its last step, the steps of its warm-up and of its decay, the shape of the decay."""
+    """Phases of a WSD learning rate: its last step, the steps of its warm-up and of its decay, the decay's shape."""
 
     end: int
     warmup: int
@@ -95,7 +96,7 @@ class Phases:
 
 
 def make_schedule(shape: Shape, high: float, low: float, *, end: int, period: int, phases: Phases) -> Schedule:
-    """The schedule of ``shape`` with what it needs, and no more."""
+    """Build the schedule of ``shape`` with only the fields that it uses."""
     if shape == "constant":
         return Schedule(shape, high)
     if shape == "periodic":
@@ -115,18 +116,18 @@ def make_schedule(shape: Shape, high: float, low: float, *, end: int, period: in
 
 @dataclass(frozen=True)
 class KDSchedule:
-    """What the weights of a run are at each step. lm_weight: a weight of the LM loss of its own; None is 1 - alpha."""
+    """Alpha, temperature and LM weight of a run at each step. lm_weight: None stands for 1 - alpha."""
 
     alpha: Schedule
     temperature: Schedule
     lm_weight: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint's record: plain data. Nothing is carried on: the step says it all."""
+        """Return plain data for the checkpoint's record. Nothing needs restoring: the step decides every value."""
         return asdict(self)
 
     def changes(self, state: dict[str, Any]) -> list[str]:
-        """What differs from the schedule of a checkpoint, a phrase each; none for checkpoints older than schedules."""
+        """Return the differences from the schedule of a checkpoint, a phrase each; none if it does not record one."""
         now = self.state_dict()
         differing = [key for key in now if key in state and state[key] != now[key]]
         return [f"{key}: {_tell(state[key])} there, {_tell(now[key])} here" for key in differing]
@@ -136,13 +137,15 @@ def _tell(value: Any) -> str:
     if not isinstance(value, dict):
         return "1 - alpha" if value is None else str(value)
     used = [
-        f"{key} {told}" for key, told in value.items() if key not in ("shape", "high") and told not in (0, "linear")
+        f"{key} {setting}"
+        for key, setting in value.items()
+        if key not in ("shape", "high") and setting not in (0, "linear")
     ]
     return " ".join([str(value["shape"]), str(value["high"]), *used])
 
 
 def schedule_help() -> list[str]:
-    """A line or two for each shape, as ``--help`` prints them."""
+    """Return the lines about schedules that ``--help`` prints, one or more for each shape."""
     lines = []
     for shape, meaning in SHAPES.items():
         words, line = meaning.split(), f"  {shape:<13}"

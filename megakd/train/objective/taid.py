@@ -1,4 +1,4 @@
-"""TAID's interpolation weight, which grows with training and is part of its state (arXiv 2501.16937, algorithm 1)."""
+"""TAID's interpolation weight, which grows during training (arXiv 2501.16937, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EPSILON = 1e-15
 
 @dataclass(frozen=True)
 class Taid:
-    """TAID's rule and where it stands: t, the teacher's weight in the target of forward KL, which never falls.
+    """TAID's rule and its progress: t, the teacher's weight in the target of forward KL, which never falls.
 
     After every update, with L the mean of the KD loss over the global batch:
 
@@ -35,6 +35,7 @@ class Taid:
 
     @property
     def t(self) -> float:
+        """The teacher's weight in the target of the next step."""
         return self.t_start if self.progress is None else self.progress.t
 
     def advance(self, step: int, loss: float) -> Taid:

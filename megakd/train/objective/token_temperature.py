@@ -1,9 +1,9 @@
-"""A temperature for each token, from what the teacher says about it: NormKD's, and one that follows the entropy.
+"""A temperature for each token, from the teacher's logits: NormKD's, and one that follows the entropy.
 
 Axes: T flattened tokens of one microbatch, H hidden of the teacher, v this rank's slice of the vocabulary V.
 
 Only the teacher's logits are tempered. They are a product of its hidden states with its head, so dividing a token's
-hidden states divides its logits: the sweep, which knows one temperature a term, needs none.
+hidden states divides its logits, and the sweep, which has one temperature for each term, uses 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megakd.losses.vocab_parallel import VocabShard
 from megakd.targets import DenseTargets, Given
 
 SMALLEST, LARGEST = 1e-3, 1e3
-_ROWS = 16384  # of the head made wide at once
+_ROWS = 16384  # rows of the head that are converted to fp32 at once
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class TokenTemperature:
 
     @torch.no_grad()
     def __call__(self, targets: Given, temperature: float) -> Tempered:
-        """temperature: c. All ranks of the vocabulary's group call it. Raises UsageError for sparse targets."""
+        """Return the targets with divided logits; all ranks of the vocabulary's group call it.
+
+        temperature: c. Raises UsageError for sparse targets.
+        """
         if not isinstance(targets, DenseTargets):
             raise UsageError(
                 f"--kd-temperature-mode {self._mode} needs every logit of the teacher, and these targets list some: "
@@ -73,7 +76,10 @@ class TokenTemperature:
         return reading.entropy_T
 
     def _logit_std(self, hidden_TH: Tensor, weight_vH: Tensor) -> Tensor:
-        """std(W h) = sqrt(h' C h), C the covariance of W's rows: no logits are made, and C once, for W is frozen."""
+        """Return std(W h) = sqrt(h' C h) for each row h, fp32 ``[T]``, with C the covariance of W's rows.
+
+        No logits are made, and C is computed once, because W is frozen.
+        """
         if self._covariance_HH is None or self._head is not weight_vH:
             self._covariance_HH, self._head = _covariance(weight_vH, self._shard), weight_vH
         product_TH = hidden_TH @ self._covariance_HH.to(hidden_TH.dtype)
@@ -81,7 +87,7 @@ class TokenTemperature:
 
 
 def _covariance(weight_vH: Tensor, shard: VocabShard) -> Tensor:
-    """``[H, H]`` of the rows of the whole vocabulary, added up over the group; rows of padding are left out."""
+    """Return the covariance ``[H, H]`` of the head's rows, of all ranks of the group, without rows of padding."""
     rows_vH = weight_vH[: shard.num_valid]
     dtype = torch.promote_types(rows_vH.dtype, torch.float32)
     mean_H = _over_group(rows_vH.sum(0, dtype=dtype), shard) / shard.vocab_size

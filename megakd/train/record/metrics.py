@@ -1,4 +1,4 @@
-"""The record of a run: a console line in Megatron's shape, a JSON line a step, and the writers. Rank 0 writes."""
+"""Record of a run: console lines in Megatron's form, a JSON line for each step, and the writers. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -24,27 +24,33 @@ from megakd.train.record.writers import Opening, Writer, build_writers
 from megakd.train.step import StepLoss
 from megakd.work.console import tell
 
-_LONGEST_SECONDS = 86_400.0 * 36_525  # what is said of a run that will not end in a hundred years
+_LONGEST_SECONDS = 86_400.0 * 36_525  # longest remaining time that is shown: a hundred years
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one token costs: floating-point operations of the student's training and of the teacher's forward pass."""
+    """Cost of one token in floating-point operations: the student's training, and the teacher's forward pass."""
 
     student: float
     teacher: float
 
     @classmethod
     def of(cls, student: ModelShape, teacher: ModelShape | None, *, seq_length: int, vocab_size: int) -> Cost:
-        """Backward is twice the forward; a multiply-add counts as two. Recomputed activations are not counted."""
+        """Count the operations of two models. Backward is twice the forward; a multiply-add counts as two.
+
+        Recomputed activations are not counted.
+        """
         forward = student.flops_forward(seq_length=seq_length, vocab_size=vocab_size)
-        other = teacher.flops_forward(seq_length=seq_length, vocab_size=vocab_size) if teacher else 0.0
-        return cls(3.0 * forward, other)
+        asked = teacher.flops_forward(seq_length=seq_length, vocab_size=vocab_size) if teacher else 0.0
+        return cls(3.0 * forward, asked)
 
 
 class Metrics:
-    """Writes ``SAVE/metrics.jsonl`` (every step, every evaluation), and a line every ``log_interval``, here and to the
-    writers that are asked for (TensorBoard, Weights & Biases, MLflow)."""
+    """Writer of ``SAVE/metrics.jsonl``, a line for every step and evaluation, and of console lines.
+
+    A console line is printed every ``log_interval`` steps. It also feeds the writers that are asked for (TensorBoard,
+    Weights & Biases, MLflow).
+    """
 
     def __init__(
         self,
@@ -90,18 +96,18 @@ class Metrics:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def start_clock(self) -> None:
-        """The next step begins now: what came before (building, evaluating, saving) is not its time."""
+        """Begin the time of the next step now: building, evaluating and saving before it do not count."""
         self._last = time.perf_counter()
 
     def log(self, step: int, loss: StepLoss, update: Update, *, samples: int) -> None:
-        """Record one step; print every ``log_interval``, and the first. samples: consumed by the run so far."""
+        """Record one step; print the first and every ``log_interval``-th. samples: consumed by the run so far."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._times.append(seconds)
         self._token_flops.append(self._cost.student + self._cost.teacher * loss.modelled_share)
         training = self._training
         size, self._samples = samples - self._samples, samples
-        # a run may go on with another size than it was started with: the first difference tells nothing then
+        # a continued run may have another batch size: then the first difference is no batch size
         self._batch_sizes.append(size if size in training.batch_sizes.levels else training.global_batch_size)
         record: dict[str, Any] = {
             "step": step,
@@ -144,7 +150,7 @@ class Metrics:
         self.say(f"validation at iteration {step} | {_line(evaluation)} |")
 
     def log_checkpoint(self, path: Path) -> None:
-        """Say that a whole checkpoint lies at ``path``."""
+        """Print that a whole checkpoint is at ``path``."""
         self.say(f"saved checkpoint {path}")
 
     def say(self, text: str) -> None:
@@ -153,7 +159,7 @@ class Metrics:
             tell(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] {text}", on="stdout")
 
     def close(self, *, complete: bool = True) -> None:
-        """Nothing comes any more. complete: whether the run did all of its steps."""
+        """Close the record and the writers. complete: True if the run did all of its steps."""
         for writer in self._writers:
             writer.close(complete=complete)
         if self._file is not None:
@@ -205,7 +211,7 @@ class Metrics:
 
 
 def _line(evaluation: Evaluation) -> str:
-    """The figures of an evaluation as they are printed: which loss is which, and what the total is made of."""
+    """Return the printed line of an evaluation, with the weights that the total loss is made of."""
     values = evaluation.as_dict()
     alpha, lm_weight = values.pop("alpha", None), values.pop("lm_weight", None)
     shown = {key: f"{key.replace('_', ' ')}: {value:.6g}" for key, value in values.items()}
@@ -217,7 +223,10 @@ def _line(evaluation: Evaluation) -> str:
 
 
 def _lock(folder: Path) -> RunLock:
-    """Keep a second run out of the folder, which would overwrite this one's checkpoints. Raises UsageError for it."""
+    """Lock the folder against a second run, which would overwrite this one's checkpoints.
+
+    Raises UsageError if another run has it.
+    """
     try:
         return RunLock(folder / ".lock").__enter__()
     except HeldError as error:
@@ -227,8 +236,10 @@ def _lock(folder: Path) -> RunLock:
 
 
 def _keep_until(path: Path, step: float) -> None:
-    """Drop what a run wrote after the checkpoint it continues from; those steps come again. A line that was cut short
-    by a kill is dropped always."""
+    """Drop the lines of steps after ``step``, the checkpoint that the run goes on from: those steps come again.
+
+    A line that a kill cut short is always dropped.
+    """
     if not path.exists():
         return
     kept = []

@@ -1,6 +1,6 @@
 """Weights & Biases and MLflow, each in a process of its own, so that no server can end or stall a training.
 
-The process that trains sends figures through a pipe and never waits; see ``writers.ProcessWriter``. No torch here.
+The training process sends figures through a pipe and never waits; see ``writers.ProcessWriter``. No torch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from megakd.train.config import LoggingConfig
 
 Kind = Literal["wandb", "mlflow"]
 CLOSE_SECONDS = 30.0
-"""How long what was sent may take to arrive once the training has ended."""
+"""Time for the last figures to arrive after the training has ended."""
 STEP = "iteration"
-_MLFLOW_PARAMS, _MLFLOW_METRICS, _MLFLOW_LENGTH = 100, 500, 500  # what any version takes in one request, and a value
+_MLFLOW_PARAMS, _MLFLOW_METRICS, _MLFLOW_LENGTH = 100, 500, 500  # limits of a request and of a value in any version
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told about the run.
+    """Description of the run for a tracker.
 
-    run_id: the name under which a run that goes on finds itself again. name: for people. resumed: whether it goes on.
-    folder: of the run, None without ``--save``. settings: the whole configuration, flat, by dotted names.
+    run_id: the name by which a continued run is found again. name: the name shown to people. resumed: True for a
+    continued run. folder: of the run, None without ``--save``. settings: the whole configuration by dotted names.
     """
 
     kind: Kind
@@ -50,17 +50,17 @@ class Tracker(Protocol):
         """Record figures of one step."""
 
     def close(self, complete: bool) -> None:
-        """End the run; complete: whether the training did all of its steps."""
+        """End the run. complete: True if the training did all of its steps."""
 
 
 def serve(connection: Connection, tracked: Tracked) -> None:
-    """Record what comes through ``connection`` until a bool ends it, or the training is gone."""
+    """Record the figures that come through ``connection`` until a bool ends them or the training process is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a launcher signals all processes; the training says when it ends
         signal.signal(number, signal.SIG_IGN)
     tracker: Tracker | None = None
     try:
         tracker = TRACKERS[tracked.kind](tracked)
-    except Exception as error:  # a foreign library: whatever it raises costs its record and not the training
+    except Exception as error:  # a foreign library: its errors cost its record, not the training
         _warn(tracked, "could not begin, nothing is recorded there", error)
     complete, failed = False, False
     while True:
@@ -90,22 +90,22 @@ def serve(connection: Connection, tracked: Tracked) -> None:
 
 
 class WandbTracker:
-    """A run of Weights & Biases. Without a server it is recorded in files that ``wandb sync`` sends later."""
+    """Run of Weights & Biases. Without a server it is recorded in files that ``wandb sync`` sends later."""
 
     def __init__(self, tracked: Tracked) -> None:
         import wandb  # late, in this process alone
 
-        own = tracked.logging
-        folder = Path(own.wandb_save_dir or tracked.folder or ".")
+        logging = tracked.logging
+        folder = Path(logging.wandb_save_dir or tracked.folder or ".")
         folder.mkdir(parents=True, exist_ok=True)
         begin: dict[str, Any] = {
-            "project": own.wandb_project,
-            "entity": own.wandb_entity,
-            "name": own.wandb_exp_name or tracked.name,
+            "project": logging.wandb_project,
+            "entity": logging.wandb_entity,
+            "name": logging.wandb_exp_name or tracked.name,
             "id": tracked.run_id,
             "dir": str(folder),
             "config": dict(tracked.settings),
-            "allow_val_change": True,  # of a run that goes on with other settings
+            "allow_val_change": True,  # a run may go on with other settings
             "settings": wandb.Settings(console="off", init_timeout=15),
         }
         try:
@@ -113,7 +113,7 @@ class WandbTracker:
         except Exception as error:  # no server, no key: the files are kept
             _warn(tracked, f"is not reached, the run is recorded in {folder / 'wandb'} for 'wandb sync'", error)
             self._run = wandb.init(**begin, mode="offline")
-        # steps that come again after a resume must not be dropped, which a step of wandb's own would do
+        # wandb's own step would drop steps that come again after a resume
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 
@@ -122,21 +122,20 @@ class WandbTracker:
         self._run.log({STEP: step, **figures})
 
     def close(self, complete: bool) -> None:
-        """End the run; one that is to go on counts as failed until it does."""
+        """End the run; an unfinished run counts as failed until it goes on."""
         self._run.finish(exit_code=0 if complete else 1)
 
 
 class MlflowTracker:
-    """A run of MLflow, found again by a tag. Figures that a server did not take are sent with the next ones."""
+    """Run of MLflow, found again by a tag. Figures that a server did not take are sent with the next ones."""
 
     def __init__(self, tracked: Tracked) -> None:
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
         import mlflow  # late, in this process alone
 
-        own = tracked.logging
         self._mlflow = mlflow
-        self._client = mlflow.MlflowClient(own.mlflow_tracking_uri)
+        self._client = mlflow.MlflowClient(tracked.logging.mlflow_tracking_uri)
         self._pending: list[Any] = []
         self._run_id = self._find(tracked) or self._begin(tracked)
 
@@ -146,12 +145,12 @@ class MlflowTracker:
         metric = self._mlflow.entities.Metric
         self._pending += [metric(name, value, now, step) for name, value in figures.items()]
         while self._pending:
-            some = self._pending[:_MLFLOW_METRICS]
-            self._client.log_batch(self._run_id, metrics=some)
-            del self._pending[: len(some)]
+            batch = self._pending[:_MLFLOW_METRICS]
+            self._client.log_batch(self._run_id, metrics=batch)
+            del self._pending[: len(batch)]
 
     def close(self, complete: bool) -> None:
-        """Send what is left and end the run."""
+        """Send the pending figures and end the run."""
         if self._pending:
             self.add(0, {})
         self._client.set_terminated(self._run_id, "FINISHED" if complete else "KILLED")
@@ -162,7 +161,7 @@ class MlflowTracker:
         return str(self._client.create_experiment(name) if found is None else found.experiment_id)
 
     def _find(self, tracked: Tracked) -> str | None:
-        """The run that a resumed training goes on with."""
+        """Return the id of the run that a continued training goes on with; None if there is none."""
         self._experiment_id = self._experiment(tracked)
         if not tracked.resumed:
             return None
@@ -172,7 +171,7 @@ class MlflowTracker:
         run_id = str(found[0].info.run_id)
         self._client.update_run(run_id, status="RUNNING")
         then = found[0].data.params
-        for name, value in tracked.settings.items():  # a parameter is given once and for all
+        for name, value in tracked.settings.items():  # MLflow does not change a parameter
             if name in then and then[name] != str(value)[:_MLFLOW_LENGTH]:
                 self._client.set_tag(run_id, f"changed {name}", str(value))
         return run_id

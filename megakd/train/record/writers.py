@@ -1,6 +1,6 @@
-"""Where the figures of a run go beside its own record: TensorBoard, Weights & Biases, MLflow; one interface, fed alike.
+"""Writers of a run's figures beside its own record: TensorBoard, Weights & Biases, MLflow, by one interface.
 
-Names and values are the same everywhere. Only the rank that logs builds writers, and only those that are asked for.
+All get the same names and values. Only the rank that logs builds writers, and only those that are asked for.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Say = Callable[[str], None]
 
 
 class Writer(Protocol):
-    """Takes figures by name."""
+    """Destination of figures by name."""
 
     def add(self, figures: Mapping[str, float], *, step: int, samples: int | None = None) -> None:
-        """Record figures of one step. samples: consumed by then, for plots against them; None leaves those out."""
+        """Record figures of one step. samples: consumed so far, for plots against samples; None leaves those out."""
 
     def close(self, *, complete: bool) -> None:
-        """No figures come any more. complete: whether the run did all of its steps."""
+        """Close the writer. complete: True if the run did all of its steps."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Opening:
 
 
 def check_writers(config: LoggingConfig) -> None:
-    """Raise UsageError where a package that is asked for is not installed."""
+    """Raise UsageError if a package that is asked for is not installed."""
     for kind, (flag, asked) in _asked(config).items():
         spec = find_spec(kind) if asked else None
         # a folder of that name, such as wandb's own files, is found too, and has no origin
@@ -66,7 +66,7 @@ def check_writers(config: LoggingConfig) -> None:
 
 
 def build_writers(opening: Opening) -> list[Writer]:
-    """Those that the configuration asks for."""
+    """Build the writers that the configuration asks for."""
     return [writer for build in WRITERS.values() if (writer := build(opening)) is not None]
 
 
@@ -86,15 +86,15 @@ class TensorBoardWriter:
                 self._board.add_scalar(f"{name} vs samples", value, samples)
 
     def close(self, *, complete: bool) -> None:
-        """Write what is left."""
+        """Write the pending figures."""
         self._board.close()
 
 
 class ProcessWriter:
-    """Hands figures to a tracker in a process of its own. Nothing here waits for it but the end, for a bounded time."""
+    """Sender of figures to a tracker in a process of its own. Only closing waits for it, for a bounded time."""
 
     def __init__(self, tracked: Tracked, say: Say) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch without its threads
         reader, self._connection = context.Pipe(duplex=False)
         self._process = context.Process(target=serve, args=(reader, tracked), daemon=True)
         self._process.start()
@@ -102,16 +102,16 @@ class ProcessWriter:
         self._kind, self._say = tracked.kind, say
         self._figures: queue.SimpleQueue[tuple[int, dict[str, float]] | bool] = queue.SimpleQueue()
         threading.Thread(target=self._send, daemon=True).start()
-        # before multiprocessing's own, which would wait for the process without telling it that nothing comes any more
+        # before multiprocessing's own handler, which would wait for the process without telling it to end
         atexit.register(self._end, False)
 
     def add(self, figures: Mapping[str, float], *, step: int, samples: int | None = None) -> None:
         """Record figures of one step; returns at once."""
-        own = dict(figures) if samples is None else {**figures, "samples": samples}
-        self._figures.put((step, own))
+        values = dict(figures) if samples is None else {**figures, "samples": samples}
+        self._figures.put((step, values))
 
     def close(self, *, complete: bool) -> None:
-        """Let what was handed over arrive, for so long as `CLOSE_SECONDS`."""
+        """Wait for the figures to arrive, for at most `CLOSE_SECONDS`."""
         atexit.unregister(self._end)
         self._end(complete)
 
@@ -132,7 +132,7 @@ class ProcessWriter:
 
 
 def _asked(config: LoggingConfig) -> dict[Kind, tuple[str, bool]]:
-    """For each tracker, the flag that asks for it, and whether it does."""
+    """Return for each tracker the flag that asks for it, and True if that flag is given."""
     by_server = config.mlflow_tracking_uri is not None or config.mlflow_experiment is not None
     flag = "--mlflow-tracking-uri" if config.mlflow_tracking_uri is not None else "--mlflow-experiment"
     return {"wandb": ("--wandb-project", bool(config.wandb_project)), "mlflow": (flag, by_server)}
@@ -175,7 +175,7 @@ WRITERS: dict[str, Callable[[Opening], Writer | None]] = {
 
 
 def _run_id(folder: Path | None, continues: bool) -> tuple[str, bool]:
-    """The id of this run on servers, and whether it was there: a run that goes on has that of its beginning."""
+    """Return the run's id on servers, and True if it had one already: a continued run keeps its id."""
     path = None if folder is None else folder / RUN_ID
     if path is not None and continues and path.is_file():
         return str(orjson.loads(path.read_bytes())["id"]), True
@@ -186,7 +186,7 @@ def _run_id(folder: Path | None, continues: bool) -> tuple[str, bool]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves by dotted names."""
+    """Return the leaves of a tree by dotted names."""
     leaves: list[tuple[str, Any]] = []
     for name, value in tree.items():
         leaves += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
