@@ -40,7 +40,7 @@ LAYOUT: tuple[Entry, ...] = (
         "it follows from the device: NCCL on CUDA, gloo on a CPU",
         "it follows from the device: NCCL on CUDA, gloo on a CPU",
     ),
-    same("--local-rank", "torchrun tells it by LOCAL_RANK", takes="one"),
+    same("--local-rank", "torchrun sets LOCAL_RANK", takes="one"),
     becomes(
         "--num-layers-per-virtual-pipeline-stage", "--virtual-pipeline-model-parallel-size layers / PP / N", _stages
     ),
@@ -106,9 +106,7 @@ LAYOUT: tuple[Entry, ...] = (
         takes="one",
         told=True,
     ),
-    same(
-        "--use-tp-pp-dp-mapping", "ranks count tensor, context, data, pipeline; which rank holds what changes no number"
-    ),
+    same("--use-tp-pp-dp-mapping", "ranks count tensor, context, data, pipeline; their order changes no number"),
     refused("--use-ring-exchange-p2p", "messages are sent by torch.distributed"),
     refused("--hierarchical-context-parallel-sizes", "keys and values go around one ring (p2p)", takes="many"),
     refused("--distribute-saved-activations", "saved activations stay on their rank; --sequence-parallel splits them"),
@@ -151,9 +149,9 @@ KERNELS: tuple[Entry, ...] = (
     ),
     same("--tp-comm-overlap-cfg", _KERNELS, takes="one"),
     same("--tp-comm-bootstrap-backend", _KERNELS, takes="one"),
-    same("--manual-gc", "Python collects garbage as it does: the same numbers"),
-    same("--manual-gc-interval", "Python collects garbage as it does", takes="one"),
-    same("--no-manual-gc-eval", "Python collects garbage as it does"),
+    same("--manual-gc", "Python collects garbage by its own rules: the same numbers"),
+    same("--manual-gc-interval", "Python collects garbage by its own rules", takes="one"),
+    same("--no-manual-gc-eval", "Python collects garbage by its own rules"),
     same("--empty-unused-memory-level", "torch keeps its memory: the same numbers", takes="one"),
     refused(
         "--deterministic-mode",

@@ -112,7 +112,7 @@ STEPS: tuple[Entry, ...] = (
 )
 
 DATA: tuple[Entry, ...] = (
-    becomes("--train-data-path", "training data: --data-path, the same", _train_path, takes="many"),
+    becomes("--train-data-path", "training data: --data-path with the same words", _train_path, takes="many"),
     same(
         "--test-data-path",
         "a run has held-out data alone (--valid-data-path); for a test set, afterwards: --skip-train --load SAVE",
@@ -180,15 +180,15 @@ CHECKPOINTS: tuple[Entry, ...] = (
         "a weight that is missing is refused",
         "a weight that is missing is refused, whatever is given",
     ),
-    same_if("--no-load-optim", "where nothing is loaded; with --load it is --finetune", _weights_alone),
-    same_if("--no-load-rng", "where nothing is loaded; with --load it is --finetune", _weights_alone),
+    same_if("--no-load-optim", "accepted if nothing is loaded; with --load it is --finetune", _weights_alone),
+    same_if("--no-load-rng", "accepted if nothing is loaded; with --load it is --finetune", _weights_alone),
     same("--no-save-optim", _WHOLE, told=True),
     same("--no-save-rng", _WHOLE, told=True),
     same("--no-initialization", "weights are drawn, and then read where there is a checkpoint"),
     same("--use-cpu-initialization", "weights follow from the seed alone, in any layout and on any device"),
     same("--lazy-mpu-init", "groups are made at the start", takes="one"),
-    means("--persistent-save-interval", "another name of --save-interval", "--save-interval {}", takes="one"),
-    means("--pretrained-checkpoint", "start from weights", "--load {} --finetune", takes="one"),
+    means("--persistent-save-interval", "every checkpoint is persistent", "--save-interval {}", takes="one"),
+    means("--pretrained-checkpoint", "a new run from trained weights", "--load {} --finetune", takes="one"),
     refused("--use-checkpoint-args", "give the model's shape by flags (a teacher's is read from its checkpoint)"),
     refused("--use-mp-args-from-checkpoint-args", "the layout may differ from the checkpoint's: give it by flags"),
     refused(
@@ -217,12 +217,12 @@ CHECKPOINTS: tuple[Entry, ...] = (
 )
 
 RECORD: tuple[Entry, ...] = (
-    same("--log-throughput", "every line has it"),
+    same("--log-throughput", "every console line has the throughput"),
     same("--log-progress", "SAVE/metrics.jsonl has every step, with tokens"),
     same("--log-timers-to-tensorboard", "TensorBoard has the time of a step"),
-    same("--log-validation-ppl-to-tensorboard", "TensorBoard has the validation loss, of which it is the exponential"),
+    same("--log-validation-ppl-to-tensorboard", "TensorBoard has the validation loss, whose exponential it is"),
     same("--log-memory-to-tensorboard", "memory is not logged"),
-    same("--log-world-size-to-tensorboard", "the first line has it"),
+    same("--log-world-size-to-tensorboard", "the first console line has the world size"),
     same("--no-log-loss-scale-to-tensorboard", "there is no loss scale"),
     same("--log-params-norm", "norms of parameters are not logged", told=True),
     same("--log-num-zeros-in-grad", "zeros are not counted", told=True),
@@ -234,10 +234,10 @@ RECORD: tuple[Entry, ...] = (
     same("--timing-log-level", "the time of a whole step is logged", takes="one"),
     same("--timing-log-option", "the time of a whole step is logged", takes="one"),
     same("--no-barrier-with-level-1-timing", "the time of a whole step is logged"),
-    same("--tensorboard-log-interval", "TensorBoard has the steps that have a line: --log-interval", takes="one"),
+    same("--tensorboard-log-interval", "TensorBoard has the steps of the console lines: --log-interval", takes="one"),
     same("--tensorboard-queue-size", "the queue has TensorBoard's own size", takes="one"),
-    same("--logging-level", "messages are few", takes="one"),
-    same("--profile", "nothing is profiled; run the command under nsys or a profiler of its own", told=True),
+    same("--logging-level", "there are no levels of messages", takes="one"),
+    same("--profile", "nothing is profiled; run the command under nsys or another profiler", told=True),
     same("--use-pytorch-profiler", "nothing is profiled", told=True),
     same("--profile-step-start", "nothing is profiled", takes="one"),
     same("--profile-step-end", "nothing is profiled", takes="one"),

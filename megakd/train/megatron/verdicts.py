@@ -48,7 +48,9 @@ def same_for(flag: str, values: str, text: str, otherwise: str, *, takes: Takes 
     def read(words: tuple[str, ...], line: Line) -> Reading:
         return Reading() if set(words) <= set(agreed) else Reading(refused=otherwise)
 
-    return Entry(flag, "same", f"{text}; any other: {otherwise}", takes, read, agreed)
+    # a reason that repeats the text is left out
+    reason = "" if otherwise.removesuffix(" here") == text else f": {otherwise}"
+    return Entry(flag, "same", f"{text}; other values are refused{reason}", takes, read, agreed)
 
 
 def same_if(
@@ -64,7 +66,7 @@ def means(flag: str, text: str, ours: str, *, takes: Takes = "nothing") -> Entry
     def read(words: tuple[str, ...], line: Line) -> Reading:
         return Reading(flags_of([word for part in ours.split() for word in (words if part == "{}" else (part,))]))
 
-    return Entry(flag, "means", f"{text}: {ours.replace('{}', 'the same')}", takes, read)
+    return Entry(flag, "means", f"{text}: {ours.replace('{}', 'VALUE')}", takes, read)
 
 
 def becomes(flag: str, text: str, read: Reader, *, takes: Takes = "one") -> Entry:
