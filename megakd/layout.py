@@ -77,10 +77,12 @@ class ParallelConfig:
 
     @property
     def interleaved(self) -> bool:
+        """True if a pipeline stage has several model chunks."""
         return self.virtual_pipeline_model_parallel_size is not None
 
     @property
     def p2p_overlapped(self) -> bool:
+        """True if pipeline messages overlap with compute."""
         return self.interleaved if self.overlap_p2p_comm is None else self.overlap_p2p_comm
 
     def data_parallel_size(self, world_size: int) -> int:

@@ -58,6 +58,7 @@ class Leaf:
 
     @property
     def default(self) -> Any:
+        """Default value; a new one each time for a list."""
         factory = self.field.default_factory
         return self.field.default if factory is dataclasses.MISSING else factory()
 

@@ -62,6 +62,7 @@ class _Builder:
         self._num_values = 0
 
     def build(self, events: Iterator[Any]) -> dict[str, Any]:
+        """Return the tree of the only document; an empty tree for an empty file."""
         tree: Any = {}
         num_documents = 0
         for event in events:

@@ -31,7 +31,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 
-# Far beyond any model; what is larger is a slip, and would end in the middle of an allocation.
+# Beyond the size of any model: a larger value is a typing error, and would fail in the middle of an allocation.
 _LARGEST = {
     "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16,
     "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "num_experts": 1 << 16, "moe_ffn_hidden_size": 1 << 24,
@@ -49,7 +49,7 @@ def preset_layers(name: str) -> int | None:
 
 @dataclass
 class ModelConfig:
-    """A decoder of the Llama/Qwen family: RMSNorm, SwiGLU, RoPE, no bias outside QKV."""
+    """Options of a decoder of the Llama/Qwen family: RMSNorm, SwiGLU, RoPE, no bias outside QKV."""
 
     preset: str | None = option(None, "named shape; explicit sizes override it", common=True)
     num_layers: int | None = option(None, "transformer layers", common=True)
@@ -214,7 +214,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A resolved ``ModelConfig``: every size a number. This is what a checkpoint records."""
+    """A resolved ``ModelConfig``: every size a number. Checkpoints record it."""
 
     num_layers: int
     hidden_size: int

@@ -26,6 +26,8 @@ _MOST_SAMPLES, _MOST_SAMPLES_A_STEP = 2**62, 2**24
 
 @dataclass
 class TrainingConfig:
+    """Options of the run: its length, batches and seed."""
+
     train_iters: int = option(1000, "optimizer steps of the whole run", common=True)
     train_samples: int | None = option(
         None, "length of the whole run in samples, in place of train-iters; the learning rate then counts samples too"
@@ -72,6 +74,7 @@ class TrainingConfig:
 
     @property
     def rampup(self) -> Ramp | None:
+        """Ramp of the global batch size; None without one."""
         return Ramp(*self.rampup_batch_size) if self.rampup_batch_size else None
 
     @property
@@ -93,6 +96,8 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
+    """Options of the training and held-out data."""
+
     data_path: list[str | float] = option([], "training data: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", common=True)
     valid_data_path: list[str | float] = option([], "held-out data, in the form of --data-path", common=True)
     split: str | None = option(
@@ -146,6 +151,7 @@ class DataConfig:
 
     @property
     def split_shares(self) -> Split:
+        """Shares of ``split``; without it, all documents are for training."""
         return Split(self.split or "1")
 
     @property
@@ -156,6 +162,8 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
+    """Options of the optimizer and of the learning rate."""
+
     lr: float = option(3e-4, "peak learning rate", common=True)
     min_lr: float = option(0.0, "learning rate at the end of the decay", common=True)
     decoupled_lr: float | None = option(None, "peak learning rate of embeddings and output weight (default: as --lr)")
@@ -215,6 +223,8 @@ class OptimConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Options for saving and loading checkpoints."""
+
     save: str | None = option(None, "folder for checkpoints, records and the resolved configuration", common=True)
     load: str | None = option(
         None,
@@ -254,6 +264,8 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
+    """Options of the evaluation on held-out data."""
+
     eval_interval: int = option(100, "steps between evaluations; the last step has one too", common=True)
     eval_iters: int = option(10, "global batches of one evaluation, at most one pass over the data", common=True)
     skip_train: bool = option(False, "evaluate the checkpoint once: trains nothing, saves no checkpoint")
@@ -267,6 +279,8 @@ class EvaluateConfig:
 
 @dataclass
 class LoggingConfig:
+    """Options of the console lines and of the trackers."""
+
     log_interval: int = option(10, "steps between two lines on the console", common=True)
     tensorboard_dir: str | None = option(None, "folder for TensorBoard (default: SAVE/tensorboard)")
     wandb_project: str | None = option(None, "project of Weights & Biases that the run is recorded in too")
@@ -395,7 +409,7 @@ class TrainConfig:
         return with_kd and objective.kd_divergence == "taid" and not self.evaluate.skip_train
 
     def teacher_parallel(self) -> ParallelConfig:
-        """The teacher's layout: the student's unless its own sizes are given; never interleaved."""
+        """Return the teacher's layout: the student's unless its own sizes are given; never interleaved."""
         own, base = self.teacher, self.parallel
         tensor = own.tensor_model_parallel_size or base.tensor_model_parallel_size
         return ParallelConfig(

@@ -58,7 +58,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out data of an evaluation; two evaluations compare if it is the same.
+    """Held-out data of an evaluation; two evaluations are comparable if theirs are equal.
 
     fingerprint: XXH3-128 of the datasets, their weights, packing, sequence length and order. num_samples: number of
     samples, from the beginning of that order. num_tokens: their labels that the loss mask keeps. num_bytes: UTF-8 bytes

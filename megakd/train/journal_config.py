@@ -16,6 +16,8 @@ from megakd.logits.spec import StoreSpec
 
 @dataclass
 class LogitsSaveConfig:
+    """Options for keeping the outputs of the model in training."""
+
     dir: str | None = option(
         None,
         "folder for a journal of the model's own outputs on its batches, for later students; 'megakd collect' makes a "

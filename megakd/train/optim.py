@@ -139,6 +139,7 @@ class Optimizer:
         self._counts_samples = lengths is not None and lengths.unit == "samples"
 
     def zero_grad(self) -> None:
+        """Set the gradients and their buffers to 0."""
         for chunk in self._student.wrapped:
             chunk.zero_grad_buffer()
         self.inner.zero_grad()

@@ -24,7 +24,7 @@ _RELEASE = "release"  # Megatron-LM's name of a checkpoint that was converted, i
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """The manifest of one checkpoint, understood.
+    """Description of one checkpoint, read from its manifest.
 
     loader_state: result of ``Loader.state()``. layout: sizes of the groups that wrote it. tokenizer: type, hash,
     vocab_size and eod of the data it was trained on; None if the data had no manifest. objective_state: state of the

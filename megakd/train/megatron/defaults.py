@@ -1,4 +1,4 @@
-"""Defaults that differ: of flags that Megatron-LM and this trainer share."""
+"""Flags that Megatron-LM and this trainer share with different defaults."""
 
 from __future__ import annotations
 

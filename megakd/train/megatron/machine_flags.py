@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that say how a run is laid out over machines and kernels, and those of its other programs."""
+"""Megatron-LM's flags of the layout over machines and kernels, and of its other programs."""
 
 from __future__ import annotations
 

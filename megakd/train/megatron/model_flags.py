@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that say what the model is, and what is computed in which precision."""
+"""Megatron-LM's flags of the model and of the precision of its computations."""
 
 from __future__ import annotations
 

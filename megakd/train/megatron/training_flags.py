@@ -1,4 +1,4 @@
-"""Megatron-LM's flags that say how a model is trained: steps, learning rate, data, checkpoints, the record."""
+"""Megatron-LM's flags of the training: steps, learning rate, data, checkpoints, the record."""
 
 from __future__ import annotations
 

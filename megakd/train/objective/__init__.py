@@ -1,1 +1,1 @@
-"""The loss of a run: what each token weighs in each term."""
+"""Loss of a run: the weight of each token in each term."""

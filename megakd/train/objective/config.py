@@ -17,6 +17,8 @@ TemperatureMode = Literal["static", "logit_std", "entropy"]
 
 @dataclass
 class ObjectiveConfig:
+    """Options of the loss."""
+
     kd_alpha: float = option(0.5, "weight of KD beside a teacher: loss = (1 - alpha) * LM + alpha * KD", common=True)
     kd_alpha_schedule: Shape = option("constant", "schedule of alpha over the run: see the table below", common=True)
     kd_alpha_min: float | None = option(None, "smallest alpha of a schedule; the largest is --kd-alpha (default: 0)")

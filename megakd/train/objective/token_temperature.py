@@ -34,7 +34,7 @@ class Tempered:
 
 
 class TokenTemperature:
-    """Divides every token's teacher logits t by a temperature of its own, kept within 0.001 and 1000.
+    """Division of every token's teacher logits t by a temperature of its own, kept within 0.001 and 1000.
 
     logit_std: c · std(t), over the whole vocabulary: NormKD's for the teacher. entropy: c + (uncertain - c) · H / log V
     with H the entropy of softmax(t); ours, as no published formula of AdaKD's was at hand. c: ``--kd-temperature``.

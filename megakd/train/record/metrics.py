@@ -67,8 +67,11 @@ class Metrics:
         trains: bool = True,
         evaluated: str | None = None,
     ) -> None:
-        """folder: of the run, None without ``--save``. settings: the whole configuration as plain data, for trackers.
-        trains: False for a run that only evaluates; evaluated: fingerprint of the checkpoint that it evaluates."""
+        """Open the record of a run.
+
+        folder: of the run, None without ``--save``. settings: the whole configuration as plain data, for trackers.
+        trains: False for a run that only evaluates; evaluated: fingerprint of the checkpoint that it evaluates.
+        """
         self._training, self._logging, self._cost = training, logging, cost
         self._seq_length, self._world_size = seq_length, world_size
         self._writes = rank == 0
