@@ -26,6 +26,7 @@ def _read(
     uniforms_TN: Tensor | None,
     implementation: str = "auto",
     proposal_exponent: float = 1.0,
+    chunk_tokens: int = 3,
 ) -> HeadReading:
     size = dist.get_world_size() if dist.is_initialized() else 1
     num_rows = problem.weight_VH.shape[0] // size
@@ -40,7 +41,7 @@ def _read(
         uniforms_TN=uniforms_TN,
         proposal_exponent=proposal_exponent,
         implementation=implementation,
-        chunk_bytes=3 * num_rows * 8,
+        chunk_bytes=chunk_tokens * num_rows * 8,
     )
 
 
@@ -59,7 +60,9 @@ def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_siz
     uniforms_TN = torch.rand(400, 50, dtype=torch.float64)
     error = 1e-4
     off = replace(problem, hidden_TH=hidden_TH + error * torch.randn(400, 16, dtype=torch.float64))
-    both = [world(size).run(_read, one, None, 0, uniforms_TN)[0].drawn_ids_TN for one in (problem, off)]
+    both = [
+        world(size).run(_read, one, None, 0, uniforms_TN, "auto", 1.0, 100)[0].drawn_ids_TN for one in (problem, off)
+    ]
     assert both[0].max() < vocab_size
     moved = (both[0] != both[1]).double().mean()
     assert moved < 4 * error * max((vocab_size - 1).bit_length(), 1)

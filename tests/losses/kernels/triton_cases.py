@@ -42,7 +42,9 @@ def _family(case: Case) -> tuple[object, ...]:
 
 
 UNSCALED = [case for case in CASES if case.term.scale_by_temperature_squared]  # the scale is a factor, not a kernel
-EVERY = list({(_family(case), case.term.temperature): case for case in UNSCALED}.values())
+EVERY = list({(_family(case), case.term.temperature == 1): case for case in UNSCALED}.values())
+EVERY += [case for case in UNSCALED if case.term == KDTerm(temperature=2.5)]
+"""An untempered and a tempered one of every family: temperatures are numbers that every kernel is given."""
 SPARSE = [Case(KDTerm(tail="spread"), "top_p_k"), Case(KDTerm(temperature=2.5, tail="renormalise"), "top_p_k")]
 """What differs between kinds and tails of sparse targets happens outside the kernels."""
 DENSE = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def test_a_cut_run_continues_to_the_bit(setting: dict[str, Any], world: Worlds, 
     tp2, pp2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
     assert set(world(2).run(run_training, run_tree(setting, whole, tp2))) == {0}
+    assert set(world(2).run(run_training, run_tree(setting, cut, tp2, exit_interval=3))) == {75}
+    shutil.copytree(cut, moved)
     for folder, then in ((cut, tp2), (moved, pp2)):
-        assert set(world(2).run(run_training, run_tree(setting, folder, tp2, exit_interval=3))) == {75}
         assert set(world(2).run(run_training, run_tree(setting, folder, then))) == {0}
     found = record(whole)
     weights = [t for _, _, t, _ in found]
