@@ -25,16 +25,16 @@ miniplm: $(VENV)/.built  ## MiniPLM on text with planted noise: what is dropped,
 pd-sweep: $(VENV)/.built  ## the design space of pre-training distillation: truncation, temperature, loss, alpha; SWEEP='--only k'
 	$(PYTHON) examples/pretraining_distillation/sweep.py $(SWEEP)
 
-test: $(VENV)/.built $(VENV)/.dev  ## every test
+test: $(VENV)/.built $(VENV)/.dev  ## every test but the long ones: ten minutes on two cores
 	$(PYTEST) --durations 15
 
-test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take no more than a few seconds each
+test-fast: $(VENV)/.built $(VENV)/.dev  ## the tests that take less than a second each: two minutes on two cores
 	$(PYTEST) -m "not slow and not long"
 
-test-slow: $(VENV)/.built $(VENV)/.dev  ## the others: whole runs, kills, resumes
-	$(PYTEST) -m slow
+test-slow: $(VENV)/.built $(VENV)/.dev  ## those that test-fast leaves out: whole runs, kills, resumes, large tables of cases
+	$(PYTEST) -m "slow and not long"
 
-test-long: $(VENV)/.built $(VENV)/.dev  ## twenty kills instead of five, more signals; minutes each
+test-long: $(VENV)/.built $(VENV)/.dev  ## twenty kills instead of five, more signals, every layout of four ranks; minutes each
 	$(PYTHON) -m pytest -q -m long
 
 check: $(VENV)/.built $(VENV)/.dev  ## ruff and mypy --strict
