@@ -62,6 +62,8 @@ def _legal() -> list[Case]:
 CASES = _legal()
 DENSE = [case for case in CASES if case.kind == "dense"]
 SPARSE = [case for case in CASES if case.kind != "dense"]
+UNSCALED = [case for case in CASES if case.term.scale_by_temperature_squared]
+"""Without those that are another one times a number, which the head is asked about and no kernel needs to be."""
 
 
 def sparse_targets(kind: str, teacher_TV: Tensor, seed: int = 0) -> SparseTargets:

@@ -133,7 +133,7 @@ def _extreme_sparse(case: Case, teacher: Tensor) -> SparseTargets:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["huge", "ruled_out"])
 @pytest.mark.parametrize("implementation", ["reference", "native"])
 def test_extreme_logits_over_processes(world: Worlds, size: int, kind: str, implementation: Implementation) -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from losses.cases import DENSE, SPARSE, Case, sparse_targets
+from losses.cases import DENSE, UNSCALED, Case, sparse_targets
 from losses.twin import Twin, logits_twin
 from marks import fast_one_in
 from torch import Tensor
@@ -138,7 +138,10 @@ def _compare(
 
 def _kernel_cases(cases: list[Case]) -> list[Case]:
     """Without those that the sweep makes of others or that need a group (taid, adaptive_kl: tested in test_head.py)."""
-    return [case for case in cases if case.term.divergence not in ("taid", "adaptive_kl")]
+    return [c for c in cases if c in UNSCALED and c.term.divergence not in ("taid", "adaptive_kl")]
+
+
+SPARSE = [case for case in UNSCALED if case.kind != "dense"]
 
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)

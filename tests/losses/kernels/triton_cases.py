@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from losses.cases import CASES, Case, sparse_targets
+from losses.cases import UNSCALED, Case, sparse_targets
 from losses.twin import logits_twin
 from torch import Tensor
 
@@ -41,7 +41,6 @@ def _family(case: Case) -> tuple[object, ...]:
     return (case.kind, term.tail, term.formula, *exponents)
 
 
-UNSCALED = [case for case in CASES if case.term.scale_by_temperature_squared]  # the scale is a factor, not a kernel
 EVERY = list({(_family(case), case.term.temperature == 1): case for case in UNSCALED}.values())
 EVERY += [case for case in UNSCALED if case.term == KDTerm(temperature=2.5)]
 """An untempered and a tempered one of every family: temperatures are numbers that every kernel is given."""
