@@ -20,7 +20,7 @@ from megakd.train.preflight import Plan, check_run
 
 if TYPE_CHECKING:
     from megakd.parallel import Groups
-    from megakd.teachers.model_teacher import Teacher
+    from megakd.teachers.protocol import Teacher
     from megakd.train.objective.objective import Objective
     from megakd.train.optim import Student
 
@@ -92,7 +92,7 @@ def build_parts(config: TrainConfig, plan: Plan, groups: Groups) -> tuple[Studen
 def one_step(tree: dict[str, Any], forward_only: bool = False) -> dict[str, Any]:
     """The first step of a run: losses and gradient norm, before any update."""
     from megakd.parallel import init_parallel
-    from megakd.teachers.model_teacher import NoTeacher
+    from megakd.teachers.protocol import NoTeacher
     from megakd.train.optim import Optimizer
     from megakd.train.step import run_step
 

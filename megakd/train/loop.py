@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megakd.errors import CorruptError, ExitStatus, MismatchError, NonFiniteError
 from megakd.parallel import init_parallel
-from megakd.teachers.model_teacher import NoTeacher
+from megakd.teachers.protocol import NoTeacher
 from megakd.train.build import (
     build_evaluator,
     build_journal,

@@ -56,7 +56,7 @@ def fit_line(x: Values, y: Values) -> tuple[float, float]:
 
 def table(figures: Mapping[str, Mapping[str, float | None]], *, ratio: float) -> str:
     """The figures as text, a line for each prediction, the best agreement first."""
-    rows = [("", "Pearson", "Spearman", "R²", f"agrees at {ratio:g}")]
+    rows: list[tuple[str, ...]] = [("", "Pearson", "Spearman", "R²", f"agrees at {ratio:g}")]
     for name, row in sorted(figures.items(), key=lambda item: -(item[1]["keep_agreement"] or 0)):
         cells = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("pearson", "spearman", "r_squared")]
         rows.append((name, *cells, f"{row['keep_agreement']:.4f}"))

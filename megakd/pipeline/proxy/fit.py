@@ -36,7 +36,7 @@ from megakd.model.proxy.artefact import read_proxy, write_proxy
 from megakd.model.proxy.head import ValueHead
 from megakd.model.proxy.tuner import ValueTuner
 from megakd.parallel import Groups, init_parallel
-from megakd.pipeline.frozen.batches import cut_range, read_piece
+from megakd.pipeline.frozen.batches import plan_microbatches, read_microbatch
 from megakd.pipeline.proxy.figures import Values, describe, draw, fit_line, table
 from megakd.pipeline.proxy.preflight import ProxyConfig, ProxyPlan, steps_an_epoch
 from megakd.work.console import tell
@@ -236,13 +236,13 @@ class _Fit:
 
     def _microbatches(self, ids: NDArray[np.int64]) -> list[Microbatch]:
         """This rank's microbatches of the samples. Microbatches are the same for any number of ranks."""
-        pieces = cut_range(
+        plans = plan_microbatches(
             self._plan.samples.lengths(ids),
             micro_batch_size=self._config.micro_batch_size,
             seq_length=self._plan.samples.seq_length,
         )
-        mine = pieces[self._groups.data_rank :: self._groups.data_size]
-        return [read_piece(self._loader, ids[piece.places], piece.width) for piece in mine]
+        mine = plans[self._groups.data_rank :: self._groups.data_size]
+        return [read_microbatch(self._loader, ids[plan.places], plan.width) for plan in mine]
 
     def _values(self, microbatch: Microbatch) -> torch.Tensor:
         """``[B]`` fp32: standardised predictions."""

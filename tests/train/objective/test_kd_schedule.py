@@ -198,7 +198,7 @@ class CountingTeacher:
 def asked_of_the_teacher(tree: dict[str, Any], steps: int) -> list[tuple[int, dict[str, Any]]]:
     """For each of the first steps, how often the teacher was asked, and what the step says."""
     from megakd.parallel import init_parallel
-    from megakd.teachers.model_teacher import NoTeacher
+    from megakd.teachers.protocol import NoTeacher
     from megakd.train.preflight import check_run
     from megakd.train.step import run_step
 
