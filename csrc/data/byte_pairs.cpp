@@ -1,5 +1,5 @@
 // Search of a text for any of a set of pairs of adjacent bytes: a cheap test before an expensive one
-// (megakd/data/tokenizers).
+// (megakd/data/tokenizers/routes.py).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
