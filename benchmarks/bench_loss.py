@@ -48,7 +48,7 @@ GPU_MOST_BYTES = 12.0
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one case: median seconds, median memory in units of the logits, and the turns' gradient and collectives."""
+    """Medians of one case: seconds, memory in units of the logits, and the gradient and collectives of its turns."""
 
     seconds: float
     memory: float

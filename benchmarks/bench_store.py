@@ -207,7 +207,7 @@ class Ours:
         return rows_at(Rows(*flat, found.entropy_BS.ravel()), slice(0, self.rows.num_rows))
 
     def copy_bytes(self) -> object:
-        """What reading cannot do without: the shard's bytes out of the memory map, in order."""
+        """Lower bound of reading: the shard's bytes out of the memory map, in order."""
         return [np.array(np.memmap(path, np.uint8, "r")) for path in self._files]
 
 

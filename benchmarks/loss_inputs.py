@@ -26,7 +26,7 @@ _DISTINCT_ROWS, _CHECKED_ROWS, _CHECKED_IDS = 64, 16, 64
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed, and by which rank. megatron_training: a folder that holds an unpacked megatron-core 0.19."""
+    """Size of a problem and this rank's part. megatron_training: a folder with an unpacked megatron-core 0.19."""
 
     tokens: int
     vocab: int
@@ -158,7 +158,7 @@ def logit_inputs(problem: Problem, *, with_teacher: bool = True) -> Callable[[],
 
 
 def sparse_inputs(problem: Problem) -> Callable[[], LogitInputs]:
-    """The same without the teacher's logits."""
+    """Inputs without the teacher's logits."""
     return logit_inputs(problem, with_teacher=False)
 
 

@@ -88,7 +88,7 @@ def head_liger(problem: Problem, *, lm: float = LM, distil: float = DISTIL) -> R
 
 
 def head_liger_distil(problem: Problem) -> Run:
-    """The same without the LM loss: less work than ours does."""
+    """Liger's distillation without the LM loss: less work than ours does."""
     return head_liger(problem, lm=0.0, distil=1.0)
 
 

@@ -27,7 +27,7 @@ SEQ_LENGTH = 1024  # of the trigram model's samples
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a teacher says at ``T`` token positions, whole samples of ``seq_length``.
+    """A teacher's readings at ``T`` token positions, whole samples of ``seq_length``.
 
     ids_TK, log_probs_TK: ``[T, 128]``, best first. drawn_ids_TD, drawn_counts_TD: 50 draws, 0 in an empty slot.
     input_ids_T. counts_V: how often the dataset has each id.
@@ -158,7 +158,7 @@ class Trigram:
 
 
 class _Follows:
-    """How often which id follows each context."""
+    """Counts of the ids that follow each context."""
 
     def __init__(self, contexts: NDArray[np.int64], ids: NDArray[np.int64], vocab_size: int) -> None:
         self._contexts, numbers = np.unique(contexts, return_inverse=True)

@@ -38,7 +38,7 @@ def random_counts(seed: int, num_rows: int, vocab_size: int, draws: int) -> tupl
 
 
 def as_dicts(rows: Rows) -> list[dict[int, float]]:
-    """What each row says: id -> log-probability."""
+    """Content of each row: id -> log-probability."""
     kept = rows.log_probs_TK > -np.inf
     return [
         dict(zip(ids[keep].tolist(), values[keep].tolist()))

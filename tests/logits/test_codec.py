@@ -64,7 +64,7 @@ def mass(rows: Rows) -> NDArray[np.float64]:
 
 
 def bound(log_prob: float, bits: int) -> float:
-    """How far a log-probability may be off, before the row is shifted: half a step of the eighth root."""
+    """Largest error of a log-probability before the row is shifted: half a step of the eighth root."""
     half = 0.5 / 128 if bits == 8 else 0.5 / 128 / 256
     root = np.exp(log_prob / 8)
     return float(-8 * np.log(1 - half / root)) + 2e-6
@@ -168,7 +168,7 @@ def test_the_mass_of_a_row_is_kept() -> None:
 
 
 def test_the_mean_kl_of_rows_is_small() -> None:
-    """Of the K + 1 buckets; a real teacher's is in benchmarks/bench_store.py."""
+    """KL of the K + 1 buckets is small; a real teacher's is in benchmarks/bench_store.py."""
     rows = random_rows(5, 300, 32000, 100, ragged=False)
     found = round_trip(TOP_P_K, random_ranks(32000), rows)
     kl = []

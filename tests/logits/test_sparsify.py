@@ -1,4 +1,4 @@
-"""What is kept of a teacher: the order of the cuts, honest counts, numbers that depend on nothing else."""
+"""Rows made from a teacher: the order of the cuts, honest counts, numbers that depend on nothing else."""
 
 from __future__ import annotations
 

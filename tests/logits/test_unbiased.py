@@ -75,7 +75,7 @@ def _whole(found: BatchRows) -> NDArray[np.float64]:
 
 
 def _z_scores(mass_TV: NDArray[np.float64], logits_V: torch.Tensor) -> NDArray[np.float64]:
-    """Of the mean over the rows, for ids with enough draws that it is near to normal."""
+    """Standard scores of the mean over the rows, for ids with enough draws that it is near to normal."""
     p_V = logits_V.double().softmax(0).numpy()
     often_V = (mass_TV > 0).sum(0) > 1000
     error_V = mass_TV.std(0) / np.sqrt(len(mass_TV))
@@ -94,7 +94,7 @@ def test_a_million_draws_are_unbiased_in_the_store(exponent: float, bits: str, t
 
 @pytest.mark.slow
 def test_rounding_to_the_nearest_level_is_found(tmp_path: Path) -> None:
-    """What the test above is for: the same draws, rounded the same way each time."""
+    """Draws rounded to the nearest level fail the test above, so that test can fail."""
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
     scores = _z_scores(_targets_of_nearest(_spec(0.8), logits_V, tmp_path), logits_V)
     assert np.abs(scores).max() > 6
@@ -121,7 +121,7 @@ def _targets_of_nearest(spec: StoreSpec, logits_V: torch.Tensor, folder: Path) -
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_rounded_mass_is_stored_as_it_is(bits: ValueBits) -> None:
-    """What is rounded is a level already: the store changes nothing, and rounding again changes nothing."""
+    """Rounded weights are levels: neither the store nor rounding again changes them."""
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(VOCAB)[:9] for _ in range(200)])
     log_masses = rng.uniform(-40, np.log(64), ids.shape)

@@ -127,7 +127,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def twin_errors(results: list[Result], twin: Twin) -> dict[str, float]:
-    """How far a world is from the twin, after checking that its ranks agree bit for bit."""
+    """Errors of a world against the twin, after checking that its ranks agree bit for bit."""
     first = results[0]
     for other in results[1:]:
         assert torch.equal(other.output.loss, first.output.loss)

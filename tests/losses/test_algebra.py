@@ -1,4 +1,4 @@
-"""What must hold between divergences, and between sparse targets and dense ones, whatever the numbers."""
+"""Identities between divergences, and between sparse and dense targets, that hold for any numbers."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_sampled_counts_give_the_dense_gradient_on_average() -> None:
 
 
 def test_truncation_biases_where_samples_do_not() -> None:
-    """The same comparison fails for renormalised top-k targets: the test above can tell."""
+    """Renormalised top-k targets fail the comparison of the test above, so that test can fail."""
     student, teacher = _logits(1, rows=64), _logits(2, rows=64)
     _, _, dense = _run(KDTerm(), student, LogitTargets(teacher))
     targets = sparse_targets("top_p_k", teacher)
@@ -259,7 +259,7 @@ def test_agreement_is_with_the_teacher_and_not_with_the_label() -> None:
 
 
 def test_decoupled_without_the_other_ids_is_the_label_alone() -> None:
-    """Also where the teacher is certain of the label and the others have no distribution."""
+    """Value and gradient hold for a teacher that is certain of the label, without a distribution among the others."""
     student = torch.tensor([[1.0, 0.5, 0.0]])
     teacher = torch.tensor([[0.0, -math.inf, -math.inf]])
     for implementation in ("reference", "native"):

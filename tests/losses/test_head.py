@@ -163,7 +163,7 @@ def _unmerged(problem: Problem) -> Result:
 
 @pytest.mark.parametrize("mistake", [_scaled_by_world_size, _unmerged])
 def test_planted_mistakes_are_caught(world: Worlds, mistake: Callable[[Problem], Result]) -> None:
-    """What peers get wrong: right values everywhere, wrong gradients as soon as there is a second rank."""
+    """Mistakes that peers make: right values everywhere, wrong gradients as soon as there is a second rank."""
     problem = Problem.make()
     twin = problem.twin(FORWARD)
     alone, split = (twin_errors(world(size).run(mistake, problem), twin) for size in (1, 2))

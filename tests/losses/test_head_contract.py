@@ -1,4 +1,4 @@
-"""What the head promises besides its values: masks, evaluation, gradients only where wanted, errors."""
+"""Promises of the head besides its values: masks, evaluation, gradients only where wanted, errors."""
 
 from __future__ import annotations
 

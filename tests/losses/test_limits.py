@@ -1,4 +1,4 @@
-"""What divergences come to where a probability is 0, an exponent negative, or the head is the whole vocabulary."""
+"""Limits of divergences where a probability is 0, an exponent negative, or the head is the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _run(terms: list[KDTerm], student: Tensor, teacher: Tensor, how: Implementat
 
 
 def _is_infinite(term: KDTerm, ruled_out: str) -> bool:
-    """Whether an id with p = 0 < q, or with q = 0 < p, makes the divergence infinite; by hand."""
+    """Return whether an id with p = 0 < q, or with q = 0 < p, makes the divergence infinite; derived by hand."""
     a, b = term.ab_alpha, term.ab_beta
     at_p, at_q = {
         "alpha_beta": (not (a > 0 and a + b > 0), not (b > 0 and a + b > 0)),

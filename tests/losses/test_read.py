@@ -53,7 +53,7 @@ def _drawn(probs_TV: Tensor, uniforms_TN: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1, slow(2), pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("vocab_size", [1, slow(2), slow(7), slow(13), 251])
 def test_errors_of_the_logits_move_few_draws(world: Worlds, size: int, vocab_size: int) -> None:
-    """As many as bits of an id, not as ids: what another layout adds up in another order may move so few."""
+    """The share of draws that an error moves grows with the bits of an id, not with the number of ids."""
     torch.manual_seed(0)
     hidden_TH, weight_VH = torch.randn(400, 16, dtype=torch.float64), torch.randn(256, 16, dtype=torch.float64)
     problem = replace(Problem.make(torch.float64), hidden_TH=hidden_TH, weight_VH=weight_VH, vocab_size=vocab_size)

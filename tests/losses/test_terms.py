@@ -1,4 +1,4 @@
-"""What a term may be told, and which targets it refuses."""
+"""Terms: the parameters that are refused, and the targets."""
 
 from __future__ import annotations
 

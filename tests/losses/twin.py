@@ -140,7 +140,7 @@ def dense(student: Tensor, teacher: Tensor, labels: Tensor, term: Any) -> Tensor
 
 
 def sparse(student: Tensor, ids_TK: Tensor, log_probs_TK: Tensor, labels: Tensor, term: Any) -> Tensor:
-    """The same from sparse targets, one row at a time, each tail by its definition. ``student``: tempered logits."""
+    """Divergence from sparse targets, one row at a time, each tail by its definition. ``student``: tempered logits."""
     values = []
     for row, ids, log_p, label in zip(student, ids_TK, log_probs_TK.double(), labels):
         ids, log_p = ids[log_p > -torch.inf], log_p[log_p > -torch.inf]
@@ -238,7 +238,7 @@ def head_twin(
     vocab_size: int,
     z_weight_T: Tensor | None = None,
 ) -> Twin:
-    """The same from hidden states and whole output weights, padding rows included; gradients by both.
+    """Loss and gradients from hidden states and whole output weights, padding rows included.
 
     terms: (term, (teacher's hidden states, its whole weight) or sparse targets, weights).
     """

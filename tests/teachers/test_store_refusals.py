@@ -1,4 +1,4 @@
-"""What is refused of a logits store: before anything starts, and, where a record is damaged, on every rank."""
+"""Refusals of a logits store: before anything starts, and, where a record is damaged, on every rank."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def flip_records(store: Path) -> None:
 
 
 def error_of_training(tree: dict[str, Any]) -> tuple[str, int, str]:
-    """What a run on this rank ends with: the error's class, its exit status, its words."""
+    """End of a run on this rank: the error's class, its exit status, its words."""
     try:
         run_training(tree)
     except ValueError as error:
@@ -151,7 +151,7 @@ def test_a_flipped_byte_ends_the_run_on_every_rank(
 
 
 def one_rank_cannot_read(tree: dict[str, Any]) -> tuple[str, int, str]:
-    """As on a cluster where one node's copy of the store is damaged."""
+    """Train with a damaged copy of the store on rank 1, as on a cluster where one node's copy is damaged."""
     if os.environ["RANK"] == "1":
         tree["teacher"]["logits_load_dir"] = [tree["teacher"]["logits_load_dir"][0] + "-damaged"]
     return error_of_training(tree)
@@ -172,7 +172,7 @@ def test_a_fault_of_one_rank_ends_the_run_on_every_rank(
 
 
 def shards_are_removed(tree: dict[str, Any]) -> tuple[str, int, str]:
-    """As where somebody tidies up, or a disk goes, while the run goes on."""
+    """Train while the store's shards are removed, as by somebody who tidies up or by a failing disk."""
     from megakd.train.loop import train
 
     config = make_config(tree)

@@ -99,7 +99,7 @@ def select(data: str, folder: Path, ids: list[int]) -> str:
 
 @pytest.mark.slow
 def test_order_blend_and_selection_do_not_matter(setting: dict[str, str], world: Worlds, tmp_path: Path) -> None:
-    """What a sample's loss is does not depend on where it stands or what it stands beside."""
+    """The loss of a sample does not depend on its place or on the samples beside it."""
     kept = sorted(np.random.default_rng(1).permutation(374)[:20].tolist())
     selection = select(setting["data"], tmp_path / "selection", kept)
     both: list[str | float] = [0.5, setting["other"], 0.5, setting["data"]]

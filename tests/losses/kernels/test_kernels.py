@@ -218,7 +218,7 @@ INFINITE_WHERE_THE_TEACHER_RULES_OUT = ("reverse_kl", "symmetric_kl", "logit_mse
 
 
 def _survives(case: Case) -> bool:
-    """Whether an id that the teacher alone rules out leaves the divergence finite."""
+    """Return whether the divergence is finite if the teacher alone rules out an id."""
     term = case.term
     if term.formula == "alpha_beta":
         return term.ab_alpha > 0 and term.ab_alpha + term.ab_beta > 0

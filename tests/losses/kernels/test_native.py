@@ -1,4 +1,4 @@
-"""What only the native kernels have: threads, arrays that may not fit, fp32 sums over large vocabularies."""
+"""Properties of the native kernels alone: threads, arrays that may not fit, fp32 sums over large vocabularies."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_equal_models_have_no_gradient_at_any_temperature(divergence: str) -> No
 
 
 def test_statistics_of_listed_ids_only_look() -> None:
-    """Also where ids lie in the last, partial vector, and where all are listed."""
+    """Statistics leave the logits unchanged, also with ids in the last, partial vector, and with all ids listed."""
     columns = torch.tensor([[34, 0, 16, 15], [-1, 40, 33, 32], [1, -1, 2, 35]])
     student = _logits(3, 35, 23)
     before = student.clone()

@@ -35,7 +35,7 @@ WRITTEN = {torch.float32: FP32, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7
 
 
 def _family(case: Case) -> tuple[object, ...]:
-    """What is the same kernel with other numbers."""
+    """Cases that are the same kernel with other numbers."""
     term = case.term
     exponents = (term.ab_alpha, term.ab_beta) if term.divergence == "alpha_beta" else ()
     return (case.kind, term.tail, term.formula, *exponents)
@@ -45,7 +45,7 @@ EVERY = list({(_family(case), case.term.temperature == 1): case for case in UNSC
 EVERY += [case for case in UNSCALED if case.term == KDTerm(temperature=2.5)]
 """An untempered and a tempered one of every family: temperatures are numbers that every kernel is given."""
 SPARSE = [Case(KDTerm(tail="spread"), "top_p_k"), Case(KDTerm(temperature=2.5, tail="renormalise"), "top_p_k")]
-"""What differs between kinds and tails of sparse targets happens outside the kernels."""
+"""Cases of sparse targets; other kinds and tails differ outside the kernels alone."""
 DENSE = [
     case for case in {_family(c): c for c in EVERY if c.kind == "dense"}.values() if case.term.divergence != "taid"
 ]
