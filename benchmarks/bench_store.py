@@ -200,7 +200,7 @@ class Ours:
             self._store.read_batch(order[at : at + BATCH], self._inputs[order[at : at + BATCH]])
 
     def stored(self) -> Rows:
-        """All rows as they come back."""
+        """All rows, decoded."""
         ids = np.arange(self._spec.num_samples)
         found = self._store.read_batch(ids, self._inputs)
         flat = (array.reshape(self._inputs.size, -1) for array in (found.ids_BSK, found.log_probs_BSK))

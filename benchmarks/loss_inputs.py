@@ -19,7 +19,7 @@ from megakd.targets import DenseTargets, SparseTargets
 
 HIDDEN, TEACHER_HIDDEN, KEPT_IDS = 512, 1024, 100
 LM, DISTIL = 0.5, 0.5
-"""What the two losses weigh on a head."""
+"""Weights of the two losses on a head."""
 
 _DISTINCT_ROWS, _CHECKED_ROWS, _CHECKED_IDS = 64, 16, 64
 
@@ -102,7 +102,7 @@ class LogitInputs:
     gradient_Tv: Tensor | None = None
 
     def logits(self) -> Tensor:
-        """The student's, as what a layer has made that will take their gradient."""
+        """The student's logits as the output of a layer that takes their gradient."""
         anchor = torch.zeros((), device=self.student_Tv.device, requires_grad=True)
         made: Tensor = _Layer.apply(anchor, self)
         return made
@@ -130,7 +130,7 @@ def head_inputs(problem: Problem) -> Callable[[], HeadInputs]:
 
 
 def logit_inputs(problem: Problem, *, with_teacher: bool = True) -> Callable[[], LogitInputs]:
-    """A function that makes inputs that nobody has overwritten yet."""
+    """Return a function that makes fresh inputs, which no case has overwritten."""
     random = torch.Generator(problem.device).manual_seed(0)
     size = (_DISTINCT_ROWS, problem.vocab)
     teacher_RV = torch.randn(size, generator=random, device=problem.device).mul_(2)
@@ -167,7 +167,7 @@ def no_inputs(_: Problem) -> Callable[[], None]:
 
 
 class _Layer(torch.autograd.Function):
-    """Stands for the layer that made the logits: no copies, on no way."""
+    """Stand-in for the layer that made the logits; copies nothing, forward or backward."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, inputs: LogitInputs) -> Tensor:

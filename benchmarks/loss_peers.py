@@ -224,7 +224,7 @@ def _cached_logits_loss(folder: str | None) -> ModuleType:
 
 
 class _Unused(ModuleType):
-    """Has every name; nothing may be done with them."""
+    """Stand-in for a module: has every name, and none may be used."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -113,8 +113,10 @@ class Worker:
         self._folder.cleanup()
 
     def first_turn(self) -> tuple[float | None, int | None]:
-        """The turn that compiles and warms up: by how much the gradient is off (1 is what precision explains), and the
-        collectives of a forward pass, each None where there are none.
+        """Take the turn that compiles and warms up.
+
+        Returns the error of the gradient, in units of what precision explains, and the number of collectives of a
+        forward pass; None each if there is none.
 
         Raises SkippedError for a peer that cannot run, FailedError for a case of ours.
         """
@@ -127,7 +129,7 @@ class Worker:
         return (float(torch.tensor(errors).max()) if errors else None), answers[0][1]  # a NaN wins
 
     def turn(self) -> tuple[float, int]:
-        """Seconds of the slowest rank and bytes of all of them."""
+        """Take a turn; return the seconds of the slowest rank and the bytes of all ranks."""
         answers = self._ask("turn")
         return max(answer[0] for answer in answers), sum(answer[1] for answer in answers)
 
@@ -239,7 +241,7 @@ def _turn(run: loss_peers.Run, make: Callable[[], Any], problem: Problem) -> tup
 
 
 def _reset_peak(device: str) -> int:
-    """Forget the peak so far; the bytes held now."""
+    """Reset the peak and return the bytes held now."""
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()

@@ -86,7 +86,7 @@ class DistillKit:
         self.bytes_a_row = float(size)
 
     def read(self) -> Rows:
-        """The ids, best first, and the values as they come back."""
+        """The ids, best first, and their decoded values."""
         bits = np.unpackbits(self._ids, axis=1, count=self._width * self.ID_BITS, bitorder="little")
         powers = 1 << np.arange(self.ID_BITS, dtype=np.int64)
         ids = bits.reshape(len(bits), self._width, self.ID_BITS) @ powers
@@ -96,7 +96,7 @@ class DistillKit:
 
 
 class Copy:
-    """No layout at all: the decoded arrays, copied."""
+    """Lower bound without a layout: the decoded arrays, copied."""
 
     def __init__(self, rows: Rows) -> None:
         self._from = rows.ids_TK, rows.log_probs_TK

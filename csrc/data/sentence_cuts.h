@@ -32,7 +32,7 @@ SentenceCuts cut_sentences(const Id* tokens, int64_t num_tokens, const uint8_t* 
   };
   while (result.count < capacity && starts[result.count - 1] < num_tokens) {
     const int64_t start = starts[result.count - 1];
-    int64_t cut = num_tokens;  // what is left is one sample, where it fits
+    int64_t cut = num_tokens;  // the remaining tokens are one sample, if they fit into a window
     if (num_tokens - start > window) {
       cut = start + window;
       uint8_t next = class_at(cut);

@@ -1,4 +1,4 @@
-// Rows of a logits store to bytes and back: what a teacher says about one token position, ids with their mass.
+// Rows of a logits store to bytes and back. A row holds a teacher's ids for one token position, with their mass.
 //
 // The record of a sample: u32 rows, u32 largest number of ids in a row, u32 bytes of the first stream, then two streams.
 // The first has for each row the number of ids and the gaps between their frequency ranks, in rising order; the second

@@ -1,1 +1,1 @@
-"""Nouns: what a teacher said, on disk."""
+"""Logits stores: a teacher's sparse targets on disk."""

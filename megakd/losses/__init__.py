@@ -1,1 +1,1 @@
-"""Nouns: numerics over a vocabulary split across a group."""
+"""Losses and readings of logits over a vocabulary that is split across a process group."""
