@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from megakd.config.command_line import Given, Line, Takes, Translation
+from megakd.layout import is_first_rank
 from megakd.train.megatron.defaults import DEFAULTS, tell_difference
 from megakd.train.megatron.machine_flags import ELSEWHERE, KERNELS, LAYOUT
 from megakd.train.megatron.model_flags import EXPERTS, MODEL, PRECISION
@@ -101,7 +101,7 @@ class MegatronFlags:
             elif entry is not None and entry.verdict == "same":
                 quiet.append(given.name)
         refused = [*_refuse_gpt(line), *refused]  # refusals of the model itself come first
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_rank():
             return Translation(translated, refused)
         if quiet:
             notes.append(f"as here anyway, or without effect on the result: {' '.join(dict.fromkeys(quiet))}")
