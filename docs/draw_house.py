@@ -107,7 +107,7 @@ def against_the_rules(house: House, rules: dict[str, Any]) -> list[str] | None:
         row = {entry: number for number, entries in enumerate(rules["LAYERS"]) for entry in entries}
         allowed = rules.get("NEIGHBOURS", set())
         free = rules.get("FOUNDATION_MAY_IMPORT_ITSELF")  # a row, in older checkouts
-        pairs = [(room, below) for room, belows in house.arrows.items() for below in belows]
+        pairs = [(room, below) for room, belows in house.arrows.items() for below in sorted(belows)]
         return [
             f"{a} -> {b}"
             for a, b in pairs
@@ -115,7 +115,7 @@ def against_the_rules(house: House, rules: dict[str, Any]) -> list[str] | None:
         ]
     if "PIPELINE_ARROWS" not in rules:
         return None
-    pairs = [(room, below) for room, belows in house.arrows.items() for below in belows]
+    pairs = [(room, below) for room, belows in house.arrows.items() for below in sorted(belows)]
     return [f"{a} -> {b}" for a, b in pairs if (a, b) not in rules["PIPELINE_ARROWS"]]
 
 
