@@ -12,8 +12,9 @@ from megakd.data.samples.protocol import Samples
 from megakd.errors import UsageError
 from megakd.logits.codec import Rows, invert
 from megakd.logits.sparsify import top_p_k
-from megakd.logits.spec import finish_store, read_ids_of_ranks, read_shard, write_shard
+from megakd.logits.spec import read_ids_of_ranks
 from megakd.logits.store import LogitsStore
+from megakd.logits.store_writer import finish_store, read_shard, write_shard
 
 
 def truncate_store(source: Path, output: Path, samples: Samples, *, top_p: float, top_k: int) -> None:
