@@ -20,26 +20,26 @@ _BACKWARD = 2.0  # the backward pass, in forward passes
 
 @dataclass
 class Known:
-    """What the costs of captures and scorings are looked up in.
+    """Records that give the costs of captures and scorings.
 
-    models: by the fingerprint of a checkpoint. scores: manifests, by their fingerprint.
+    models: checkpoints by fingerprint. scores: manifests by fingerprint.
     """
 
     models: dict[str, CheckpointRecord] = field(default_factory=dict)
     scores: dict[str, Manifest] = field(default_factory=dict)
 
     def add_models(self, folders: Iterable[Path]) -> None:
-        """Every checkpoint in ``folders``. A folder without any adds none."""
+        """Add every checkpoint in ``folders``. A folder without checkpoints adds none."""
         for folder in dict.fromkeys(folders):
             for iteration in checkpoints(folder):
                 try:
                     record = read_record(folder, iteration)
                 except _UNREADABLE:
-                    continue  # it is then no model of known size, which is said where it is asked for
+                    continue  # its size is then unknown, which is reported if a cost needs it
                 self.models[record.fingerprint] = record
 
     def add_scores(self, folders: Iterable[Path]) -> None:
-        """Raises UsageError or CorruptError for a folder without whole scores."""
+        """Add the scores in ``folders``. Raises UsageError for a folder without scores, CorruptError if damaged."""
         for folder in folders:
             manifest = read_manifest(folder / SCORES, check_files=False)
             self.scores[manifest.fingerprint] = manifest
@@ -47,11 +47,10 @@ class Known:
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs after each recorded step, in its order.
+    """FLOPs up to each recorded step, in order of the steps.
 
-    student: of its own forward and backward passes. teacher: of the forward passes beside it. before: of captures and
-    scorings that the run's targets and samples come from. missing: phrases, what is not counted; the sums are then too
-    small.
+    student: its own forward and backward passes. teacher: forward passes beside it. before: captures and scorings that
+    the run's targets and samples come from. missing: phrases that name uncounted work; the sums are then too small.
     """
 
     student: tuple[float, ...]
@@ -60,12 +59,12 @@ class Costs:
     missing: tuple[str, ...]
 
     def whole(self, index: int) -> float:
-        """All of it, up to step number ``index`` of the record; -1 is the last."""
+        """All FLOPs up to step number ``index`` of the record; -1 is the last."""
         return self.student[index] + self.teacher[index] + self.before
 
 
 def count_costs(run: RunRecord, known: Known) -> Costs | None:
-    """What a run took; None where neither its record nor a checkpoint tells the model's size."""
+    """Count the FLOPs of a run; None if neither its record nor a checkpoint tells the model's size."""
     missing: list[str] = []
     student = _student(run)
     if student is None:
@@ -84,7 +83,7 @@ def teacher_folders(runs: Iterable[RunRecord]) -> list[Path]:
 
 
 def _student(run: RunRecord) -> list[float] | None:
-    """Cumulative; steps from before the record begins count as its first does, a token."""
+    """Cumulative FLOPs of the student; steps from before the record begins count as much a token as its first step."""
     if not run.steps:
         return []
     a_token = _per_token_flops(run)
@@ -99,7 +98,7 @@ def _student(run: RunRecord) -> list[float] | None:
 
 
 def _per_token_flops(run: RunRecord) -> float | None:
-    """Of a forward and a backward pass, from the record or from the run's checkpoint."""
+    """FLOPs a token of a forward and a backward pass, from the record or from the run's checkpoint."""
     for before, step in zip(run.steps, run.steps[1:]):
         if step.flops is not None and step.tokens > before.tokens:
             return step.flops / (step.tokens - before.tokens)
@@ -113,7 +112,7 @@ def _per_token_flops(run: RunRecord) -> float | None:
 
 
 def _teacher(run: RunRecord, missing: list[str]) -> list[float]:
-    """Cumulative, of the model beside the student."""
+    """Cumulative FLOPs of the teacher that runs beside the student."""
     folder = run.setting("teacher", "load")
     if folder is None:
         return [0.0] * len(run.steps)
@@ -139,7 +138,7 @@ def _teacher(run: RunRecord, missing: list[str]) -> list[float]:
 
 @dataclass
 class _Passes:
-    """Forward passes over a corpus. One pass captures and scores, so those of a model over the same data count once."""
+    """Forward passes over a corpus. A model's passes over the same data count once: one pass captures and scores."""
 
     known: Known
     missing: list[str]
@@ -149,7 +148,7 @@ class _Passes:
         return sum(self._flops.values())
 
     def add_store(self, folder: Path) -> None:
-        """What capturing a logits store took."""
+        """Add the capture of a logits store."""
         if folder == Path("none"):
             return
         manifest = self._read(folder / STORE, "capturing")
@@ -158,7 +157,7 @@ class _Passes:
         self._add(manifest, int(manifest.parameters["samples_with_targets"]), f"capturing {folder}")
 
     def add_selection(self, folder: Path) -> None:
-        """What scoring the corpus took that a selection was made from."""
+        """Add the scorings of the corpus that a selection was made from."""
         if folder == Path("all"):
             return
         manifest = self._read(folder / SELECTION, "scoring for")
@@ -193,5 +192,5 @@ class _Passes:
 
 
 def _forward(record: CheckpointRecord, seq_length: int) -> float:
-    """FLOPs a token of one forward pass."""
+    """FLOPs a token of one forward pass of a checkpoint's model."""
     return record.shape.flops_forward(seq_length=seq_length, vocab_size=record.vocab_size)

@@ -1,4 +1,4 @@
-"""One run as ``megakd compare`` sees it: what it reached on held-out data, after how much work, how fast."""
+"""Figures of one run: losses on held-out data, the work up to them, and speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megakd.run_folder.record import Evaluation, RunRecord, Step, checkpoints, r
 
 @dataclass(frozen=True)
 class RunName:
-    """One RUN of the command line. label: given by the user, or None. evaluation: whose held-out figures stand."""
+    """One RUN of a command line. label: the user's, or None. evaluation: folder whose held-out figures are taken."""
 
     label: str | None
     folder: Path
@@ -27,9 +27,9 @@ class RunName:
 
 @dataclass(frozen=True)
 class HeldOutKey:
-    """What an evaluation was made on. data: a fingerprint, or of older records what the configuration tells, or None.
+    """Identity of held-out data. data: a fingerprint; for older records the configuration's paths, or None.
 
-    recorded: whether it is a fingerprint. tokenizer: its hash; None where it is not known.
+    recorded: True if ``data`` is a fingerprint. tokenizer: its hash; None if it is not known.
     """
 
     data: str | None
@@ -39,7 +39,7 @@ class HeldOutKey:
     tokenizer: str | None
 
     def same(self, other: HeldOutKey) -> bool:
-        """Whether two evaluations were made on the same tokens, as far as the records tell."""
+        """Return whether two evaluations were made on the same tokens, as far as the records tell."""
         if self.num_tokens != other.num_tokens:
             return False
         return self.data == other.data if self.recorded == other.recorded else True
@@ -47,7 +47,7 @@ class HeldOutKey:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation in the course of a run. flops: of the student alone. all_flops: with its teacher. None: not
+    """One evaluation in the course of a run. flops: the student's so far. all_flops: with its teacher's. None: not
     known."""
 
     tokens: int
@@ -58,10 +58,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to.
+    """Figures of a run.
 
-    final: the held-out figures that stand in the table, None without an evaluation. key: of what they were made on.
-    curve: evaluations of the run itself on the data of its last one; curve_key: what that is.
+    final: the held-out figures, None without an evaluation. key: identity of their data. curve: evaluations in the
+    course of training, on the data of the last one. curve_key: identity of that data.
     """
 
     name: RunName
@@ -83,26 +83,26 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over the steps, the first of the process left out where there are others: it warms up."""
+        """Median over the steps; without the first one, which warms up, if there are more."""
         return tokens_per_second(self.record.steps)
 
     @property
     def unfinished(self) -> str | None:
-        """A phrase where the run has not done all of its steps."""
+        """A phrase if the run has not done all of its steps; else None."""
         asked, done = self.record.setting("training", "train_iters"), self.record.steps
         if asked is None or not done or done[-1].step >= asked:
             return None
         return f"is at step {done[-1].step} of {asked}"
 
     def flops(self) -> tuple[float | None, float | None]:
-        """Of the student alone, and with its teacher."""
+        """FLOPs of the student alone, and with its teacher's; None if unknown."""
         if self.costs is None or not self.costs.student:
             return None, None
         return self.costs.student[-1], self.costs.whole(-1)
 
 
 def parse_run_name(text: str) -> RunName:
-    """Read ``[NAME=]FOLDER[+EVALUATION]``; a folder whose own name has these signs is taken as it is."""
+    """Read ``[NAME=]FOLDER[+EVALUATION]``; an existing folder whose name has ``=`` or ``+`` is taken whole."""
     label, rest = None, text
     if "=" in text and not Path(text).is_dir():
         label, _, rest = text.partition("=")
@@ -116,7 +116,7 @@ def parse_run_name(text: str) -> RunName:
 
 
 def tokens_per_second(steps: Sequence[Step]) -> float | None:
-    """The median over the steps, without the first where there are others; None where no time is recorded."""
+    """Median over the steps, without the first if there are more; None if no time is recorded."""
     rates = [
         (step.tokens - before.tokens) / step.seconds
         for before, step in itertools.pairwise(steps)
@@ -129,12 +129,12 @@ def tokens_per_second(steps: Sequence[Step]) -> float | None:
 
 
 def measure(name: RunName, record: RunRecord, costs: Costs | None) -> Run:
-    """Put together what a run's record tells. Raises MismatchError for an evaluation of another run's checkpoint."""
-    own = _of_its_training(record)
-    curve_key = held_out_key(own[-1], record) if own else None
+    """Compute a run's figures from its record. Raises MismatchError for an evaluation of another run's checkpoint."""
+    evaluations = _in_training(record)
+    curve_key = held_out_key(evaluations[-1], record) if evaluations else None
     curve = [
         _point(evaluation, record, costs)
-        for evaluation in own
+        for evaluation in evaluations
         if curve_key is not None and held_out_key(evaluation, record).same(curve_key)
     ]
     final, whose = (record.evaluations[-1], record) if record.evaluations else (None, record)
@@ -156,7 +156,7 @@ def measure(name: RunName, record: RunRecord, costs: Costs | None) -> Run:
 
 
 def held_out_key(evaluation: Evaluation, run: RunRecord) -> HeldOutKey:
-    """What an evaluation was made on: as it is recorded, or else as the run's configuration tells."""
+    """Identity of an evaluation's data: as recorded, or else as the run's configuration tells."""
     held_out = evaluation.held_out
     data: str | None = held_out.get("fingerprint")
     if data is None and run.setting("data", "valid_data_path"):
@@ -172,9 +172,9 @@ def held_out_key(evaluation: Evaluation, run: RunRecord) -> HeldOutKey:
 
 
 def reached(xs: Sequence[float], ys: Sequence[float], target: float) -> float | None:
-    """The x at which ``ys`` first falls to ``target``, linear between two points; None where it does not.
+    """The x at which ``ys`` first falls to ``target``, linear between two points; None if it never does.
 
-    Where the first point is there already it is that point's x, though it may have been reached before.
+    If the first point lies at the target or below, its x is returned, though the target may have been reached earlier.
     """
     for index, (x, y) in enumerate(zip(xs, ys)):
         if y <= target:
@@ -185,11 +185,10 @@ def reached(xs: Sequence[float], ys: Sequence[float], target: float) -> float | 
     return None
 
 
-def _of_its_training(record: RunRecord) -> list[Evaluation]:
-    """The evaluations of a run's own course, in order of steps; of one step the later."""
-    return [
-        each for _, each in sorted({each.step: each for each in record.evaluations if each.checkpoint is None}.items())
-    ]
+def _in_training(record: RunRecord) -> list[Evaluation]:
+    """Evaluations in the course of training, in order of steps; the later one if a step has two."""
+    by_step = {evaluation.step: evaluation for evaluation in record.evaluations if evaluation.checkpoint is None}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None) -> Point:
@@ -203,13 +202,13 @@ def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None) -> Po
 
 
 def _check_checkpoint(evaluation: Evaluation, name: RunName) -> None:
-    """An evaluation that records what it was of must be of a checkpoint of this run, where any are left to tell."""
-    found: dict[str, Any] = {
+    """Refuse an evaluation that records a checkpoint which is none of this run's, if the run still has any."""
+    fingerprints: dict[str, Any] = {
         read_manifest(checkpoint_path(name.folder, iteration) / MANIFEST, check_files=False).fingerprint: iteration
         for iteration in checkpoints(name.folder)
     }
-    if evaluation.checkpoint is not None and found and evaluation.checkpoint not in found:
+    if evaluation.checkpoint is not None and fingerprints and evaluation.checkpoint not in fingerprints:
         raise MismatchError(
             f"{name.evaluation}: evaluates the checkpoint {evaluation.checkpoint}, which is none of {name.folder} "
-            f"({', '.join(found)}); name the run that it was made of"
+            f"({', '.join(fingerprints)}); name the run that it was made of"
         )

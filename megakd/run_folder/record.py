@@ -18,10 +18,10 @@ METRICS, CONFIG = "metrics.jsonl", "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of training, as far as others ask. Losses in nats a token; None where it is not recorded.
+    """One step of training. Losses in nats a token. None: not recorded.
 
-    tokens: of the run up to here. seconds: of this step. flops, teacher_flops: floating-point operations of this step;
-    files from before they were recorded have None.
+    tokens: those of the run up to this step. seconds: duration of this step. flops, teacher_flops: floating-point
+    operations of this step, which older files do not have.
     """
 
     step: int
@@ -36,9 +36,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation. values: figures by name. held_out: what it was made on; empty in files older than that.
+    """One evaluation. values: figures by name. held_out: record of its data; empty in older files.
 
-    checkpoint: fingerprint of the one that was evaluated, where nothing was trained; None of a run that trains.
+    checkpoint: fingerprint of the evaluated checkpoint, if nothing was trained; None in the course of training.
     """
 
     step: int
@@ -49,7 +49,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has recorded, steps that were rolled back left out. config: its tree, empty where there is none."""
+    """Record of a run, without steps that were rolled back. config: its tree; empty without a file."""
 
     folder: Path
     steps: tuple[Step, ...]
@@ -57,30 +57,30 @@ class RunRecord:
     config: Mapping[str, Any]
 
     def setting(self, group: str, name: str, default: Any = None) -> Any:
-        """A value of the configuration; ``default`` where the file, the group or the key is missing or null."""
-        own = self.config.get(group) or {}
-        value = own.get(name) if isinstance(own, Mapping) else None
+        """A value of the configuration; ``default`` if the file, the group or the key is missing or null."""
+        settings = self.config.get(group) or {}
+        value = settings.get(name) if isinstance(settings, Mapping) else None
         return default if value is None else value
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is one that ``megakd train --save`` writes to."""
+    """Return whether a folder is one that ``megakd train --save`` writes to."""
     return any((folder / name).is_file() for name in (METRICS, CONFIG, TRACKER))
 
 
 def read_run(folder: Path, *, flag: str) -> RunRecord:
-    """Read the record and the configuration of the run in ``folder``. flag: what named it, for messages.
+    """Read the record and the configuration of the run in ``folder``. flag: the flag that named it, for messages.
 
-    Steps that come twice are those after a checkpoint that the run went on from: the later line counts, and with it
-    what an earlier one recorded about that step and all behind it is void. A last line that is cut short, of a run that
-    is in progress or was killed, is left out.
+    A run that went on from a checkpoint records the steps after it again. The later line counts, and makes void what
+    earlier lines recorded about that step and all after it. A last line that is cut short, as in a run that is in
+    progress or was killed, is left out.
 
-    Raises UsageError where there is no record, CorruptError for a line that is none.
+    Raises UsageError without a record, CorruptError for a line that is no step or evaluation.
     """
     path = folder / METRICS
     if not path.is_file():
-        there = "no such folder" if not folder.is_dir() else f"no {METRICS} there"
-        raise UsageError(f"{flag}{folder}: {there}; expected the --save folder of a run of 'megakd train'")
+        problem = "no such folder" if not folder.is_dir() else f"no {METRICS} there"
+        raise UsageError(f"{flag}{folder}: {problem}; expected the --save folder of a run of 'megakd train'")
     steps: dict[int, Step] = {}
     evaluations: list[Evaluation] = []
     last, lines = 0, path.read_bytes().splitlines()
@@ -106,7 +106,7 @@ def read_run(folder: Path, *, flag: str) -> RunRecord:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that a run wrote; empty where there is none. Raises CorruptError for another file."""
+    """Read the resolved configuration of a run; empty without a file. Raises CorruptError for another kind of file."""
     path = folder / CONFIG
     if not path.is_file():
         return {}
@@ -120,7 +120,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """Iterations of the whole checkpoints in a folder, ascending."""
+    """Iterations of the complete checkpoints in a folder, ascending."""
     found = (path.parent.name.removeprefix("iter_") for path in folder.glob(f"iter_*/{MANIFEST}"))
     return sorted(int(name) for name in found if name.isdecimal())
 

@@ -32,11 +32,11 @@ EPILOG = (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to compare."""
+    """The runs to compare, the baseline, and where the results go."""
 
     run: list[str] = option(..., "runs: [NAME=]FOLDER[+EVALUATION], see below", positional=True)
     baseline: str | None = option(
-        None, "label or folder of what the others are held against (default: the first run)", common=True
+        None, "label or folder of the run to hold the others against (default: the first run)", common=True
     )
     target_loss: float | None = option(
         None,
@@ -46,23 +46,25 @@ class CompareConfig:
     )
     models: list[str] = option(
         [],
-        "checkpoint folders of teachers and references: their sizes tell what capture and scoring took; those of "
+        "checkpoint folders of teachers and references, whose sizes give the FLOPs of capture and scoring; those of "
         "--teacher-load and of the runs themselves are known",
         common=True,
     )
     scores: list[str] = option(
-        [], "folders of the scores that selections were made from, for what they took", common=True
+        [], "folders of the scores that selections were made from, to count their FLOPs", common=True
     )
-    csv: str | None = option(None, "write the table as CSV to this file", common=True)
-    json: bool = option(False, "print JSON in place of the table: groups, runs with their curves, notes", common=True)
+    csv: str | None = option(None, "file to write the table to as CSV", common=True)
+    json: bool = option(
+        False, "JSON is printed in place of the table: groups, runs with their curves, notes", common=True
+    )
     plot: str | None = option(
         None,
-        "write a plot to this file: held-out loss against tokens and against FLOPs (.png, .svg, .pdf)",
+        "file to write a plot to: held-out loss against tokens and against FLOPs (.png, .svg, .pdf)",
         common=True,
     )
 
     def validate(self) -> None:
-        """Numbers in range, and files that can be written."""
+        """Raise UsageError for a target out of range, and for files that cannot be written."""
         if self.target_loss is not None and not 0 < self.target_loss < math.inf:
             raise UsageError(f"--target-loss {self.target_loss}: expected a positive number")
         for name, value in (("csv", self.csv), ("plot", self.plot)):

@@ -21,14 +21,14 @@ from megakd.run_folder.figures import Run
 from megakd.run_folder.record import RunRecord
 
 _UNREADABLE = (UsageError, MismatchError, CorruptError)
-# What does not change what is trained. The evaluations' own size is compared where they are.
+# Settings that do not change what is trained. Held-out data is compared apart.
 _IGNORED_GROUPS = ("checkpoint", "evaluate", "logging", "logits_save")
 _IGNORED = (("training", "seed"), ("training", "exit_interval"), ("data", "tokenizer_model"))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of a group. sd: standard deviation over seeds (n - 1 in the denominator); None of one value."""
+    """Mean of ``n`` values. sd: standard deviation over seeds (n - 1 in the denominator); None for one value."""
 
     mean: float
     sd: float | None
@@ -37,49 +37,49 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting. label: in tables and plots."""
+    """Runs of one setting. label: their name in tables and plots."""
 
     label: str
     runs: tuple[Run, ...]
 
     def spread(self, value: Callable[[Run], float | None]) -> Spread | None:
-        """Mean and deviation of a figure over the runs that have it; None where none has."""
-        return spread([found for run in self.runs if (found := value(run)) is not None])
+        """Mean and deviation of a figure over the runs that have it; None if no run has."""
+        return spread([figure for run in self.runs if (figure := value(run)) is not None])
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and standard deviation; None of nothing."""
+    """Mean and standard deviation; None without values."""
     if not values:
         return None
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def paired(group: Group, base: Group, value: Callable[[Run], float | None]) -> tuple[Spread, bool] | None:
-    """A figure of ``group`` less that of ``base``: seed by seed over their common seeds, and True; else of the means,
-    and False. None where either has no such figure."""
-    ours, theirs = (_by_seed(each, value) for each in (group, base))
+    """Difference of a figure, ``group`` less ``base``. Seed by seed over their common seeds, and True; without common
+    seeds the difference of the means, and False. None if either group lacks the figure."""
+    ours, theirs = _by_seed(group, value), _by_seed(base, value)
     common = [seed for seed in ours if seed is not None and seed in theirs]
     if common:
-        found = spread([ours[seed] - theirs[seed] for seed in common])
-        return None if found is None else (found, True)
-    one, other = group.spread(value), base.spread(value)
-    return None if one is None or other is None else (Spread(one.mean - other.mean, None, 0), False)
+        differences = spread([ours[seed] - theirs[seed] for seed in common])
+        return None if differences is None else (differences, True)
+    mean, base_mean = group.spread(value), base.spread(value)
+    return None if mean is None or base_mean is None else (Spread(mean.mean - base_mean.mean, None, 0), False)
 
 
 def _by_seed(group: Group, value: Callable[[Run], float | None]) -> dict[int | None, float]:
-    """A figure for each seed, the mean where a label has a seed several times."""
-    found: dict[int | None, list[float]] = {}
+    """Seed -> the figure, the mean of several runs with one seed."""
+    by_seed: dict[int | None, list[float]] = {}
     for run in group.runs:
-        if (own := value(run)) is not None:
-            found.setdefault(run.seed, []).append(own)
-    return {seed: statistics.fmean(values) for seed, values in found.items()}
+        if (figure := value(run)) is not None:
+            by_seed.setdefault(run.seed, []).append(figure)
+    return {seed: statistics.fmean(figures) for seed, figures in by_seed.items()}
 
 
 def make_groups(runs: Sequence[Run]) -> list[Group]:
-    """In the order of the first run of each. A label that the user gave decides; else what was trained, see `setting`.
+    """Group runs by their label, or else by `setting`; groups are in the order of their first runs.
 
-    Runs of one setting and one seed that read other folders are no repetitions of each other and stay apart, as do
-    those that were evaluated on other data.
+    Runs of one setting and one seed that read different folders do not repeat each other and stay apart, as do runs
+    that were evaluated on different data.
     """
     keys: dict[int, str] = {}
     by_setting: dict[str, list[int]] = {}
@@ -101,10 +101,10 @@ def make_groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def setting(record: RunRecord) -> str:
-    """What was trained, without the seed: two runs of one setting are repetitions.
+    """Identity of a training without its seed: two runs of one setting are repetitions.
 
-    Of teachers, stores and selections what they are counts, as far as it can be read, and not where they lie: each seed
-    may have its own. A run without a configuration is a setting of its own.
+    Teachers, stores and selections enter by their content, as far as it can be read, and not by their paths, because
+    each seed may have its own. A run without a configuration is a setting of its own.
     """
     tree: dict[str, Any] = copy.deepcopy(dict(record.config))
     if not tree:
@@ -125,7 +125,7 @@ def setting(record: RunRecord) -> str:
 
 
 def _paths(record: RunRecord) -> str:
-    """The folders that a run reads, as they are written."""
+    """The folders that a run reads, as its configuration spells them."""
     teacher = [record.setting("teacher", name) for name in ("load", "logits_load_dir")]
     return json.dumps([*teacher, *(record.setting("data", name) for name in ("data_path", "selection"))], default=str)
 
@@ -167,7 +167,7 @@ def _manifest(path: Path) -> Manifest | None:
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """What the user said, or what the names of the folders have in common; the whole path where that is no name."""
+    """Labels of groups: the user's, or the common part of the folders' names; with the path if two are equal."""
     labels = [_label(runs) for runs in groups]
     return [
         label if labels.count(label) == 1 else f"{label} ({runs[0].name.folder})" for label, runs in zip(labels, groups)
@@ -175,9 +175,9 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _label(runs: Sequence[Run]) -> str:
-    given = runs[0].name.label
-    if given is not None:
-        return given
+    label = runs[0].name.label
+    if label is not None:
+        return label
     names = [_name(run.name.folder) for run in runs]
     if len(set(names)) == 1:
         return names[0]
@@ -195,11 +195,11 @@ def _common_beginning(names: Sequence[str]) -> str:
 
 
 def find_group(groups: Iterable[Group], name: str) -> Group:
-    """The group with a label, or with a run in the folder ``name``. Raises UsageError."""
-    found: Mapping[str, Group] = {group.label: group for group in groups}
-    if name in found:
-        return found[name]
-    for group in found.values():
+    """Find the group with a label, or with a run in the folder ``name``. Raises UsageError if there is none."""
+    by_label: Mapping[str, Group] = {group.label: group for group in groups}
+    if name in by_label:
+        return by_label[name]
+    for group in by_label.values():
         if any(Path(name).resolve() == run.name.folder.resolve() for run in group.runs):
             return group
-    raise UsageError(f"--baseline {name}: no such run; expected one of {', '.join(found)}, or its folder")
+    raise UsageError(f"--baseline {name}: no such run; expected one of {', '.join(by_label)}, or its folder")

@@ -1,4 +1,4 @@
-"""``megakd compare``: runs side by side, from what they recorded: did the teacher, or the selection, help?"""
+"""``megakd compare``: runs side by side, from their records: did the teacher, or the selection, help?"""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare_runs(config: CompareConfig) -> Comparison:
     """Read every run and hold it against the baseline.
 
-    Raises UsageError for what is no run, CorruptError for a damaged record, MismatchError for an evaluation of another
-    run than it is named with.
+    Raises UsageError for a folder without a run, CorruptError for a damaged record, MismatchError for an evaluation of
+    another run than the one that it is named with.
     """
     named = [parse_run_name(text) for text in config.run]
-    sources = list({(each.label, each.folder.resolve(), each.evaluation): each for each in named}.values())  # once
-    records = [read_run(source.folder, flag="") for source in sources]
+    names = list({(name.label, name.folder.resolve(), name.evaluation): name for name in named}.values())  # once
+    records = [read_run(name.folder, flag="") for name in names]
     known = Known()
-    known.add_models([*map(Path, config.models), *teacher_folders(records), *(source.folder for source in sources)])
+    known.add_models([*map(Path, config.models), *teacher_folders(records), *(name.folder for name in names)])
     known.add_scores(map(Path, config.scores))
-    runs = [measure(source, record, count_costs(record, known)) for source, record in zip(sources, records)]
+    runs = [measure(name, record, count_costs(record, known)) for name, record in zip(names, records)]
     groups = make_groups(runs)
     base = groups[0] if config.baseline is None else find_group(groups, config.baseline)
     return compare(groups, base, target_loss=config.target_loss)

@@ -1,4 +1,4 @@
-"""Runs drawn: held-out loss against training tokens, and against FLOPs."""
+"""Plot of runs: held-out loss against training tokens, and against FLOPs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megakd.run_folder.figures import Point
 
 
 def draw(comparison: Comparison, *, suffix: str) -> bytes:
-    """The plot as a file of the kind that ``suffix`` names.
+    """Draw the groups, and return the bytes of a file of the kind that ``suffix`` names.
 
-    A line a group, through the means over its runs at the steps that all of them evaluated; a band of one standard
-    deviation where there are several. Against FLOPs a thin dotted line counts the teacher's forward passes too. Groups
-    that were evaluated on other data than the baseline are left out (the table's notes name them).
+    A group is a line through the means over its runs at the steps that all of them evaluated; several runs have a band
+    of one standard deviation. Against FLOPs a thin dotted line includes the teacher's forward passes. Groups that were
+    evaluated on other data than the baseline are left out (the table's notes name them).
     """
     import matplotlib  # late: it loads for a second, and most comparisons draw nothing
 
@@ -40,10 +40,10 @@ def draw(comparison: Comparison, *, suffix: str) -> bytes:
         if len(group.runs) > 1:
             low, high = ([loss + sign * sd for _, loss, sd in points] for sign in (-1, 1))
             left.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
-        own, whole = (_flops(points, name) for name in ("flops", "all_flops"))
-        if own is not None:
-            right.plot(own, losses, colour, marker="o", ms=3, lw=1.2)
-        if whole is not None and whole != own:
+        alone, whole = (_flops(points, name) for name in ("flops", "all_flops"))
+        if alone is not None:
+            right.plot(alone, losses, colour, marker="o", ms=3, lw=1.2)
+        if whole is not None and whole != alone:
             right.plot(whole, losses, colour, ls=":", marker="o", ms=2, lw=1)
     for axes in (left, right):
         if comparison.target is not None:
@@ -61,7 +61,7 @@ def draw(comparison: Comparison, *, suffix: str) -> bytes:
 
 
 def mean_curve(group: Group, metric: Metric) -> list[tuple[list[Point], float, float]]:
-    """For each number of tokens at which every run of the group was evaluated: the points, mean and deviation."""
+    """Points, mean and deviation of the loss at each number of tokens at which every run of the group was evaluated."""
     curves = [{point.tokens: point for point in run.curve if metric in point.values} for run in group.runs if run.curve]
     if not curves:
         return []

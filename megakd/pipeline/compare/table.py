@@ -1,4 +1,4 @@
-"""What a comparison says: the figures of each group, what is held against what, and the table, CSV and JSON of it."""
+"""A comparison: the figures of each group against the baseline, and the notes, as table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ UNITS: dict[Metric, str] = {"lm_loss": "held-out LM loss, nats a token", "bits_p
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is said.
+    """Groups held against a baseline.
 
-    metric: what losses are compared by: bits per byte where tokenizers differ. target: the loss that tokens and FLOPs
-    are counted up to; None where the baseline has no curve. notes: what a reader must know, a line each.
+    metric: unit of the compared losses, bits per byte if tokenizers differ. target: the loss up to which tokens and
+    FLOPs are counted; None if the baseline has no curve. notes: caveats for a reader, a line each.
     """
 
     groups: tuple[Group, ...]
@@ -32,16 +32,17 @@ class Comparison:
     notes: tuple[str, ...]
 
     def final(self, run: Run, name: str) -> float | None:
+        """A held-out figure of a run; None if it has no such figure."""
         return None if run.final is None else run.final.get(name)
 
     def difference(self, group: Group) -> tuple[Spread, bool] | None:
-        """A group's loss less the baseline's and whether that is seed by seed; None where they do not compare."""
+        """A group's loss less the baseline's, and True if it is taken seed by seed; None if they do not compare."""
         if group is self.base or not comparable(group, self.base, self.metric):
             return None
         return paired(group, self.base, lambda run: self.final(run, self.metric))
 
     def reached(self, run: Run, of: Literal["tokens", "flops", "all_flops"]) -> float | None:
-        """Tokens or FLOPs up to the target; None where it was not reached, or the data is other than the baseline's."""
+        """Tokens or FLOPs up to the target; None if it was not reached, or on other data than the baseline's."""
         base_key, key = self.base.runs[0].curve_key, run.curve_key
         if self.target is None or base_key is None or key is None or not compares(key, base_key, self.metric):
             return None
@@ -64,15 +65,15 @@ def compare(groups: Sequence[Group], base: Group, *, target_loss: float | None) 
 
 
 def compares(key: HeldOutKey, base: HeldOutKey, metric: Metric) -> bool:
-    """Whether the metric means the same on both: the same tokens, or, by bits per byte, another tokenizer's."""
+    """Return whether figures on two sets of held-out data compare: the same tokens, or bits per byte of other ones."""
     if metric == "bits_per_byte" and key.tokenizer != base.tokenizer:
         return True
     return key.same(base)
 
 
 def comparable(group: Group, base: Group, metric: Metric) -> bool:
-    """Whether all held-out figures of both groups can be held against one another."""
-    keys = [run.key for each in (group, base) for run in each.runs if run.key is not None]
+    """Return whether all held-out figures of both groups compare with one another."""
+    keys = [run.key for run in (*group.runs, *base.runs) if run.key is not None]
     return all(compares(key, keys[-1], metric) for key in keys)
 
 
@@ -114,9 +115,9 @@ def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
         )
     if run.key is not None and not run.key.recorded:
         notes.append(f"{name}: an older record, which does not say what was held out; told by paths and token counts.")
-    own, other = run.key, base.runs[0].key
-    if metric == "bits_per_byte" and own is not None and other is not None and own.num_bytes != other.num_bytes:
-        notes.append(f"{name}: evaluated on {own.num_bytes} bytes of text, {base.label} on {other.num_bytes}.")
+    key, base_key = run.key, base.runs[0].key
+    if metric == "bits_per_byte" and key is not None and base_key is not None and key.num_bytes != base_key.num_bytes:
+        notes.append(f"{name}: evaluated on {key.num_bytes} bytes of text, {base.label} on {base_key.num_bytes}.")
     if run.costs is None:
         notes.append(f"{name}: no FLOPs: neither its record nor a checkpoint tells the size of the model.")
     else:
@@ -125,8 +126,8 @@ def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
 
 
 def _curves_compare(run: Run, base: Group, metric: Metric) -> bool:
-    own, other = run.curve_key, base.runs[0].curve_key
-    return own is None or other is None or compares(own, other, metric)
+    key, base_key = run.curve_key, base.runs[0].curve_key
+    return key is None or base_key is None or compares(key, base_key, metric)
 
 
 def _held_out(group: Group) -> str:
@@ -140,7 +141,7 @@ def _held_out(group: Group) -> str:
 
 @dataclass(frozen=True)
 class _Column:
-    """title: of the Markdown table. name: of the CSV. value: of a run."""
+    """A column. title: in the Markdown table. name: in the CSV. value: figure of a run. form: its format."""
 
     title: str
     name: str
@@ -148,15 +149,15 @@ class _Column:
     form: str
 
     def text(self, group: Group) -> str:
-        """The figure of a group, with its spread; marked where a part of the work could not be counted, or where not
-        all runs have it."""
-        found = group.spread(self.value)
-        if found is None:
+        """The figure of a group with its spread, marked if part of the work could not be counted, or if not all runs
+        have the figure."""
+        figure = group.spread(self.value)
+        if figure is None:
             return ""
-        some = self.name.startswith("all_flops") and any(run.costs and run.costs.missing for run in group.runs)
-        spread = f" ± {self.form.format(found.sd)}" if found.sd else ""
-        partly = "" if found.n == len(group.runs) else f" ({found.n} of {len(group.runs)} runs)"
-        return ("≥ " if some else "") + self.form.format(found.mean) + spread + partly
+        incomplete = self.name.startswith("all_flops") and any(run.costs and run.costs.missing for run in group.runs)
+        spread = f" ± {self.form.format(figure.sd)}" if figure.sd else ""
+        partly = "" if figure.n == len(group.runs) else f" ({figure.n} of {len(group.runs)} runs)"
+        return ("≥ " if incomplete else "") + self.form.format(figure.mean) + spread + partly
 
 
 def _columns(comparison: Comparison) -> list[_Column]:
@@ -187,11 +188,11 @@ def _columns(comparison: Comparison) -> list[_Column]:
         ),
     ]
     known = [any(group.spread(column.value) for group in comparison.groups) for column in columns]
-    return columns[:1] + [column for column, there in zip(columns[1:], known[1:]) if there]
+    return columns[:1] + [column for column, is_known in zip(columns[1:], known[1:]) if is_known]
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, a group a line, and the notes below it."""
+    """The table as Markdown, a line for each group, and the notes below it."""
     columns = _columns(comparison)
     by = "bits per byte" if comparison.metric == "bits_per_byte" else "loss"
     titles = ["run", columns[0].title, f"{by} less {comparison.base.label}", *(column.title for column in columns[1:])]
@@ -219,7 +220,7 @@ def _difference(found: tuple[Spread, bool] | None) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line a group: each figure, its standard deviation in NAME_sd; empty where it is not known."""
+    """The table as CSV, a line for each group: each figure, its standard deviation in NAME_sd; unknown ones empty."""
     columns, buffer = _columns(comparison), io.StringIO()
     names = [part for column in columns for part in (column.name, f"{column.name}_sd")]
     writer = csv.writer(buffer, lineterminator="\n")
@@ -236,7 +237,7 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All figures as plain data, the curves among them."""
+    """All figures and curves as plain data."""
     columns = _columns(comparison)
     groups = []
     for group in comparison.groups:

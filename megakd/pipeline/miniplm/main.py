@@ -1,8 +1,8 @@
-"""``megakd import-miniplm``: MiniPLM's own shards as a dataset, and the scores that it made of them.
+"""``megakd import-miniplm``: MiniPLM's shards as a dataset, and its scores of them.
 
-Its index is Megatron's but for two things: documents are never closed (the document indices are ``[0]``), so that
-Megatron refuses it, and the dtype codes 6 and 7 are swapped. Its sequences are instances, cut and ready: each becomes
-a document, and a sample of it under the packing ``document``.
+MiniPLM's index differs from Megatron's in two things: documents are never closed (the document indices are ``[0]``),
+so that Megatron refuses it, and the dtype codes 6 and 7 are swapped. Its sequences are instances that are cut already:
+each becomes a document, and a sample under the packing ``document``.
 """
 
 from __future__ import annotations
@@ -47,20 +47,24 @@ _FLOATS = {6: "float32", 7: "float64"}
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What to import: shards, or scores of a dataset imported before, or both."""
+    """The shards to import, or scores of a dataset that was imported before, or both."""
 
-    output_prefix: str = option(..., "the dataset, without .bin or .idx: written from --input-prefix, else read")
-    input_prefix: str | None = option(None, "shards DIR/SPLIT for DIR/SPLIT_0.bin, DIR/SPLIT_0.idx, ...", common=True)
+    output_prefix: str = option(
+        ..., "prefix of the dataset, without .bin or .idx: written from --input-prefix, else read"
+    )
+    input_prefix: str | None = option(
+        None, "prefix of the shards: DIR/SPLIT for DIR/SPLIT_0.bin, DIR/SPLIT_0.idx, ...", common=True
+    )
     tokenizer_type: TokenizerType | None = option(None, "the tokenizer of the shards, to record it", common=True)
-    tokenizer_model: str | None = option(None, "its file, or folder", common=True)
+    tokenizer_model: str | None = option(None, "file or folder of the tokenizer", common=True)
     vocab_size: int | None = option(None, "number of ids of a NullTokenizer, its end of document not counted")
     scores: str | None = option(None, "folder with scores_0.pt, scores_1.pt, ..., or one .pt file", common=True)
     scores_output: str | None = option(None, "folder to write these scores to", common=True)
     scores_mask_policy: MaskPolicy = option(
-        "skip_after_eod", "which positions were scored: all, or all but those behind an end of document", common=True
+        "skip_after_eod", "scored positions: all, or all but those behind an end of document", common=True
     )
     seq_length: int = option(1024, "tokens of one sample: MiniPLM's max_length less one", common=True)
-    eod: int | None = option(None, "end-of-document id, where no tokenizer tells it")
+    eod: int | None = option(None, "end-of-document id, if no tokenizer is recorded")
 
     def validate(self) -> None:
         """Raise UsageError for flags that do not go together."""
@@ -112,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Manifest:
     """Join the shards ``<source>_0``, ``<source>_1``, ... into one dataset whose documents are the instances.
 
-    Raises UsageError where there are none, CorruptError for a missing or damaged shard, MismatchError for ids beyond
-    the tokenizer.
+    Raises UsageError if there are no shards, CorruptError for a missing or damaged one, MismatchError for ids beyond
+    the tokenizer's.
     """
     prefixes = _find_shards(source)
     if output.resolve() in [prefix.resolve() for prefix in prefixes]:
@@ -156,14 +160,14 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
 
 
 def _find_shards(source: Path) -> list[Path]:
-    """The shards' prefixes from number 0 on. MiniPLM's reader stops at the first gap and drops what is behind it."""
+    """Prefixes of the shards from number 0 on. A gap is an error: MiniPLM's reader drops the shards behind it."""
     if not source.parent.is_dir():
         raise UsageError(f"--input-prefix {source}: no folder {source.parent}")
     pattern = re.compile(re.escape(source.name) + r"_(\d+)\.(bin|idx)")
     matches = [match for path in source.parent.iterdir() if (match := pattern.fullmatch(path.name))]
     numbers = sorted({int(match[1]) for match in matches})
     prefixes = [source.with_name(f"{source.name}_{number}") for number in numbers]
-    # Its builder leaves an empty .bin without an index behind where the last shard before it is just full.
+    # MiniPLM's builder leaves an empty .bin without an index behind if the last shard is exactly full.
     if prefixes and not idx_path(prefixes[-1]).exists() and bin_path(prefixes[-1]).stat().st_size == 0:
         del prefixes[-1], numbers[-1]
     if not prefixes:
@@ -179,7 +183,7 @@ def _find_shards(source: Path) -> list[Path]:
 
 
 def _open_shard(prefix: Path, folder: Path) -> tuple[TokenFile, np.dtype[Any]]:
-    """Check a shard's index, and write its lengths to ``folder``, as `concatenate` takes them."""
+    """Check a shard's index, and write its lengths to ``folder`` for `concatenate`."""
     path = idx_path(prefix)
     size_bytes = path.stat().st_size
     if size_bytes < HEADER.size:

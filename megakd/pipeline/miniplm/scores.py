@@ -1,4 +1,4 @@
-"""MiniPLM's ``scores_*.pt`` as scores of an imported dataset, whose documents are the instances that were scored."""
+"""Import of MiniPLM's ``scores_*.pt`` as scores of an imported dataset, whose documents are the scored instances."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def import_scores(
 ) -> Manifest:
     """Write the scores of ``source``, a ``.pt`` file or the folder of ``scores_0.pt, scores_1.pt, ...``, to ``output``.
 
-    Their values are means of the negative log-likelihood over an instance's scored tokens, in nats; ours are sums of
-    log p and the counts. mask_policy: how they were made; ``skip_after_eod``, as MiniPLM's code does, leaves out the
-    positions whose input is ``eod``.
+    MiniPLM's values are means of the negative log-likelihood over an instance's scored tokens, in nats; megakd's are
+    sums of log p, with counts. mask_policy: the scored positions; ``skip_after_eod``, which is MiniPLM's rule, leaves
+    out those whose input is ``eod``.
 
-    Raises UsageError where there are none, CorruptError for values that are no such scores, MismatchError where they
-    are not as many as the documents, or where other scores are in ``output``.
+    Raises UsageError if there are no scores, CorruptError for values that are no mean NLLs, MismatchError if their
+    number is not that of the documents, or if ``output`` has other scores.
     """
     samples = DocumentSamples(dataset, seq_length)
     if mask_policy == "skip_after_eod" and eod is None:
@@ -47,15 +47,15 @@ def import_scores(
         )
     skipped = eod if mask_policy == "skip_after_eod" else None
     means = [_load(path) for path in _find(source)]
-    total = sum(len(each) for each in means)
+    total = sum(map(len, means))
     if total != samples.num_samples:
         raise MismatchError(
             f"{source}: {total} scores in {len(means)} files, {dataset.prefix} has {samples.num_samples} instances; "
             "they were not made from these shards, or some of either are missing"
         )
     hashed = xxhash.xxh3_128()
-    for each in means:
-        hashed.update(each.tobytes())
+    for values in means:
+        hashed.update(values.tobytes())
     parameters = {
         "packing": samples.packing,
         "seq_length": seq_length,
@@ -65,7 +65,7 @@ def import_scores(
         "precision": "fp16",  # the only one MiniPLM's scorer has by default; its files do not say
         "imported_from": "MiniPLM",
     }
-    # The files name no model: what they hold has to stand for it.
+    # The files name no model; a hash of their values stands for it.
     parents = {"dataset": dataset.fingerprint, "model": f"miniplm-scores:{hashed.hexdigest()}"}
     tokenizer = recorded_tokenizer(dataset)
     done = find_finished(
@@ -92,7 +92,7 @@ def import_scores(
 
 
 def _find(source: Path) -> list[Path]:
-    """The files in the order of their numbers, which must be evenly spaced: else one is missing."""
+    """The files in the order of their numbers. Uneven steps between numbers mean a missing file: CorruptError."""
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -109,21 +109,21 @@ def _find(source: Path) -> list[Path]:
 
 
 def _load(path: Path) -> NDArray[np.float32]:
-    """The tensor of a file, read without running anything that it contains."""
+    """Load the tensor of a file, without running any code that the file contains."""
     import torch  # late: only this needs it, and it takes a second
 
     try:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch's own text advises to run what the file holds
+        # torch's own message is left out: it advises to run the file's code
         raise CorruptError(
             f"{path}: not a file with a tensor and nothing else ({type(error).__name__}): cut, or not made by "
             "MiniPLM's scorer"
         ) from error
     is_tensor = isinstance(loaded, torch.Tensor) and loaded.layout == torch.strided
     if not is_tensor or loaded.ndim != 1 or not loaded.is_floating_point():
-        found = f"{loaded.dtype} {list(loaded.shape)}" if is_tensor else type(loaded).__name__
-        raise CorruptError(f"{path}: holds {found}, expected a tensor of one axis of floating-point numbers")
+        content = f"{loaded.dtype} {list(loaded.shape)}" if is_tensor else type(loaded).__name__
+        raise CorruptError(f"{path}: holds {content}, expected a tensor of one axis of floating-point numbers")
     means: NDArray[np.float32] = loaded.float().contiguous().numpy()
     bad = np.flatnonzero(~np.isfinite(means))
     if len(bad):
@@ -137,23 +137,23 @@ def _load(path: Path) -> NDArray[np.float32]:
 
 
 def _counts(samples: DocumentSamples, skipped: int | None) -> NDArray[np.int32]:
-    """``[num_samples]``: tokens of each that are labels of a scored position."""
+    """``[num_samples]`` int32: scored tokens of each sample. skipped: labels behind this id were not scored."""
     counts = np.zeros(samples.num_samples, dtype=np.int32)
     tokens = samples.dataset.tokens
     for first in range(0, samples.num_samples, _CHUNK):
         ids = np.arange(first, min(first + _CHUNK, samples.num_samples))
         starts, last_inputs = samples.starts(ids), samples.ends(ids) - 1
-        found = np.maximum(last_inputs - starts, 0)
+        scored = np.maximum(last_inputs - starts, 0)
         if skipped is not None:
             base = int(starts[0])
             before = np.concatenate(([0], np.cumsum(tokens[base : int(last_inputs[-1]) + 1] == skipped)))
-            found -= np.where(found > 0, before[last_inputs - base] - before[starts - base], 0)
-        counts[ids] = found
+            scored -= np.where(scored > 0, before[last_inputs - base] - before[starts - base], 0)
+        counts[ids] = scored
     return counts
 
 
 def _log_probs(means: Sequence[NDArray[np.float32]], counts: NDArray[np.int32]) -> Iterator[NDArray[np.float32]]:
     first = 0
-    for each in means:
-        yield (-each.astype(np.float64) * counts[first : first + len(each)]).astype(np.float32)
-        first += len(each)
+    for values in means:
+        yield (-values.astype(np.float64) * counts[first : first + len(values)]).astype(np.float32)
+        first += len(values)

@@ -15,7 +15,7 @@ from megakd.pipeline.planning.distillation import DistillConfig
 
 @dataclass(frozen=True)
 class CostConfig:
-    """What is to be refined and trained. The defaults are MiniPLM's: 100K steps of 512 x 1,024 tokens."""
+    """The corpus to refine and the models to train. The defaults are MiniPLM's: 100K steps of 512 x 1,024 tokens."""
 
     student: list[str] = option(
         [], "sizes of the students: parameters (200M, 1.8B), checkpoint folders or presets", common=True
@@ -26,24 +26,26 @@ class CostConfig:
     proxy_fraction: float = option(0.02, "share of the corpus that teacher and reference score for the proxy")
     corpus_tokens: float | None = option(
         None,
-        "tokens of the corpus, the reference's own included (default: so many that no kept one comes twice)",
+        "tokens of the corpus, the reference's own included (default: enough that no kept token comes twice)",
         common=True,
     )
-    reference_tokens: float = option(5e9, "tokens that the reference is trained on; 0: it is there", common=True)
+    reference_tokens: float = option(
+        5e9, "tokens that the reference is trained on; 0: it is trained already", common=True
+    )
     ratio: float = option(0.5, "share of the scored samples that is kept", common=True)
     train_iters: int = option(100000, "steps of a student without a teacher beside it", common=True)
     global_batch_size: int = option(512, "samples a step", common=True)
     seq_length: int = option(1024, "tokens a sample", common=True)
-    vocab_size: int = option(151936, "of presets, and for the bytes of a stored token", common=True)
-    per_token_log_probs: bool = option(False, "log-probs of single tokens are stored too")
-    per_token_entropy: bool = option(False, "entropies of single tokens are stored too")
+    vocab_size: int = option(151936, "vocabulary of presets; it also decides the bytes of a stored token", common=True)
+    per_token_log_probs: bool = option(False, "log-probs of single tokens are stored as well")
+    per_token_entropy: bool = option(False, "entropies of single tokens are stored as well")
     tflops_per_gpu: float | None = option(
-        None, "useful TFLOP/s of one GPU, as `train` prints them: adds GPU-hours", common=True
+        None, "useful TFLOP/s of one GPU, as `train` prints them; adds GPU-hours to the table", common=True
     )
-    num_gpus: int | None = option(None, "GPUs at work: adds days", common=True)
+    num_gpus: int | None = option(None, "number of GPUs; adds days to the table", common=True)
 
     def validate(self) -> None:
-        """Numbers in range, and what belongs together."""
+        """Raise UsageError for numbers out of range, and for flags that need others."""
         if not self.student:
             for name in ("teacher", "reference", "proxy", "corpus_tokens"):
                 if getattr(self, name) is not None:
@@ -74,7 +76,7 @@ class CostConfig:
             )
 
     def refinement(self) -> Refinement:
-        """The sizes looked up. Raises UsageError for one that is unknown."""
+        """Look up the sizes. Raises UsageError for an unknown one."""
         assert self.teacher is not None and self.reference is not None
 
         def size(spec: str, flag: str) -> ModelSize:
@@ -98,24 +100,26 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Which points, how to fit them, and where to go on to."""
+    """The points to fit scaling laws to, settings of the fit, and the computes to extrapolate to."""
 
     fit: list[str] = option(
         [], "curves to fit: [NAME=]PATH[,PATH...], each PATH a run's --save folder or a CSV file", common=True
     )
-    fit_points: Literal["all", "last"] = option("all", "of a run: every evaluation, or the last alone", common=True)
-    fit_from_tokens: float = option(0.0, "leave out what a run evaluated before so many tokens", common=True)
-    extrapolate_tokens: list[float] = option([], "go on to so many training tokens", common=True)
-    extrapolate_flops: list[float] = option(
-        [], "go on to so many FLOPs (default: 10 times a curve's last)", common=True
+    fit_points: Literal["all", "last"] = option(
+        "all", "points of a run: every evaluation, or the last alone", common=True
     )
-    bootstrap: int = option(1000, "redrawn fits for the intervals; 0: none")
-    level: float = option(0.95, "of the intervals")
-    huber_delta: float = option(1e-3, "log residuals up to here count quadratically, larger ones linearly")
-    seed: int = option(1234, "of the redrawing")
+    fit_from_tokens: float = option(0.0, "training tokens before which evaluations are left out", common=True)
+    extrapolate_tokens: list[float] = option([], "numbers of training tokens to extrapolate to", common=True)
+    extrapolate_flops: list[float] = option(
+        [], "numbers of FLOPs to extrapolate to (default: 10 times a curve's last)", common=True
+    )
+    bootstrap: int = option(1000, "number of redrawn fits for the intervals; 0: no intervals")
+    level: float = option(0.95, "confidence level of the intervals")
+    huber_delta: float = option(1e-3, "log residual up to which points count quadratically; larger ones count linearly")
+    seed: int = option(1234, "seed of the redrawn fits (bootstrap)")
 
     def validate(self) -> None:
-        """Numbers in range."""
+        """Raise UsageError for numbers out of range."""
         if self.bootstrap < 0 or self.seed < 0 or self.fit_from_tokens < 0:
             raise UsageError(
                 f"--bootstrap {self.bootstrap}, --seed {self.seed}, --fit-from-tokens {self.fit_from_tokens:g}: "
@@ -135,7 +139,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The root."""
+    """All flags of ``megakd plan``."""
 
     cost: CostConfig = group(CostConfig, "costs")
     scaling: FitConfig = group(FitConfig, "scaling law")
@@ -145,7 +149,7 @@ class PlanConfig:
     )
 
     def validate(self) -> None:
-        """Something to do, and somewhere to put it."""
+        """Raise UsageError if there is nothing to plan, or if ``--output`` is a file."""
         if not (self.cost.student or self.scaling.fit or self.distillation.distill or self.distillation.distill_fit):
             raise UsageError(
                 "nothing to plan: give --student SIZE... --teacher SIZE --reference SIZE, --fit PATH, or "

@@ -1,6 +1,6 @@
-"""What refining a corpus and training on it cost: FLOPs, steps at equal FLOPs, bytes, and how much of the data to keep.
+"""Costs of refining a corpus and training on it: FLOPs, steps at equal FLOPs, bytes, and the share of data to keep.
 
-Everything is counted as MiniPLM does (arXiv 2410.17215): with N parameters a token costs 2N FLOPs forward and 6N in
+Everything is counted as in MiniPLM (arXiv 2410.17215): with N parameters a token costs 2N FLOPs forward and 6N in
 training, for every model alike. N is the parameters that multiply a token: all matrices of the layers (of experts only
 those that see it) and one output projection of vocabulary x width. An input embedding is a lookup and costs nothing;
 where it is tied it is the output projection. A size given as a number is taken as N. Attention scores are left out.
@@ -32,8 +32,8 @@ _MOST_EPOCHS, _SMALLEST_RATIO, _PLENTY_RATIO = 4.0, 0.25, 0.5
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters: N. attention: FLOPs of attention scores, as a share of 2N; None where the shape is not known.
-    projection: of N, the vocabulary's; 0 where the shape is not known."""
+    """Size of a model. parameters: N. attention: FLOPs of attention scores, as a share of 2N; None without a shape.
+    projection: the part of N that projects to the vocabulary; 0 without a shape."""
 
     name: str
     parameters: float
@@ -44,7 +44,7 @@ class ModelSize:
 def model_size(spec: str, *, flag: str, vocab_size: int, seq_length: int) -> ModelSize:
     """The size of a model given as a count of parameters (``200M``, ``1.8e9``), a checkpoint folder or a preset.
 
-    Raises UsageError for what is none of them.
+    Raises UsageError for anything else.
     """
     number = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)([KMBT]?)", spec.strip(), re.IGNORECASE)
     if number:
@@ -78,12 +78,12 @@ def shape_parameters(shape: ModelShape, vocab_size: int) -> float:
 
 
 def vanilla_kd_steps(steps: float, *, student: float, teacher: float) -> float:
-    """Steps of distillation online at the FLOPs of ``steps`` without a teacher: T 3N_s / (3N_s + N_t)."""
+    """Steps of online distillation with the FLOPs of ``steps`` without a teacher: T 3N_s / (3N_s + N_t)."""
     return steps * 3 * student / (3 * student + teacher)
 
 
 def minillm_steps(steps: float, *, student: float, teacher: float) -> float:
-    """Steps of MiniLLM (reverse KL by policy gradient) at the same FLOPs: T 3N_s / (4N_s + 2N_t)."""
+    """Steps of MiniLLM (reverse KL by policy gradient) with the FLOPs of ``steps`` alone: T 3N_s / (4N_s + 2N_t)."""
     return steps * 3 * student / (4 * student + 2 * teacher)
 
 
@@ -91,8 +91,8 @@ def minillm_steps(steps: float, *, student: float, teacher: float) -> float:
 class Refinement:
     """One pass of scoring with its reference model, and the training that follows.
 
-    corpus_tokens: all of D. reference_tokens: of D_ref, which the reference trains on and nobody else sees. ratio:
-    the share of D without D_ref that is kept. steps, batch_tokens: of each student.
+    corpus_tokens: size of D. reference_tokens: size of D_ref, which the reference trains on and no other model sees.
+    ratio: the share of D without D_ref that is kept. steps, batch_tokens: training of each student.
     """
 
     teacher: ModelSize
@@ -108,32 +108,36 @@ class Refinement:
 
     @property
     def scored_tokens(self) -> float:
+        """Tokens of D without D_ref."""
         return self.corpus_tokens - self.reference_tokens
 
     @property
     def kept_tokens(self) -> float:
+        """Tokens of the selection."""
         return self.ratio * self.scored_tokens
 
     @property
     def train_tokens(self) -> float:
+        """Training tokens of each student."""
         return float(self.steps * self.batch_tokens)
 
     @property
     def reference_flops(self) -> float:
+        """FLOPs of training the reference."""
         return 6 * self.reference.parameters * self.reference_tokens
 
     def scoring_flops(self, model: ModelSize) -> float:
-        """One model over everything that is scored."""
+        """FLOPs of one model that scores the corpus without D_ref."""
         return 2 * model.parameters * self.scored_tokens
 
     @property
     def offline_flops(self) -> float:
-        """Before any student: train the reference, score with both models. Not in the paper's own comparison."""
+        """FLOPs before any student: train the reference, score with both models. Not in the paper's comparison."""
         return self.reference_flops + self.scoring_flops(self.teacher) + self.scoring_flops(self.reference)
 
     @property
     def proxy_flops(self) -> float | None:
-        """The same where both models score ``proxy_fraction``, and a proxy is fitted to that and scores everything."""
+        """Offline FLOPs if both models score ``proxy_fraction``, and a proxy fitted to that scores everything."""
         if self.proxy is None:
             return None
         both = self.scoring_flops(self.teacher) + self.scoring_flops(self.reference)
@@ -141,17 +145,18 @@ class Refinement:
         return self.reference_flops + self.proxy_fraction * (both + 3 * proxy) + proxy
 
     def training_flops(self, student: ModelSize) -> float:
+        """FLOPs of training a student, without a teacher beside it."""
         return 6 * student.parameters * self.train_tokens
 
     @property
     def break_even_runs(self) -> float:
-        """So many students, and the offline work has cost no more than a teacher that runs beside each of them."""
+        """Number of students from which the offline work costs less than a teacher beside each of them."""
         return self.offline_flops / (2 * self.teacher.parameters * self.train_tokens)
 
 
 @dataclass(frozen=True)
 class RatioAdvice:
-    """How much to keep for a training of a given length. regime: plentiful, limited or exhausted data."""
+    """Advised share to keep for a training of a given length. regime: plentiful, limited or exhausted data."""
 
     regime: str
     ratio: float
@@ -160,12 +165,12 @@ class RatioAdvice:
 
 
 def epochs(train_tokens: float, scored_tokens: float, ratio: float) -> float:
-    """How often a training passes over what a ratio keeps."""
+    """Number of passes that a training makes over the kept tokens."""
     return train_tokens / (ratio * scored_tokens)
 
 
 def verdict(num_epochs: float) -> str:
-    """How so many epochs over selected data stand to what the paper measured (its Fig. 5: 2, 4 and 8)."""
+    """A remark on a number of epochs over selected data, by the paper's measurements (its Fig. 5: 2, 4 and 8)."""
     if num_epochs <= 1:
         return "nothing comes twice"
     if num_epochs < _MOST_EPOCHS:
@@ -176,11 +181,11 @@ def verdict(num_epochs: float) -> str:
 
 
 def advise_ratio(train_tokens: float, scored_tokens: float) -> RatioAdvice:
-    """The ratio for a corpus of ``scored_tokens``, by what the paper measured.
+    """Advise a ratio for a corpus of ``scored_tokens``, by the paper's measurements.
 
-    Two points are known: training on half as many tokens as there are, ratio 0.5 once over was used; on as many as
-    there are, 0.25 over 4 epochs was best of 0.5, 0.25 and 0.125. Between them the ratio falls as 1 / length; past
-    them 4 epochs are held, until nothing is left to choose from.
+    Two points are known. For a training on half as many tokens as the corpus has, the paper keeps 0.5 and passes over
+    it once; for one on as many tokens, 0.25 over 4 epochs was the best of 0.5, 0.25 and 0.125. Between the two the
+    ratio falls as 1 / length; for longer trainings it is the one of 4 epochs, at most 1.
     """
     length = train_tokens / scored_tokens
     if length <= _PLENTY_RATIO:
@@ -200,7 +205,7 @@ def advise_ratio(train_tokens: float, scored_tokens: float) -> RatioAdvice:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes on disk. scores: of one model. refined: the copy that ``--materialize`` makes; a selection needs none."""
+    """Bytes on disk. scores: those of one model. refined: the copy that ``--materialize`` writes, which is optional."""
 
     corpus: int
     scores: int
@@ -209,7 +214,7 @@ class Storage:
 
 
 def storage(plan: Refinement, *, seq_length: int, vocab_size: int, token_outputs: int) -> Storage:
-    """token_outputs: how many values a token (log-prob, entropy) are stored beside the scores."""
+    """Count bytes on disk. token_outputs: number of values stored for each token (log-prob, entropy) beside scores."""
     token_bytes = best_dtype(vocab_size).itemsize
     samples = int(plan.scored_tokens // seq_length)
     kept = int(plan.ratio * samples)
@@ -222,10 +227,10 @@ def storage(plan: Refinement, *, seq_length: int, vocab_size: int, token_outputs
 
 
 def gpu_hours(flops: float, tflops_per_gpu: float) -> float:
-    """Hours of one GPU that does ``tflops_per_gpu`` x 1e12 useful operations a second."""
+    """Hours of one GPU with ``tflops_per_gpu`` x 1e12 useful operations a second."""
     return flops / (tflops_per_gpu * 1e12 * 3600)
 
 
 def amortised(plan: Refinement, student: ModelSize, counts: Sequence[int] = STUDENT_COUNTS) -> list[float]:
-    """The offline work as a share of one student's training, when so many such students use it."""
+    """The offline FLOPs for each student, over those of its training, if ``counts`` students share them."""
     return [plan.offline_flops / (count * plan.training_flops(student)) for count in counts]

@@ -33,7 +33,7 @@ FIT_NOTE = [
 
 
 def describe_costs(config: CostConfig, plan: Refinement) -> list[str]:
-    """Everything that follows from sizes alone."""
+    """Lines of Markdown about the costs, all of which follow from sizes alone."""
     return [
         *_models(plan),
         *_work(config, plan),
@@ -45,7 +45,7 @@ def describe_costs(config: CostConfig, plan: Refinement) -> list[str]:
 
 
 def describe_fit(curve: Curve, fit: ScalingFit, flops: Sequence[float], first: tuple[str, ScalingFit]) -> list[str]:
-    """One fitted curve. flops: where to go on to. first: the curve that the others are held against, with its name."""
+    """Lines about one fitted curve. flops: computes to extrapolate to. first: the curve to compare with, its fit."""
     law, constants = fit.law, fit.constants
     percent = f"{fit.level:.0%}"
     rows = [

@@ -10,7 +10,7 @@ from megakd.errors import UsageError
 
 
 def open_table(flag: str, path: Path) -> csv.DictReader[str]:
-    """The rows of a CSV file that begins with a line of names. Raises UsageError where it cannot be read."""
+    """Open a CSV file whose first line names the columns. Raises UsageError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -19,7 +19,7 @@ def open_table(flag: str, path: Path) -> csv.DictReader[str]:
 
 
 def positive(flag: str, path: Path, table: csv.DictReader[str], column: str, text: str | None) -> float:
-    """A number above 0 of the line that ``table`` is at. Raises UsageError for anything else."""
+    """Read a number above 0 in the line that ``table`` is at. Raises UsageError for anything else."""
     try:
         value = float(text or "")
     except ValueError:

@@ -22,7 +22,7 @@ _NUMBERS = {"loss", "flops", "tokens", "parameters"}
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one way to train. parameters: N of the model, None where the curve has several or it is not known."""
+    """Points of one curve. parameters: N of the model; None if the points have several sizes, or an unknown one."""
 
     name: str
     parameters: float | None
@@ -39,16 +39,17 @@ class _Point:
 
 
 def read_curves(sources: Sequence[str], *, points: Points, from_tokens: float) -> list[Curve]:
-    """The curves of ``[NAME=]PATH[,PATH...]``: each PATH the folder of a run (its metrics.jsonl) or a CSV file.
+    """Read the curves of ``[NAME=]PATH[,PATH...]``: each PATH the folder of a run (its metrics.jsonl) or a CSV file.
 
-    The runs of one source make one curve. A CSV file has the columns ``loss`` and ``flops`` (or ``tokens`` and
-    ``parameters``: C = 6 x parameters x tokens), and may have ``curve``, a name for each row. points: of a run, every
-    evaluation or the last alone. from_tokens: what a run evaluated before so many tokens is left out.
+    The paths of one entry make one curve. A CSV file has the columns ``loss`` and ``flops`` (or ``tokens`` and
+    ``parameters``: C = 6 x parameters x tokens), and may have ``curve``, a name for each row. points: every evaluation
+    of a run, or the last alone. from_tokens: earlier evaluations of a run are left out.
 
     Raises:
-        UsageError: no such file, no evaluations, a column missing, not a number. CorruptError: a damaged record.
+        UsageError: no such file, no evaluations, a missing column, or a field that is no number.
+        CorruptError: a damaged record.
     """
-    found: dict[str, list[_Point]] = {}
+    curves: dict[str, list[_Point]] = {}
     for source in sources:
         name, _, paths = source.rpartition("=")
         for path in map(Path, paths.split(",")):
@@ -61,8 +62,8 @@ def read_curves(sources: Sequence[str], *, points: Points, from_tokens: float) -
             else:
                 raise UsageError(f"--fit {path}: no such file or folder; expected the folder of a run, or a CSV file")
             for point in new:
-                found.setdefault(point.curve, []).append(point)
-    return [_join(name, together) for name, together in found.items()]
+                curves.setdefault(point.curve, []).append(point)
+    return [_join(name, together) for name, together in curves.items()]
 
 
 def _join(name: str, points: list[_Point]) -> Curve:

@@ -1,4 +1,4 @@
-"""Whether a teacher pays: students alone against students distilled, at equal tokens and at equal FLOPs."""
+"""Students alone against students distilled, at equal tokens and at equal FLOPs: does a teacher pay?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megakd.pipeline.planning.distillation_law import PUBLISHED, DistillationLaw
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Which students, which teachers, by which law."""
+    """The students and teachers to weigh, and the law to do it by."""
 
     distill: list[str] = option(
         [], "sizes of students to distil: parameters, checkpoint folders or presets", common=True
@@ -27,25 +27,25 @@ class DistillConfig:
     )
     distill_teacher: list[str] = option([], "sizes of the teachers to choose from", common=True)
     distill_teacher_tokens: list[float] = option(
-        [], "what each teacher was trained on; one for all or one each (default: 20 a parameter)", common=True
+        [], "training tokens of each teacher; one number for all or one each (default: 20 a parameter)", common=True
     )
     distill_teacher_loss: list[float] = option(
-        [], "held-out loss of each teacher, where it is known (default: by the supervised law)", common=True
+        [], "held-out loss of each teacher, if it is known (default: by the supervised law)", common=True
     )
-    distill_students: int = option(1, "students that share the training of a teacher")
+    distill_students: int = option(1, "number of students that share the training of a teacher")
     distill_fit: list[str] = option(
-        [], "fit the law to runs: CSV files of parameters (no embeddings), tokens, loss, teacher_loss", common=True
+        [], "runs to fit the law to: CSV files of parameters (no embeddings), tokens, loss, teacher_loss", common=True
     )
     distill_law: str | None = option(
         None, "a distillation_law.json that --distill-fit wrote (default: the published constants)", common=True
     )
-    distill_huber_delta: float = option(1e-4, "of the fit: log residuals up to here count quadratically")
+    distill_huber_delta: float = option(1e-4, "log residual of the fit up to which runs count quadratically")
 
     def validate(self) -> None:
-        """What belongs together, and numbers in range."""
-        others = ("tokens", "teacher", "teacher_tokens", "teacher_loss")
+        """Raise UsageError for flags that need others, and for numbers out of range."""
+        dependent = ("tokens", "teacher", "teacher_tokens", "teacher_loss")
         if not self.distill:
-            for name in others:
+            for name in dependent:
                 if getattr(self, f"distill_{name}"):
                     raise UsageError(f"--distill-{name.replace('_', '-')} without --distill SIZE...: whom to distil?")
             if self.distill_law is not None:
@@ -78,7 +78,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A teacher: its loss, what a forward pass over a token and all of its training cost in FLOPs (None: not known)."""
+    """A teacher: its loss, and the FLOPs of a forward pass over a token and of all its training (None: not known)."""
 
     name: str
     loss: float
@@ -88,10 +88,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Account:
-    """One way to count a distilled student's FLOPs, and what its like costs alone.
+    """One way to count a distilled student's FLOPs, and a student trained alone with as many.
 
-    flops: of the student with that share of its teacher. alone_loss: of the student alone at as many FLOPs.
-    wins: from and to how many tokens distilling is better at equal FLOPs; None where it never is.
+    flops: of the student and the counted part of its teacher. alone_loss: loss of the student trained alone with as
+    many FLOPs. wins: the range of tokens in which distilling is better at equal FLOPs; None if there is none.
     """
 
     flops: float
@@ -101,7 +101,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Pair:
-    """A student and a teacher. accounts: the teacher's outputs are there; it runs along; it is trained too."""
+    """A student and a teacher. accounts: the teacher's outputs exist; it runs beside the student; it is trained too."""
 
     teacher: Candidate
     loss: float
@@ -110,7 +110,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class StudentPlan:
-    """A student of one length. best_teacher_loss: of all that could be, the one from which it comes out best."""
+    """A student trained for some tokens. best_teacher_loss: loss of the teacher that would make it best."""
 
     student: ModelSize
     tokens: float
@@ -120,12 +120,13 @@ class StudentPlan:
 
     @property
     def best(self) -> Pair:
+        """The pair with the least loss of the student."""
         return min(self.pairs, key=lambda pair: pair.loss)
 
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """fit: None where the law was given."""
+    """The law and the students weighed by it. fit: None if the law was not fitted here."""
 
     law: DistillationLaw
     fit: DistillationFit | None
@@ -133,7 +134,7 @@ class DistillPlan:
 
 
 def plan_distillation(config: DistillConfig, *, vocab_size: int, seq_length: int) -> DistillPlan:
-    """Fit or read the law and hold every student against every teacher. Raises UsageError, MismatchError."""
+    """Fit or read the law, and pair every student with every teacher. Raises UsageError, MismatchError."""
     fit = None
     if config.distill_fit:
         fit = fit_distillation(read_runs(config.distill_fit), huber_delta=config.distill_huber_delta)
@@ -153,14 +154,14 @@ def plan_distillation(config: DistillConfig, *, vocab_size: int, seq_length: int
                     tokens,
                     alone_loss=law.alone.loss(body, tokens),
                     best_teacher_loss=law.best_teacher_loss(body, tokens),
-                    pairs=tuple(_pair(law, student, tokens, each, config.distill_students) for each in teachers),
+                    pairs=tuple(_pair(law, student, tokens, teacher, config.distill_students) for teacher in teachers),
                 )
             )
     return DistillPlan(law, fit, tuple(plans))
 
 
 def law_parameters(size: ModelSize) -> float:
-    """What the law calls N: without the projection to the vocabulary; a size given as a number is taken as it."""
+    """The law's N: parameters without the projection to the vocabulary; a size given as a number is N itself."""
     return size.parameters - size.projection
 
 
@@ -178,15 +179,15 @@ def _candidates(config: DistillConfig, law: DistillationLaw, sizes: list[ModelSi
 
 
 def _pair(law: DistillationLaw, student: ModelSize, tokens: float, teacher: Candidate, sharing: int) -> Pair:
-    """FLOPs as in the paper: 3 F(N_S) D_S + F(N_T) (D_S where it runs along + 3 D_T where it is trained), F = 2N."""
-    body, own = law_parameters(student), 6 * student.parameters
+    """Pair two models. FLOPs: 3 F(N_S) D_S + F(N_T) (D_S if it runs beside + 3 D_T if it is trained), F = 2N."""
+    body, per_token = law_parameters(student), 6 * student.parameters
 
     def account(run: float, train: float) -> Account:
         def alone_tokens(of_student: float) -> float:
-            return of_student + (run * of_student + train) / own
+            return of_student + (run * of_student + train) / per_token
 
         return Account(
-            flops=own * alone_tokens(tokens),
+            flops=per_token * alone_tokens(tokens),
             alone_loss=law.alone.loss(body, alone_tokens(tokens)),
             wins=law.winning_range(body, teacher.loss, alone_tokens),
         )
@@ -199,7 +200,7 @@ def _pair(law: DistillationLaw, student: ModelSize, tokens: float, teacher: Cand
 
 
 def distillation_as_dict(plan: DistillPlan) -> dict[str, Any]:
-    """All figures: losses in nats a token, FLOPs, tokens; JSON has no infinite tokens and makes them null."""
+    """All figures as plain data: losses in nats a token, FLOPs, tokens. Infinite tokens are null in JSON."""
     figures: dict[str, Any] = {"students": [dataclasses.asdict(student) for student in plan.students]}
     if plan.fit is not None:
         figures["alone_log_residuals"] = plan.fit.alone_residuals_n.tolist()

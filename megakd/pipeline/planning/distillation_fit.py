@@ -1,4 +1,4 @@
-"""Constants of the distillation scaling law from measured runs, of students alone and of students with teachers.
+"""Fit of the distillation scaling law to measured runs, of students alone and of students with teachers.
 
 Axes: ``P`` starts, ``K`` constants, ``n`` runs.
 """
@@ -31,7 +31,7 @@ Complex = NDArray[np.complex128]
 
 @dataclass(frozen=True)
 class Runs:
-    """Measured runs. teacher_loss_n: NaN where there was no teacher."""
+    """Measured runs. teacher_loss_n: NaN for a run without a teacher."""
 
     parameters_n: Floats
     tokens_n: Floats
@@ -44,12 +44,13 @@ class Runs:
 
     @property
     def distilled_n(self) -> NDArray[np.bool_]:
+        """True for runs with a teacher."""
         return np.isfinite(self.teacher_loss_n)
 
 
 @dataclass(frozen=True)
 class DistillationFit:
-    """The law, and by how much it misses: log of the measured loss over the law's, runs alone and distilled."""
+    """A fitted law with its residuals: log of the measured loss over the law's, for runs alone and distilled."""
 
     law: DistillationLaw
     alone_residuals_n: Floats
@@ -57,8 +58,8 @@ class DistillationFit:
 
 
 def read_runs(paths: Sequence[str]) -> Runs:
-    """CSV files with the columns parameters (without embeddings), tokens, loss and teacher_loss, the last empty for a
-    run without a teacher. Raises UsageError for what is none."""
+    """Read CSV files with the columns parameters (without embeddings), tokens, loss and teacher_loss, the last empty
+    for a run without a teacher. Raises UsageError for other files."""
     rows: list[list[float]] = []
     for path in map(Path, paths):
         table = open_table("--distill-fit", path)
@@ -75,9 +76,9 @@ def read_runs(paths: Sequence[str]) -> Runs:
 def fit_distillation(runs: Runs, *, huber_delta: float = 1e-4) -> DistillationFit:
     """Fit the supervised law to the runs alone, then the distillation law to the others, each from a grid of starts.
 
-    Minimises the sum of Huber(log loss - log law), as the paper does (it with L-BFGS-B, here with a damped Gauss-Newton
-    descent). c1 and d1 trade against each other where no teacher is far ahead of its student: predictions are
-    determined there, these two are not.
+    Minimises the sum of Huber(log loss - log law) as in the paper, by a damped Gauss-Newton descent in place of its
+    L-BFGS-B. If no teacher is far ahead of its student, c1 and d1 compensate each other: predictions are determined,
+    these two constants are not.
 
     Raises UsageError for too few runs, or runs that all have one size, length or teacher.
     """
@@ -98,8 +99,8 @@ def _fit_alone(runs: Runs, delta: float) -> tuple[SupervisedLaw, Floats]:
     level, starts = float(runs.loss_n.mean()), []
     for floor, alpha, beta, gamma in itertools.product((0.4, 0.7, 0.9), (0.25, 0.5), (0.25, 0.5), (0.4, 1.0)):
         above = max(level - floor * runs.loss_n.min(), 1e-3)
-        each = math.log(above) / gamma - math.log(2)  # either term at the middle
-        starts.append([math.log(floor * runs.loss_n.min()), each, each, *np.log([alpha, beta, gamma])])
+        log_term = math.log(above) / gamma - math.log(2)  # either term at the middle
+        starts.append([math.log(floor * runs.loss_n.min()), log_term, log_term, *np.log([alpha, beta, gamma])])
     exponents = ([-5.0] * 3, [2.0] * 3)
     floors = (math.log(runs.loss_n.min()) - 12, math.log(runs.loss_n.min()))
     best_K, residuals_n = _best(log_law, runs.loss_n, starts, (floors, (-200, 200), (-200, 200)), exponents, delta)
@@ -129,8 +130,8 @@ def _fit_distilled(runs: Runs, alone: SupervisedLaw, alone_residuals_n: Floats, 
         bracket_n = np.logaddexp(0, (log_teacher_n - log_alone_n - math.log(d1)) / f1)
         above_n = np.abs(runs.loss_n - runs.teacher_loss_n) + 1e-3
         level = float(np.mean(np.log(above_n) + c0 * log_teacher_n + c1 * f1 * bracket_n))
-        each = level / gamma - math.log(2)
-        starts.append([c0, *np.log([c1, f1, d1]), each, each, *np.log([alpha, alpha, gamma])])
+        log_term = level / gamma - math.log(2)
+        starts.append([c0, *np.log([c1, f1, d1]), log_term, log_term, *np.log([alpha, alpha, gamma])])
     free = ((-10.0, 20.0), (-7.0, 12.0), (-5.0, 2.0), (-1.5, 1.5), (-200.0, 200.0), (-200.0, 200.0))
     best_K, residuals_n = _best(log_law, runs.loss_n, starts, free, ([-5.0] * 3, [2.0] * 3), delta)
     c0, log_c1, log_f1, log_d1 = best_K[:4].tolist()
@@ -170,7 +171,7 @@ def _best(
 
 
 def _with_slopes(log_law: Callable[[Complex], Complex]) -> Model:
-    """The law with its derivatives, which the imaginary part of a tiny imaginary step is, to the last bit."""
+    """The law with its derivatives by complex steps: Im f(x + ih) / h is f'(x) to the last bit for a tiny h."""
 
     def model(theta_PK: Floats) -> tuple[Floats, Floats]:
         theta = theta_PK.astype(np.complex128)
@@ -184,9 +185,10 @@ def _with_slopes(log_law: Callable[[Complex], Complex]) -> Model:
 def _log_short(theta_P5: Complex, x_n: Floats, y_n: Floats) -> Complex:
     """``[P, n]``: gamma · log(A / N^alpha + B / D^beta); theta: logs of both terms at the middle, of the exponents."""
     alpha, beta, gamma = (np.exp(theta_P5[:, k : k + 1]) for k in (2, 3, 4))
-    one_Pn, two_Pn = theta_P5[:, :1] - alpha * x_n, theta_P5[:, 1:2] - beta * y_n
-    larger_Pn = np.maximum(one_Pn.real, two_Pn.real)
-    short_Pn: Complex = gamma * (larger_Pn + np.log(np.exp(one_Pn - larger_Pn) + np.exp(two_Pn - larger_Pn)))
+    by_size_Pn, by_tokens_Pn = theta_P5[:, :1] - alpha * x_n, theta_P5[:, 1:2] - beta * y_n
+    larger_Pn = np.maximum(by_size_Pn.real, by_tokens_Pn.real)
+    sum_Pn = np.exp(by_size_Pn - larger_Pn) + np.exp(by_tokens_Pn - larger_Pn)
+    short_Pn: Complex = gamma * (larger_Pn + np.log(sum_Pn))
     return short_Pn
 
 

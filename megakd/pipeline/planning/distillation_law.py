@@ -1,10 +1,10 @@
-"""The distillation scaling law: what a student reaches alone and from a teacher (Busbridge et al., arXiv 2502.08606).
+"""The distillation scaling law: losses of a student alone and with a teacher (Busbridge et al., arXiv 2502.08606).
 
     alone       L~ = E + (A / N^alpha + B / D^beta)^gamma
     distilled   L_S = L_T + L_T^-c0 · [1 + (L_T / (L~ · d1))^(1/f1)]^(-c1 f1) · (A' / N^alpha' + B' / D^beta')^gamma'
 
 L: held-out loss, nats a token. N: parameters without embeddings. D: training tokens, infinity allowed. L_T: the
-teacher's own loss, through which alone it matters.
+teacher's own loss, the only figure of the teacher that enters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SupervisedLaw:
     outer_exponent: float
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """After ``tokens`` of training."""
+        """Held-out loss after ``tokens`` of training."""
         short = (
             self.parameters_scale / parameters**self.parameters_exponent
             + self.tokens_scale / tokens**self.tokens_exponent
@@ -65,7 +65,7 @@ class DistillationLaw:
     source: str
 
     def loss(self, parameters: float, tokens: float, teacher_loss: float) -> float:
-        """After ``tokens`` of distillation from a teacher with ``teacher_loss``."""
+        """Held-out loss after ``tokens`` of distillation from a teacher with ``teacher_loss``."""
         short = (
             self.parameters_scale / parameters**self.parameters_exponent
             + self.tokens_scale / tokens**self.tokens_exponent
@@ -76,30 +76,31 @@ class DistillationLaw:
         return float(teacher_loss + math.exp(factor) * short**self.outer_exponent)
 
     def best_teacher_loss(self, parameters: float, tokens: float) -> float:
-        """The teacher's loss from which this student comes out best: neither too weak nor too far ahead of it.
+        """Loss of the teacher that makes this student best, neither too weak nor too far ahead of it.
 
         Searched from the floor of the supervised law to twice the student's own loss, to 1e-6.
         """
         low, high = self.alone.floor * 1.001, 2 * self.alone.loss(parameters, tokens)
         losses: list[float] = np.linspace(low, high, 401).tolist()
-        made = [self.loss(parameters, tokens, loss) for loss in losses]
-        best = made.index(min(made))
+        distilled = [self.loss(parameters, tokens, loss) for loss in losses]
+        best = distilled.index(min(distilled))
         low, high = losses[max(best - 1, 0)], losses[min(best + 1, len(losses) - 1)]
         while high - low > 1e-6:
-            one, two = low + (high - low) / 3, high - (high - low) / 3
-            if self.loss(parameters, tokens, one) < self.loss(parameters, tokens, two):
-                high = two
+            left, right = low + (high - low) / 3, high - (high - low) / 3
+            if self.loss(parameters, tokens, left) < self.loss(parameters, tokens, right):
+                high = right
             else:
-                low = one
+                low = left
         return (low + high) / 2
 
     def winning_range(
         self, parameters: float, teacher_loss: float, alone_tokens: Callable[[float], float] = lambda tokens: tokens
     ) -> tuple[float, float] | None:
-        """Between how many tokens distilling beats training alone; None where it never does.
+        """The range of training tokens in which distilling beats training alone; None if there is none.
 
-        alone_tokens: what training alone gets for so many tokens of distillation; at equal FLOPs that is more. Looked
-        for from 1e6 to 1e18 tokens: an end out there is 0 or infinite. Of several ranges (none are known) the last.
+        alone_tokens: maps tokens of distillation to the tokens that training alone gets; at equal FLOPs these are more.
+        The search goes from 1e6 to 1e18 tokens; a range that reaches an end of it begins at 0 or is infinite. If there
+        were several ranges, which is not known to happen, the last is returned.
         """
 
         def gain(tokens: float) -> float:
@@ -132,12 +133,12 @@ PUBLISHED = DistillationLaw(
 
 
 def law_as_dict(law: DistillationLaw) -> dict[str, Any]:
-    """As ``distillation_law.json``."""
+    """The content of ``distillation_law.json``."""
     return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(law)}
 
 
 def read_law(path: Path) -> DistillationLaw:
-    """The inverse. Raises UsageError for a file that holds no law, MismatchError for one of another version."""
+    """Read ``distillation_law.json``. Raises UsageError for a file without a law, MismatchError for another version."""
     try:
         found = orjson.loads(path.read_bytes())
     except OSError as error:
@@ -166,7 +167,7 @@ def _constants(path: Path, law: type[SupervisedLaw] | type[DistillationLaw], fou
 
 
 def _crossing(gain: Callable[[float], float], low: float, high: float) -> float:
-    """Tokens at which ``gain`` changes its sign, to a millionth; it has different signs at both ends."""
+    """Tokens at which ``gain`` changes its sign, to a relative 1e-6; its signs at ``low`` and ``high`` must differ."""
     sign = gain(low) > 0
     while high / low > 1 + 1e-6:
         middle = math.sqrt(low * high)

@@ -1,4 +1,4 @@
-"""The distillation law's answers as text: Markdown tables that read as well on a terminal."""
+"""Results of the distillation law as text: Markdown tables that read as well on a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACCOUNTS = ("its outputs are there", "it runs along", "it is trained too")
 
 
 def describe_distillation(plan: DistillPlan) -> list[str]:
-    """Everything that follows from the law."""
+    """Lines of Markdown about the law and every student."""
     return [*_law(plan), *(line for student in plan.students for line in _student(student))]
 
 
@@ -50,10 +50,16 @@ def _constants(law: DistillationLaw) -> list[list[str]]:
     alone = law.alone
     scales = (alone.parameters_scale, alone.tokens_scale)
     exponents = (alone.parameters_exponent, alone.tokens_exponent, alone.outer_exponent)
-    own = (law.parameters_scale, law.tokens_scale, law.parameters_exponent, law.tokens_exponent, law.outer_exponent)
+    distilled = (
+        law.parameters_scale,
+        law.tokens_scale,
+        law.parameters_exponent,
+        law.tokens_exponent,
+        law.outer_exponent,
+    )
     return [
         ["alone", *numbers(alone.floor, *scales, *exponents), "", "", "", ""],
-        ["distilled", "", *numbers(*own, law.c0, law.c1, law.f1, law.d1)],
+        ["distilled", "", *numbers(*distilled, law.c0, law.c1, law.f1, law.d1)],
     ]
 
 
@@ -67,7 +73,7 @@ def _student(plan: StudentPlan) -> list[str]:
     ]
     priced = [pair for pair in plan.pairs if len(pair.accounts) > 1]
     if priced:
-        rows = [_row_of_account(pair, name, each) for pair in priced for name, each in zip(_ACCOUNTS, pair.accounts)]
+        rows = [_row_of_account(pair, *named) for pair in priced for named in zip(_ACCOUNTS, pair.accounts)]
         headings = ["teacher", "counted", "FLOPs", "alone, at as many", "better by", "wins at equal FLOPs", "worth it"]
         lines += [*markdown(headings, rows), ""]
     least = plan.best_teacher_loss

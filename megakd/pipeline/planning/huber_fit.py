@@ -1,4 +1,4 @@
-"""Fits of a law's logarithm to points, many side by side: Levenberg-Marquardt on Huber's loss.
+"""Robust fits of a law's logarithm to points, many side by side: Levenberg-Marquardt on Huber's loss.
 
 Axes: ``P`` fits made side by side, ``K`` constants, ``n`` points.
 """
@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 Model = Callable[[Floats], tuple[Floats, Floats]]
 """``theta_PK -> (log_law_Pn, slopes_PKn)``: log of the law, and its derivatives by the constants."""
 
-_MOST_DAMPING = 1e6  # steps that vanish beside the constants
+_MOST_DAMPING = 1e6  # beyond it steps vanish beside the constants
 
 
 def descend(
@@ -31,7 +31,7 @@ def descend(
     """Minimise the sum of Huber(log value - log law) from every start, each with its own damping: ``(theta, cost_P)``.
 
     lowest_K, highest_K: limits of the constants. delta: residuals up to here count quadratically, larger ones linearly.
-    tolerance: a fit is done when a step that helps moves no constant by more.
+    tolerance: a fit is done when a step that lowers the cost moves no constant by more.
     """
     theta_PK = np.array(theta_PK)
     damping_P = np.full(len(theta_PK), 1e-2)

@@ -1,4 +1,4 @@
-"""``megakd plan``: what refining a corpus costs and whether it pays, whether a teacher does, how a curve goes on."""
+"""``megakd plan``: costs of refining a corpus, scaling laws of training curves, and whether a teacher pays."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fit_curves(config: FitConfig) -> tuple[list[Curve], list[ScalingFit]]:
-    """Read and fit every curve that is asked for. Raises UsageError where one cannot be fitted."""
+    """Read and fit every curve of ``--fit``. Raises UsageError for one that cannot be fitted."""
     curves = read_curves(config.fit, points=config.fit_points, from_tokens=config.fit_from_tokens)
     fits = [
         fit_scaling(
@@ -95,7 +95,7 @@ def fit_curves(config: FitConfig) -> tuple[list[Curve], list[ScalingFit]]:
 
 
 def extrapolation_targets(config: FitConfig, curve: Curve) -> list[float]:
-    """FLOPs to go on to, ascending. Raises UsageError for tokens where the curve has models of several sizes."""
+    """FLOPs to extrapolate to, ascending. Raises UsageError for tokens if the curve has models of several sizes."""
     if config.extrapolate_tokens and curve.parameters is None:
         raise UsageError(
             f"--extrapolate-tokens: the points of {curve.name} are of several model sizes, or do not tell; use "
@@ -107,7 +107,7 @@ def extrapolation_targets(config: FitConfig, curve: Curve) -> list[float]:
 
 
 def costs_as_dict(config: CostConfig, plan: Refinement) -> dict[str, Any]:
-    """All figures of the costs, in FLOPs, tokens, bytes and hours."""
+    """All figures of the costs as plain data, in FLOPs, tokens, bytes and hours."""
     outputs = int(config.per_token_log_probs) + int(config.per_token_entropy)
 
     def hours(flops: float) -> float | None:
@@ -149,7 +149,7 @@ def costs_as_dict(config: CostConfig, plan: Refinement) -> dict[str, Any]:
 
 
 def fit_as_dict(curve: Curve, fit: ScalingFit, targets: Sequence[float]) -> dict[str, Any]:
-    """One fitted curve: constants and extrapolations with their intervals, doubts, points."""
+    """One fitted curve as plain data: constants and extrapolations with intervals, doubts, points."""
     return {
         "name": curve.name,
         "parameters": curve.parameters,

@@ -1,4 +1,4 @@
-"""Fitted scaling laws drawn: points, curves as far as they are extrapolated, and their intervals."""
+"""Plot of fitted scaling laws: points, curves up to the largest extrapolation, and intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megakd.pipeline.planning.scaling_law import ScalingFit
 
 
 def draw_fits(names: Sequence[str], fits: Sequence[ScalingFit], *, until_flops: float) -> bytes:
-    """A PNG: loss against compute, each law from its first point to ``until_flops``, its floor dotted."""
+    """Draw loss against compute as a PNG, each law from its first point to ``until_flops``, its floor dotted."""
     import matplotlib  # late: it loads for a second, and most plans draw nothing
 
     matplotlib.use("Agg")

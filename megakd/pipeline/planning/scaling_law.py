@@ -17,7 +17,7 @@ import numpy as np
 from megakd.errors import UsageError
 from megakd.pipeline.planning.huber_fit import Floats, Model, descend
 
-MIN_POINTS = 5  # three constants, and something left over to tell the noise by
+MIN_POINTS = 5  # three constants, and two more to estimate the noise
 _STARTS = np.geomspace(0.03, 1.5, 24)  # exponents to start from; what has been published lies within 0.05 and 0.6
 _EXPONENTS = (1e-3, 10.0)
 _LOG_LARGEST = math.log(sys.float_info.max)
@@ -37,7 +37,7 @@ class ScalingLaw:
         return self.floor + self.coefficient * math.exp(-self.exponent * math.log(flops))
 
     def flops(self, loss: float) -> float:
-        """The training that reaches ``loss``; infinite at the floor and below."""
+        """FLOPs of training that reach ``loss``; infinite at the floor and below."""
         if loss <= self.floor:
             return math.inf
         log_flops = (math.log(self.coefficient) - math.log(loss - self.floor)) / self.exponent
@@ -57,8 +57,8 @@ class Estimate:
 class ScalingFit:
     """A fitted law, the points it was fitted to, and as many laws fitted to points redrawn from its residuals.
 
-    flops_n, loss_n: the points, by increasing flops. residuals_n: log of the loss over the law's. level: of the
-    intervals. replicates: the redrawn laws; none for intervals without width.
+    flops_n, loss_n: the points, by increasing flops. residuals_n: log of the loss over the law's. level: confidence
+    level of the intervals. replicates: the redrawn laws; empty for intervals without width.
     """
 
     law: ScalingLaw
@@ -69,7 +69,7 @@ class ScalingFit:
     replicates: tuple[ScalingLaw, ...] = field(repr=False)
 
     def at(self, flops: float) -> Estimate:
-        """The loss after ``flops``, where the law goes on to hold."""
+        """The loss after ``flops``, if the law still holds there."""
         return self._estimate(self.law.loss(flops), [law.loss(flops) for law in self.replicates])
 
     @property
@@ -82,19 +82,19 @@ class ScalingFit:
 
     @property
     def doubts(self) -> list[str]:
-        """What in this fit not to rely on, a sentence each."""
-        found = []
+        """Reasons not to rely on the fit, a sentence each."""
+        doubts = []
         floor, span = self.constants["floor"], float(self.flops_n[-1] / self.flops_n[0])
         if self.law.floor < 0.01 * self.loss_n.min() or floor.high - floor.low > 0.2 * self.law.floor:
-            found.append(
+            doubts.append(
                 f"the floor is hardly determined ({floor.value:.3f}, {floor.low:.3f} to {floor.high:.3f}): "
                 "the points end too far above it"
             )
         if span < 8:
-            found.append(f"the points span a factor {span:.2g} of compute; a law wants 10 and more")
+            doubts.append(f"the points span a factor {span:.2g} of compute; a law wants 10 and more")
         if not _EXPONENTS[0] * 1.01 < self.law.exponent < _EXPONENTS[1] * 0.99:
-            found.append(f"the exponent {self.law.exponent:.3g} lies at the limit of the search: this is no power law")
-        return found
+            doubts.append(f"the exponent {self.law.exponent:.3g} lies at the limit of the search: this is no power law")
+        return doubts
 
     def _estimate(self, value: float, redrawn: list[float]) -> Estimate:
         if not redrawn:
@@ -113,13 +113,13 @@ def fit_scaling(
     seed: int = 0,
     name: str = "the curve",
 ) -> ScalingFit:
-    """Fit a law to points and tell how sure it is.
+    """Fit a law to points, with confidence intervals.
 
     Minimises the sum of Huber(log loss - log law), quadratic up to ``huber_delta``, linear beyond, so that one bad
     point weighs little. The intervals are percentiles over ``num_replicates`` fits to the law times redrawn residuals,
-    widened by sqrt(n / (n - 3)) for the three constants that took their share. They hold the noise of the points alone,
-    and are a little narrow: of 95%, they held the truth in 90% of simulated curves of 12 points. Points along one run
-    share their noise, which makes them narrower still, and no interval knows whether the law goes on.
+    widened by sqrt(n / (n - 3)) for the three fitted constants. They account for the noise of the points alone, and are
+    a little narrow: intervals of 95% held the truth in 90% of simulated curves of 12 points. Points along one run share
+    their noise, which makes them narrower still; and an interval says nothing about whether the law still holds.
 
     Raises:
         UsageError: fewer than 5 different computes, numbers that are not positive, a loss that does not fall.
@@ -169,7 +169,7 @@ def _check(flops_n: Floats, loss_n: Floats, name: str) -> None:
 
 
 def _starts(x_n: Floats, loss_n: Floats) -> Floats:
-    """``[P, 3]``: for each starting exponent the floor and the coefficient of least squares, both kept positive."""
+    """``[P, 3]``: logs of floor, coefficient and exponent: for each exponent the least squares, kept positive."""
     starts = []
     for exponent in _STARTS.tolist():
         power_n = np.exp(-exponent * x_n)
@@ -187,7 +187,7 @@ def _law(theta_3: Floats, middle: float) -> ScalingLaw:
 
 
 def _log_law(x_n: Floats) -> Model:
-    """log of the law at x, log compute around its middle; theta: logs of the floor, of the falling term at x = 0, of
+    """Log of the law at x, the centred log of compute. theta: logs of the floor, of the falling term at x = 0, and of
     the exponent."""
 
     def model(theta_P3: Floats) -> tuple[Floats, Floats]:
