@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from worlds import PRELOADED
 
@@ -15,12 +16,13 @@ from worlds import PRELOADED
 class ForkedVerb:
     """``megakd VERB ...`` in a process, with one thread; what tests use of ``subprocess.Popen``."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], *, folder: Path | None = None) -> None:
+        """Start ``megakd`` with these words, in ``folder`` or where the tests run."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._streams = tuple(tempfile.NamedTemporaryFile("r") for _ in range(2))
         names = [stream.name for stream in self._streams]
-        self._process = context.Process(target=_run, args=(list(words), *names))
+        self._process = context.Process(target=_run, args=(list(words), *names, folder))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -48,7 +50,9 @@ class ForkedVerb:
         return output, errors
 
 
-def _run(words: list[str], output: str, errors: str) -> None:
+def _run(words: list[str], output: str, errors: str, folder: Path | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ class Import:
     typing_only: bool  # under `if TYPE_CHECKING`
 
 
+@functools.cache
 def imports_of(path: Path) -> list[Import]:
     found: list[Import] = []
 

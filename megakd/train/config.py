@@ -344,7 +344,7 @@ class TrainConfig:
     def _check_objective(self) -> None:
         objective, teacher = self.objective, self.teacher
         if teacher.load is None and objective.rho_keep != 1:
-            with_stores = "; logits stores do not hold its loss on every label" if teacher.reads_stores else ""
+            with_stores = "; logits stores do not tell its loss on every label" if teacher.reads_stores else ""
             raise UsageError(
                 f"--rho-keep {objective.rho_keep} asks a teacher which tokens to leave out: add --teacher-load DIR"
                 + with_stores

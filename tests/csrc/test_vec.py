@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
-#include "vec.h"
+#include "simd/vec.h"
 using namespace megakd;
 extern "C" void apply_exp2(float* x, long n) { for (long i = 0; i < n; i += kLanes) store(x + i, exp2(load(x + i))); }
 extern "C" void apply_log2(float* x, long n) { for (long i = 0; i < n; i += kLanes) store(x + i, log2(load(x + i))); }
