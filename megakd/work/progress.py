@@ -63,6 +63,34 @@ class Progress:
             self._bar.close()
 
 
+class ByteProgress(Progress):
+    """Progress through the bytes of files, inside a ``with``: a bar on a terminal, else a line every five seconds.
+
+    total_bytes: bytes of all files. what: name of the work, which begins each line.
+    """
+
+    def __init__(self, total_bytes: int, *, what: str) -> None:
+        super().__init__(total_bytes, done=0, interval=_SILENT_SECONDS, bar="B")
+        self._what = what
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def update(self, num_bytes: int) -> None:
+        """Count bytes that were done since the last call."""
+        self.done += num_bytes
+        self.move_bar(num_bytes, self._what)
+        if self.is_due():
+            percent = 100 * self.done / self.total if self.total else 100
+            rate = self.fresh / 1e6 / self.seconds
+            tell(
+                f"{self._what}: {percent:.0f} % of {self.total} bytes, {rate:.1f} MB/s, {clock(self.seconds_left)} left"
+            )
+
+
 class DocumentProgress(Progress):
     """Progress through files or token streams, in bytes; counts documents, tokens and bad records.
 

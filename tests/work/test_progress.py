@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from megakd.work import progress as progress_module
-from megakd.work.progress import DocumentProgress, Progress, RangeProgress, clock
+from megakd.work.progress import ByteProgress, DocumentProgress, Progress, RangeProgress, clock
 
 Wait = Callable[[float], None]
 
@@ -74,3 +74,12 @@ def test_no_rate_before_anything_is_done(wait: Wait, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(("seconds", "text"), [(14.6, "0:00:15"), (3661.0, "1:01:01"), (None, "-")])
 def test_clock(seconds: float | None, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_bytes_of_files_in_a_log(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
+    with ByteProgress(100_000_000, what="merge") as progress:
+        for _ in range(10):
+            wait(1)
+            progress.update(5_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "merge: 25 % of 100000000 bytes, 5.0 MB/s, 0:00:15 left" and len(lines) == 2

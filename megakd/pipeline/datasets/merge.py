@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megakd.artefacts.durable_files import make_parent
 from megakd.artefacts.finished import say_complete
 from megakd.artefacts.manifest import Manifest
@@ -19,6 +17,7 @@ from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import bin_path, idx_path
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
 from megakd.work.console import tell
+from megakd.work.progress import ByteProgress
 
 HELP = "join indexed datasets into one"
 
@@ -82,7 +81,7 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise NoSpaceError(f"{output}: the joined dataset takes {needed} bytes, {free} are free")
-    with tqdm(total=needed, unit="B", unit_scale=True, desc="merge", disable=None) as bar:
+    with ByteProgress(needed, what="merge") as bar:
         return concatenate(
             inputs,
             output,

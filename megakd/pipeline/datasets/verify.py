@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megakd.artefacts.manifest import Manifest, hash_file, read_manifest, unlisted_files, verify_files, write_manifest
 from megakd.config.tree import option, parse
 from megakd.data.indexed.data_path import find_prefix, prefixes_in, without_ending
@@ -30,6 +28,7 @@ from megakd.model.checkpoint.damage import MANIFEST as CHECKPOINT
 from megakd.model.checkpoint.damage import checkpoint_folders
 from megakd.model.checkpoint.foreign import describe_foreign, is_checkpoint, read_shape
 from megakd.model.proxy.artefact import MANIFEST as PROXY
+from megakd.work.progress import ByteProgress
 
 HELP = "hash the files of an artefact and compare them with its manifest"
 _IN_FOLDERS = ("manifest.json", SCORES, SELECTION, STORE, PROXY)
@@ -188,7 +187,7 @@ def _manifests_in(folder: Path) -> list[Path]:
 def verify(path: Path) -> tuple[Manifest, list[str]]:
     """Hash all files of the manifest at ``path``, and check a dataset's index; returns the faults, a line each."""
     manifest = read_manifest(path)
-    with tqdm(total=_size_bytes(manifest), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+    with ByteProgress(_size_bytes(manifest), what=f"verify {path.name}") as bar:
         if manifest.format == logits.FORMAT:
             faults = verify_store(path.parent, progress=bar.update)
         elif manifest.format == journal.FORMAT:
@@ -287,7 +286,7 @@ def adopt(prefix: Path, *, vocab_size: int | None = None, tokenizer: Tokenizer |
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     limit, largest = 2**63 if vocab_size is None else vocab_size, -1
-    with tqdm(total=2 * dataset.tokens.nbytes, unit="B", unit_scale=True, desc=prefix.name, disable=None) as bar:
+    with ByteProgress(2 * dataset.tokens.nbytes, what=f"adopt {prefix.name}") as bar:
         for start in range(0, dataset.num_tokens, _TOKENS_AT_ONCE):
             piece = dataset.tokens[start : start + _TOKENS_AT_ONCE]
             if piece.min() < 0 or piece.max() >= limit:

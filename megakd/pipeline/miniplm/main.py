@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megakd.artefacts.durable_files import hash_file
 from megakd.artefacts.finished import say_complete
@@ -40,6 +39,7 @@ from megakd.data.tokenizers.recorded import recorded_tokenizer
 from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.pipeline.miniplm.scores import MaskPolicy, import_scores
 from megakd.work.console import tell
+from megakd.work.progress import ByteProgress
 
 HELP = "turn MiniPLM's shards and scores into a dataset and scores"
 _FLOATS = {6: "float32", 7: "float64"}
@@ -147,7 +147,7 @@ def import_shards(source: Path, output: Path, tokenizer: Tokenizer | None) -> Ma
         if done is not None:
             say_complete(output)
             return done
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+        with ByteProgress(num_bytes, what="import") as bar:
             return concatenate(
                 [part for part, _ in opened],
                 output,
