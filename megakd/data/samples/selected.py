@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 from megakd.data.samples.protocol import Samples
 from megakd.data.samples.split import PartSamples
+from megakd.data.samples.subset import SubsetSamples
 from megakd.data.selection import Selection
 from megakd.errors import UsageError
 
 
-class SelectedSamples:
+class SelectedSamples(SubsetSamples):
     """Samples of ``samples`` that a selection keeps: *i* is sample ``selection.ids[i]`` of the source.
 
     ``packing`` names the selection, so that a data order cannot be continued with another one.
@@ -28,28 +29,10 @@ class SelectedSamples:
         )
         if not len(selection):
             raise UsageError(f"{selection.folder}: the selection keeps no sample of {samples.dataset.prefix}")
-        self.dataset = samples.dataset
-        self.seq_length = samples.seq_length
+        super().__init__(samples)
         self.num_samples = len(selection)
         self.packing = f"{samples.packing}, selection {selection.fingerprint}"
         self.selection = selection
-        self.source = samples
-
-    def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples: ``[n, seq_length + 1]`` int64."""
-        return self.source.read(self.source_ids(sample_ids))
-
-    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the tokens of each sample."""
-        return self.source.lengths(self.source_ids(sample_ids))
-
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the token position at which each sample starts."""
-        return self.source.starts(self.source_ids(sample_ids))
-
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
-        """Ask the kernel to have the samples in memory soon."""
-        self.source.prefetch(self.source_ids(sample_ids))
 
     def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the ids of the samples in the source."""
@@ -64,14 +47,14 @@ def unselected(samples: Samples) -> Samples:
 
     Scores, selections and stores on disk are addressed by the ids of all samples.
     """
-    while isinstance(samples, SelectedSamples | PartSamples):
+    while isinstance(samples, SubsetSamples):
         samples = samples.source
     return samples
 
 
 def ids_in_dataset(samples: Samples, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """``[n]`` int64: the ids of the samples ``sample_ids`` among all samples of the dataset."""
-    while isinstance(samples, SelectedSamples | PartSamples):
+    while isinstance(samples, SubsetSamples):
         sample_ids = samples.source_ids(sample_ids)
         samples = samples.source
     return sample_ids

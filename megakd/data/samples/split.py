@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.samples.protocol import Samples
+from megakd.data.samples.subset import SubsetSamples
 from megakd.errors import UsageError
 
 
@@ -39,7 +40,7 @@ class Split:
         return first, end
 
 
-class PartSamples:
+class PartSamples(SubsetSamples):
     """Samples that lie wholly in documents ``[first, end)``: *i* is sample *i* + ``offset`` of the source.
 
     No token of another part is ever read; a sample across the border of two parts belongs to neither. Scores,
@@ -48,30 +49,12 @@ class PartSamples:
     """
 
     def __init__(self, samples: Samples, first: int, end: int) -> None:
-        self.source = samples
-        self.dataset = samples.dataset
-        self.seq_length = samples.seq_length
+        super().__init__(samples)
         self.packing = f"{samples.packing}, documents {first} to {end}"
         start_token, end_token = self.dataset.document_start(first), self.dataset.document_start(end)
         self.offset = _first(samples.num_samples, lambda sample: _start(samples, sample) >= start_token)
         last = _first(samples.num_samples, lambda sample: _end(samples, sample) > end_token)
         self.num_samples = max(0, last - self.offset)
-
-    def read(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples: ``[n, seq_length + 1]`` int64."""
-        return self.source.read(self.source_ids(sample_ids))
-
-    def lengths(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the tokens of each sample."""
-        return self.source.lengths(self.source_ids(sample_ids))
-
-    def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[n]`` int64: the token position at which each sample starts."""
-        return self.source.starts(self.source_ids(sample_ids))
-
-    def prefetch(self, sample_ids: NDArray[np.int64]) -> None:
-        """Ask the kernel to have the samples in memory soon."""
-        self.source.prefetch(self.source_ids(sample_ids))
 
     def source_ids(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """``[n]`` int64: the ids of the samples in the source. Raises IndexError for an id out of range."""
