@@ -8,10 +8,11 @@ from typing import Literal
 
 from megakd.config.tree import option
 from megakd.errors import UsageError
+from megakd.work.bad_budget import BadBudgetFlags
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
+class PreprocessConfig(BadBudgetFlags):
     """Flags of ``megakd preprocess``."""
 
     input: list[str] = option(..., "JSON lines files: plain, .gz or .zst; globs in quotes are expanded in sorted order")
@@ -50,19 +51,8 @@ class PreprocessConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         if min(self.workers, self.shard_bytes) < 0:
             raise UsageError(f"--workers {self.workers}, --shard-bytes {self.shard_bytes}: expected 0 or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
+        self.check_fraction()
         if len(set(self.json_keys)) != len(self.json_keys) or any("/" in key for key in self.json_keys):
             raise UsageError(f"--json-keys {' '.join(self.json_keys)}: expected different names, fit for file names")
         if not os.path.basename(self.output_prefix):
             raise UsageError(f"--output-prefix {self.output_prefix} is a folder; add the beginning of a file name")
-
-    @property
-    def bad_budget(self) -> float:
-        """Fraction of the records that may be bad."""
-        return 0.0 if self.strict else self.max_bad_fraction
-
-    @property
-    def allowance(self) -> str:
-        """Flag that sets the budget, with its value, for messages."""
-        return "--strict" if self.strict else f"--max-bad-fraction {self.max_bad_fraction}"

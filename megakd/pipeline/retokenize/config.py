@@ -10,10 +10,11 @@ from megakd.config.tree import option
 from megakd.data.tokenizer import TokenizerType
 from megakd.data.tokenizers.fast import EngineMode
 from megakd.errors import UsageError
+from megakd.work.bad_budget import BadBudgetFlags
 
 
 @dataclass(frozen=True)
-class RetokenizeConfig:
+class RetokenizeConfig(BadBudgetFlags):
     """Flags of ``megakd retokenize``."""
 
     input_prefix: str = option(..., "dataset to read, without .bin or .idx")
@@ -56,21 +57,10 @@ class RetokenizeConfig:
                 f"--workers {self.workers}, --shard-tokens {self.shard_tokens}: expected 0 or more; "
                 f"--log-interval {self.log_interval}: expected at least 1"
             )
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UsageError(f"--max-bad-fraction {self.max_bad_fraction}: expected a fraction from 0 to 1")
+        self.check_fraction()
         if not os.path.basename(self.output_prefix):
             raise UsageError(f"--output-prefix '{self.output_prefix}': expected FOLDER/NAME")
         if not os.path.isdir(os.path.dirname(self.output_prefix) or "."):
             raise UsageError(f"--output-prefix {self.output_prefix}: its folder does not exist")
         if os.path.realpath(self.output_prefix) == os.path.realpath(self.input_prefix):
             raise UsageError(f"--output-prefix {self.output_prefix}: the output is the input")
-
-    @property
-    def bad_budget(self) -> float:
-        """Fraction of the documents that may be bad."""
-        return 0.0 if self.strict else self.max_bad_fraction
-
-    @property
-    def allowance(self) -> str:
-        """Flag that sets the budget, with its value, for messages."""
-        return "--strict" if self.strict else f"--max-bad-fraction {self.max_bad_fraction}"
