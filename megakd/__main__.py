@@ -27,8 +27,7 @@ from typing import Any
 
 from megakd.artefacts.durable_files import FULL
 from megakd.errors import ExitStatus
-from megakd.work.console import keep_stream_numbers, tell
-from megakd.work.standard_output import explain_unwritten, flush_output, print_any_name
+from megakd.work.console import explain_unwritten, flush_output, keep_stream_numbers, print_any_name, tell
 
 VERBS = {
     "tokenizer": "megakd.pipeline.tokenizer.main",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +30,6 @@ from megakd.artefacts.durable_files import (
     hash_block,
     hash_file,
 )
-from megakd.artefacts.file_names import as_json, present_names, printable
 from megakd.errors import CorruptError, MismatchError, UsageError
 
 __all__ = [
@@ -44,6 +45,37 @@ __all__ = [
     "verify_files",
     "write_manifest",
 ]
+
+# Names of manifests that lie beside their files: PREFIX.manifest.json, PREFIX.sentence-1024.json of a packing.
+_BESIDE = re.compile(r"(.+?)(?:\.manifest|(\.sentence-[0-9]+))\.json", re.DOTALL)
+
+
+def printable(text: str | os.PathLike[str]) -> str:
+    r"""Make a path, or other text from the command line, valid UTF-8: bytes that are none become ``\udcff``."""
+    return os.fspath(text).encode(errors="backslashreplace").decode()
+
+
+def as_json(value: Any) -> Any:
+    """Copy plain data so that every text in it is `printable`; tuples become lists."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {as_json(key): as_json(entry) for key, entry in value.items()}
+    return [as_json(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def present_names(manifest: Path, recorded: Sequence[str]) -> list[str]:
+    """Present names of the files ``recorded`` in ``manifest``.
+
+    Files that share one prefix with their manifest follow its present name, so that a dataset or packing that was
+    renamed together with its manifest is still found.
+    """
+    beside = _BESIDE.fullmatch(manifest.name)
+    stems = {Path(name).stem for name in recorded}
+    if beside is None or len(stems) != 1 or any("/" in name for name in recorded):
+        return list(recorded)
+    return [beside[1] + (beside[2] or "") + Path(name).suffix for name in recorded]
+
 
 _KEYS = {"checksum", "files", "format", "megakd_version", "parameters", "parents", "tokenizer", "version"}
 
@@ -327,3 +359,66 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 def _hash_json(body: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))
+
+
+def find_finished(
+    path: Path,
+    *,
+    format: str,
+    version: int,
+    parameters: Mapping[str, Any],
+    parents: Mapping[str, str],
+    tokenizer: Mapping[str, Any] | None,
+    flag: str,
+) -> Manifest | None:
+    """Read the manifest at ``path`` if its result is the one that would be made now.
+
+    None where no manifest is there, or where its files are not whole, so that the result is to be made again.
+    parameters: those that decide the result, without figures that come out of it. parents: all parents. flag: the flag
+    that names the output, for messages.
+
+    Raises MismatchError for a result of another format, of other parents or with other parameters, naming both values;
+    CorruptError for a damaged manifest.
+    """
+    if not path.exists():
+        return None
+    manifest = read_manifest(path, format=format, version=version, check_files=False)
+    recorded, wanted = _identity(manifest.parents, manifest.tokenizer), _identity(parents, tokenizer)
+    wrong = _differences(recorded, wanted) + _differences(_flat(manifest.parameters), _flat(parameters), all=False)
+    if wrong:
+        raise MismatchError(
+            f"{path} is finished, and was made otherwise than now: {'; '.join(wrong)}. Give another {flag}, or remove "
+            "it to make it anew"
+        )
+    try:
+        return read_manifest(path, format=format, version=version)
+    except CorruptError as error:
+        print(f"{error}; it is made again", file=sys.stderr)
+        return None
+
+
+def say_complete(path: str | Path) -> None:
+    """Print that the result at ``path`` is there already."""
+    print(f"{path}: complete already, made of the same inputs with the same parameters", file=sys.stderr)
+
+
+def _identity(parents: Mapping[str, str], tokenizer: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = tokenizer or {}
+    return {**parents, "tokenizer": known.get("hash"), "end-of-document id": known.get("eod")}
+
+
+def _differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, all: bool = True) -> list[str]:
+    """Both values of each key that differs. all: False for the keys of ``wanted`` alone."""
+    return [
+        f"{key}: {recorded.get(key, 'none')} there, {wanted.get(key, 'none')} here"
+        for key in dict.fromkeys([*(recorded if all else ()), *wanted])
+        if recorded.get(key) != wanted.get(key)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values under dotted keys, so that only the differing values of a group are named."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

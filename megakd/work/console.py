@@ -1,10 +1,14 @@
-"""Lines that long work prints by the way: it goes on where nobody reads them, or where the log's disk is full."""
+"""Standard streams that are closed, full, or cannot encode a name: long work goes on, a command says so in one line."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Literal
+
+from megakd.artefacts.durable_files import FULL
+from megakd.errors import ExitStatus
 
 
 def keep_stream_numbers() -> None:
@@ -35,3 +39,33 @@ def tell(text: str, *, on: Literal["stdout", "stderr"] = "stderr") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if on == "stdout" and not isinstance(error, BrokenPipeError):
             tell(f"standard output cannot be written: {error.strerror}; the work goes on without it")
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr print file names of any bytes: those that are no text appear escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> OSError | None:
+    """Write the buffered output now rather than at the interpreter's end.
+
+    Returns the error where it cannot be written; the output is then dropped.
+    """
+    if sys.stdout is None:  # closed before the start: nothing was printed
+        return None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter would try again
+        return error
+    return None
+
+
+def explain_unwritten(error: OSError) -> int:
+    """Say on stderr that standard output takes no more; returns the exit status."""
+    if isinstance(error, BrokenPipeError):  # whoever read it has seen enough
+        return ExitStatus.FAILED
+    tell(f"error: standard output: {error.strerror}; what was printed is not complete")
+    return ExitStatus.NO_SPACE if error.errno in FULL else ExitStatus.FAILED

@@ -12,7 +12,7 @@ import xxhash
 
 from megakd import __version__
 from megakd.artefacts.durable_files import fsync_directory
-from megakd.artefacts.file_names import as_json
+from megakd.artefacts.manifest import as_json
 from megakd.errors import UsageError
 from megakd.work.console import tell
 

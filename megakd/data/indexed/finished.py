@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.artefacts.finished import find_finished
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, find_finished
 from megakd.data.indexed.idx_format import bin_path, idx_path, manifest_path
 from megakd.data.indexed.writer import FORMAT as DATASET
 from megakd.data.indexed.writer import FORMAT_VERSION as DATASET_VERSION

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.artefacts.durable_files import make_parent
-from megakd.artefacts.finished import say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset, concatenate
 from megakd.data.indexed.finished import find_dataset

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megakd.artefacts.finished import find_finished, say_complete
-from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.artefacts.manifest import Manifest, find_finished, read_manifest, say_complete
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.sentences import FORMAT, VERSION, manifest_path, write_sentences

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from megakd.artefacts.durable_files import hash_file
-from megakd.artefacts.finished import say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import option, parse
 from megakd.data.indexed.concatenate import TokenFile, concatenate, write_lengths

@@ -13,8 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.artefacts.finished import find_finished, say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, find_finished, say_complete
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.samples.boundaries import INDEX_AND_IDS
 from megakd.data.samples.documents import DocumentSamples

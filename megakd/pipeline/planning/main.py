@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from megakd.artefacts.durable_files import atomic_write
-from megakd.artefacts.file_names import as_json
+from megakd.artefacts.manifest import as_json
 from megakd.config.tree import parse, to_dict
 from megakd.errors import ExitStatus, UsageError
 from megakd.pipeline.planning.config import CostConfig, FitConfig, PlanConfig

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from megakd.artefacts.file_names import printable
+from megakd.artefacts.manifest import printable
 from megakd.data.corpus_shard import LISTED, WORTH_STOPPING_BYTES, write_quarantine
 from megakd.data.text.decompress import most_bytes
 from megakd.data.text.inputs import Input

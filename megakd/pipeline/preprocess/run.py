@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.artefacts.background_hashes import BackgroundHashes
-from megakd.artefacts.finished import say_complete
-from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.artefacts.manifest import Manifest, read_manifest, say_complete
 from megakd.artefacts.run_lock import RunLock
 from megakd.data.corpus_shard import MAX_SHARDS, QUARANTINE
 from megakd.data.indexed.dataset import best_dtype, concatenate

@@ -11,7 +11,7 @@ from megakd.pipeline.report.config import ReportConfig
 from megakd.pipeline.report.figures import Figures
 from megakd.pipeline.report.scoring import REFERENCE, SCORE, TEACHER, Scoring
 from megakd.pipeline.select.config import RANKS_ARE_BINNED
-from megakd.pipeline.select.warnings import degenerate_warnings, quota_warnings
+from megakd.pipeline.select.preflight import degenerate_warnings, quota_warnings
 
 _USUAL: dict[str, Any] = {"gumbel_temperature": 0.0, "drop_top_fraction": 0.0}
 _APART = ("domains", "datasets", "weights", "ratio", "ratio_of", "normalise", "seed", "excluded_ids", "allocation")

@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 
 from megakd.artefacts.durable_files import atomic_write
-from megakd.artefacts.file_names import as_json
+from megakd.artefacts.manifest import as_json
 from megakd.artefacts.run_lock import RunLock
 from megakd.config.tree import parse, to_dict
 from megakd.data.tokenizers.recorded import open_tokenizer

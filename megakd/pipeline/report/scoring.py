@@ -15,8 +15,7 @@ from megakd.data.selection import Selection
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.report.config import ReportConfig
 from megakd.pipeline.select.domains import read_ranges
-from megakd.pipeline.select.keys import Rule
-from megakd.pipeline.select.threshold import DomainRange, Keys, share_of
+from megakd.pipeline.select.keys import DomainRange, Keys, Rule, share_of
 
 TEACHER, REFERENCE, SCORE, OTHER = "NLL of the teacher", "NLL of the reference", "score", "other score"
 _AT_ONCE = 1 << 18

@@ -13,8 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megakd.artefacts.finished import say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.artefacts.run_lock import RunLock
 from megakd.data.corpus_shard import MAX_SHARDS, WORTH_STOPPING_BYTES
 from megakd.data.indexed.dataset import IndexedDataset, best_dtype, concatenate

@@ -13,7 +13,7 @@ from megakd.data.samples.protocol import Samples
 from megakd.data.scores.sources import Source
 from megakd.errors import UsageError
 from megakd.pipeline.select.config import REST, read_numbers
-from megakd.pipeline.select.threshold import DomainRange, Keys, share_of
+from megakd.pipeline.select.keys import DomainRange, Keys, share_of
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from megakd.data.selection import Selection
 from megakd.errors import ExitStatus
 from megakd.pipeline.select.config import RANKS_ARE_BINNED, SelectConfig
 from megakd.pipeline.select.materialize import materialize
-from megakd.pipeline.select.preflight import open_scored
+from megakd.pipeline.select.preflight import degenerate_warnings, open_scored, quota_warnings
 from megakd.pipeline.select.run import Outcome, select
-from megakd.pipeline.select.warnings import degenerate_warnings, quota_warnings
 from megakd.work.console import tell
 from megakd.work.text_table import columns
 

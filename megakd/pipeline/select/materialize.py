@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.artefacts.finished import say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.data.indexed.dataset import IndexedWriter
 from megakd.data.indexed.finished import find_dataset
 from megakd.data.samples.protocol import Samples

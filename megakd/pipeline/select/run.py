@@ -12,15 +12,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.artefacts.finished import find_finished, say_complete
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, find_finished, say_complete
 from megakd.data.scores.sources import Source
 from megakd.data.selection import FORMAT, MANIFEST, VERSION, SelectionWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.pipeline.select.config import SelectConfig
 from megakd.pipeline.select.domains import Allocation, Share, allocate, read_ranges
-from megakd.pipeline.select.keys import NOTHING, Rule, score_at
-from megakd.pipeline.select.threshold import DomainRange, Keys, Survey, share_of
+from megakd.pipeline.select.keys import NOTHING, DomainRange, Keys, Rule, Survey, score_at, share_of
 
 _RECORDED = (
     "normalise",

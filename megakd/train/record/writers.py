@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from megakd.artefacts.file_names import printable
-from megakd.artefacts.manifest import atomic_write
+from megakd.artefacts.manifest import atomic_write, printable
 from megakd.errors import UsageError
 from megakd.train.config import LoggingConfig
 from megakd.train.record.trackers import CLOSE_SECONDS, Kind, Tracked, serve

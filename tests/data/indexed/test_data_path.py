@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from megakd.__main__ import main
-from megakd.artefacts.file_names import as_json, present_names, printable
-from megakd.artefacts.manifest import read_manifest
+from megakd.artefacts.manifest import as_json, present_names, printable, read_manifest
 from megakd.data.indexed.data_path import find_prefix
 from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megakd.data.samples.sentences import open_sentences

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from pipeline.select.select_corpus import Corpus, configure, run
 from pipeline.select.select_twin import ordered, scores_of, write
 
-from megakd.data.scores import excluded as select_excluded
+from megakd.data.scores import sources as select_sources
 from megakd.data.selection import Selection
 from megakd.errors import CorruptError, MismatchError, UsageError
-from megakd.pipeline.select import threshold as select_threshold
+from megakd.pipeline.select import keys as select_keys
 from megakd.pipeline.select.main import main
 
 
 @pytest.fixture
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_threshold, "_COLLECTED", select_threshold._COLLECTED)  # put back at the end
+    monkeypatch.setattr(select_keys, "_COLLECTED", select_keys._COLLECTED)  # put back at the end
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_select_is_the_full_sort(
     uniform: bool,
     collected: int,
 ) -> None:
-    select_threshold._COLLECTED = collected
+    select_keys._COLLECTED = collected
     corpus = Corpus(tmp_path_factory.mktemp("twin"), sizes, seed, levels=levels, uniform=uniform)
     expected = corpus.twin(
         ratio, by_tokens=by_tokens, drop_negative=drop_negative, drop_top=drop_top, temperature=temperature
@@ -73,7 +73,7 @@ def test_select_is_the_full_sort(
 
 
 def test_beyond_a_block_a_stretch_and_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_threshold, "_AT_ONCE", 7001)
+    monkeypatch.setattr(select_keys, "_AT_ONCE", 7001)
     rng = np.random.default_rng(3)
     size = 150_001
     counts = np.full(size, 4)
@@ -83,7 +83,7 @@ def test_beyond_a_block_a_stretch_and_a_chunk(tmp_path: Path, monkeypatch: pytes
     flags = ["--teacher-scores", tmp_path / "t", "--reference-scores", tmp_path / "r", "--output", tmp_path / "o"]
     scores = scores_of([(1.0, reference), (-1.0, teacher)], counts)
     for threads, ratio, collected in ((1, 0.4, 0), (3, 0.4, 1 << 19), (2, 0.77777, 1000)):
-        monkeypatch.setattr(select_threshold, "_COLLECTED", collected)
+        monkeypatch.setattr(select_keys, "_COLLECTED", collected)
         (kept,) = run(*flags, "--threads", threads, "--ratio", ratio)
         assert len(kept) == int(ratio * size)
         assert scores[kept].min() >= np.delete(scores, kept).max()
@@ -252,7 +252,7 @@ def test_excluded_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
 def test_ids_are_sorted_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(select_excluded, "_AT_ONCE", at_once)
+    monkeypatch.setattr(select_sources, "_AT_ONCE", at_once)
     corpus = Corpus(tmp_path, [60], 9, levels=9)
     rng = np.random.default_rng(at_once)
     one, other = rng.integers(0, 60, 40), rng.integers(0, 60, 3)  # doubled ones among them
@@ -261,7 +261,7 @@ def test_ids_are_sorted_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     flags = ["--exclude-ids", tmp_path / "one", tmp_path / "other.npy"]
     assert run(*corpus.flags(), *flags) == corpus.twin(excluded={*one.tolist(), *other.tolist()})
     pieces = [one, one[:0], other]
-    assert select_excluded.sort_unique(pieces).tolist() == sorted({*one.tolist(), *other.tolist()})
+    assert select_sources.sort_unique(pieces).tolist() == sorted({*one.tolist(), *other.tolist()})
 
 
 def test_scores_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
