@@ -57,7 +57,7 @@ $(VENV)/.installed: requirements/base.txt
 	@touch $@
 
 # What only tests and checks need, triton among it: large, and nothing that runs on a CPU asks for it.
-$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt requirements/eval.txt
 	@echo "installing requirements/dev.txt into $(VENV)"
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
