@@ -18,6 +18,7 @@ from megakd.logits import spec as logits
 from megakd.logits.store import LogitsStore
 
 _AT_ONCE = 1 << 20
+_LINE = 120  # characters of a mapping that is shown on one line
 Rows = Iterator[tuple[str, object]]
 
 
@@ -36,6 +37,19 @@ def describe_artefact(path: Path) -> list[str]:
 def flat(mapping: Mapping[str, Any]) -> str:
     """Names and values on one line."""
     return ", ".join(f"{key} {value}" for key, value in mapping.items())
+
+
+def nested(name: str, value: object) -> Rows:
+    """Yield a row for a value; a mapping that is too long for a line has a row for each of its values."""
+    if isinstance(value, Mapping) and len(line := flat(value)) <= _LINE:
+        yield name, line
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from nested(f"{name} {key}", inner)
+    elif isinstance(value, list | tuple) and not any(isinstance(entry, Mapping) for entry in value):
+        yield name, ", ".join(map(str, value)) or "none"
+    else:
+        yield name, value
 
 
 def _scores(manifest: Manifest) -> Rows:
@@ -101,7 +115,7 @@ def _journal(manifest: Manifest) -> Rows:
 def _parameters(manifest: Manifest, without: tuple[str, ...] = ()) -> Rows:
     for name, value in manifest.parameters.items():
         if name not in without:
-            yield name, flat(value) if isinstance(value, Mapping) else value
+            yield from nested(name, value)
 
 
 def _provenance(manifest: Manifest) -> Rows:

@@ -18,7 +18,7 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer, sam
 from megakd.data.tokenizers.recorded import end_as_recorded
 from megakd.errors import ExitStatus, MismatchError, UsageError
 from megakd.model.checkpoint.damage import MANIFEST as CHECKPOINT
-from megakd.pipeline.datasets.describe import describe_artefact, flat
+from megakd.pipeline.datasets.describe import describe_artefact, flat, nested
 from megakd.pipeline.datasets.show_run import describe_run
 from megakd.pipeline.datasets.verify import existing_manifests, find_manifests
 from megakd.run_folder.record import is_run
@@ -90,7 +90,8 @@ def describe(dataset: IndexedDataset) -> list[str]:
     if manifest is not None:
         rows += [("tokenizer", flat(manifest.tokenizer) if manifest.tokenizer else "not recorded")]
         rows += [(f"parent {name}", fingerprint) for name, fingerprint in manifest.parents.items()]
-        rows += [(name, value) for name, value in manifest.parameters.items() if name != "dataset"]
+        for name, value in manifest.parameters.items():
+            rows += nested(name, value) if name != "dataset" else ()
     lines = [f"{name:<18} {value}" for name, value in rows]
     return lines + histogram(document_lengths(dataset))
 
