@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megakd.config.tree import option
 from megakd.errors import UsageError
-from megakd.layout import ParallelConfig
+from megakd.layout import ParallelConfig, padded_vocab_size
 
 # MiniPLM: arXiv 2410.17215, Qwen 1.5 architecture; whether embeddings are tied follows from the published parameter
 # counts (104M, 203M and 464M leave room for one embedding of 151,936 rows, 1.2B for two). PD: arXiv 2410.16215.
@@ -37,8 +37,26 @@ _LARGEST = {
     "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "num_experts": 1 << 16, "moe_ffn_hidden_size": 1 << 24,
     "moe_shared_expert_intermediate_size": 1 << 24, "make_vocab_size_divisible_by": 1 << 24, "fp8_margin": 64,
     "fp8_amax_history_len": 1 << 16, "init_method_std": 1e3, "norm_epsilon": 1.0, "rotary_base": 1e12,
-    "rope_scaling_factor": 1e6,
+    "rope_scaling_factor": 1e6, "rope_scaling_low_freq_factor": 1e6, "rope_scaling_high_freq_factor": 1e6,
+    "rope_scaling_original_max_position_embeddings": 1 << 30, "rotary_seq_len_interpolation_factor": 1e6,
+    "yarn_rotary_scaling_factor": 1e6, "yarn_original_max_position_embeddings": 1 << 30, "yarn_beta_fast": 1e6,
+    "yarn_beta_slow": 1e6, "yarn_attention_factor": 1e6, "no_rope_freq": 10_000, "max_position_embeddings": 1 << 30,
+    "sliding_window": 1 << 30, "padded_vocab_size": 1 << 30,
 }  # fmt: skip
+_POSITIVE = (
+    "norm_epsilon", "rotary_base", "rotary_percent", "init_method_std", "rope_scaling_factor",
+    "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor", "rotary_seq_len_interpolation_factor",
+    "yarn_rotary_scaling_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_attention_factor",
+)  # fmt: skip
+_AT_LEAST_1 = (
+    "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by", "recompute_num_layers",
+    "fp8_amax_history_len", "rope_scaling_original_max_position_embeddings", "yarn_original_max_position_embeddings",
+    "no_rope_freq", "max_position_embeddings", "sliding_window", "padded_vocab_size",
+)  # fmt: skip
+_LEAST_FACTORS = ("rotary_base", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
+                  "yarn_rotary_scaling_factor")  # fmt: skip
+_SCALINGS = ("rope_scaling_factor", "rotary_seq_len_interpolation_factor", "yarn_rotary_scaling_factor")
 
 
 def preset_layers(name: str) -> int | None:
@@ -69,6 +87,39 @@ class ModelConfig:
     rope_scaling_factor: float | None = option(
         None, "factor of Llama 3.1's frequency scaling, 8.0 in Llama 3.1 (default: none)"
     )
+    rope_scaling_low_freq_factor: float = option(
+        1.0, "Llama 3.1's frequency scaling: divisor of the old length whose wavelengths and longer are scaled whole"
+    )
+    rope_scaling_high_freq_factor: float = option(
+        4.0, "Llama 3.1's frequency scaling: divisor of the old length whose wavelengths and shorter stay"
+    )
+    rope_scaling_original_max_position_embeddings: int = option(
+        8192, "Llama 3.1's frequency scaling: the old length, in tokens"
+    )
+    rotary_seq_len_interpolation_factor: float | None = option(
+        None, "divisor of all positions: linear scaling (default: none)"
+    )
+    yarn_rotary_scaling_factor: float | None = option(None, "factor of YaRN's frequency scaling (default: none)")
+    yarn_original_max_position_embeddings: int | None = option(None, "YaRN: the old length, in tokens")
+    yarn_beta_fast: float = option(32.0, "YaRN: turns in the old length from which on a frequency stays")
+    yarn_beta_slow: float = option(1.0, "YaRN: turns in the old length up to which a frequency is scaled whole")
+    yarn_attention_factor: float | None = option(
+        None, "YaRN: factor of rotated queries and keys (default: 0.1 ln(factor) + 1)"
+    )
+    yarn_correction_range_round_to_int: bool = option(
+        True, "YaRN: round the ends of the range between both to integers"
+    )
+    no_rope_freq: int | None = option(
+        None, "interval of layers without rotary positions: 4 leaves them out in every fourth (SmolLM 3; default: none)"
+    )
+    max_position_embeddings: int | None = option(
+        None, "longest sequence that the model was made for, in tokens; only recorded"
+    )
+    sliding_window: int | None = option(
+        None,
+        "tokens that attention sees in the model that the weights come from; longer sequences are refused, because "
+        "windows are not computed here (default: all)",
+    )
     untie_embeddings_and_output_weights: bool | None = option(
         None, "output weight apart from the embedding (default: as the preset says, else true)"
     )
@@ -76,8 +127,14 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout after attention and feed-forward")
     attention_dropout: float = option(0.0, "dropout of attention weights")
     make_vocab_size_divisible_by: int = option(128, "divisor of the padded vocabulary, times TP")
+    padded_vocab_size: int | None = option(
+        None, "least rows of the embedding, padding among them, before the divisor (default: the vocabulary)"
+    )
     num_experts: int | None = option(None, "experts per feed-forward layer (MoE; default: dense)")
     moe_router_topk: int = option(2, "experts a token is sent to")
+    moe_router_pre_softmax: bool = option(
+        False, "weigh the chosen experts by a softmax over all of them, instead of one over the chosen"
+    )
     moe_ffn_hidden_size: int | None = option(None, "width of one expert (default: ffn-hidden-size)")
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = option(
         "alltoall", "messages that bring tokens to experts"
@@ -117,32 +174,47 @@ class ModelConfig:
             raise UsageError("--fp8-format and --fp4-format exclude each other")
         if self.fp8_format and self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
             raise UsageError("--first-last-layers-bf16 needs --fp8-recipe tensorwise or blockwise; it is delayed")
-        for name in (
-            "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk",
-            "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by",
-            "recompute_num_layers", "fp8_amax_history_len",
-        ):  # fmt: skip
+        for name in _AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name in ("norm_epsilon", "rotary_base", "rotary_percent", "init_method_std", "rope_scaling_factor"):
+        for name in _POSITIVE:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a positive number")
         if self.rotary_percent > 1:
             raise UsageError(f"--rotary-percent is {self.rotary_percent}; expected at most 1")
-        for name, least in (("rotary_base", 1.0), ("rope_scaling_factor", 1.0)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least:g}")
+        for name in _LEAST_FACTORS:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         for name, most in _LARGEST.items():
             if getattr(self, name) is not None and getattr(self, name) > most:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at most {most}")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= p < 1")
+        self._check_rope_scaling()
         self._check_experts()
         self._check_recompute()
 
+    def _check_rope_scaling(self) -> None:
+        scalings = [f"--{name.replace('_', '-')}" for name in _SCALINGS if getattr(self, name) is not None]
+        if len(scalings) > 1:
+            raise UsageError(f"{' and '.join(scalings)} exclude each other: a model has one scaling of its positions")
+        if self.rope_scaling_high_freq_factor <= self.rope_scaling_low_freq_factor:
+            raise UsageError(
+                f"--rope-scaling-high-freq-factor is {self.rope_scaling_high_freq_factor}; expected more than "
+                f"--rope-scaling-low-freq-factor, {self.rope_scaling_low_freq_factor}"
+            )
+        if self.yarn_rotary_scaling_factor is not None:
+            if self.yarn_original_max_position_embeddings is None:
+                raise UsageError("--yarn-rotary-scaling-factor needs --yarn-original-max-position-embeddings N")
+            if self.no_rope_freq is not None:
+                raise UsageError(
+                    "--yarn-rotary-scaling-factor and --no-rope-freq exclude each other: YaRN's factor of queries and "
+                    "keys would reach the layers without positions too"
+                )
+
     def _check_experts(self) -> None:
-        if self.num_experts is not None and self.moe_router_topk == 1:
+        if self.num_experts is not None and self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
             raise UsageError(
                 "--moe-router-topk is 1; expected at least 2: the softmax is over the chosen experts, so that one "
                 "alone always weighs 1 and the router learns nothing"
@@ -254,6 +326,42 @@ class ModelShape:
     fp8_margin: int = 0
     fp8_amax_history_len: int = 1
     fp8_amax_compute_algo: str = "most_recent"
+    rope_scaling_low_freq_factor: float = 1.0
+    rope_scaling_high_freq_factor: float = 4.0
+    rope_scaling_original_max_position_embeddings: int = 8192
+    rotary_seq_len_interpolation_factor: float | None = None
+    yarn_rotary_scaling_factor: float | None = None
+    yarn_original_max_position_embeddings: int | None = None
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_attention_factor: float | None = None
+    yarn_correction_range_round_to_int: bool = True
+    no_rope_freq: int | None = None
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None
+    padded_vocab_size: int | None = None
+    moe_router_pre_softmax: bool = False
+
+    def rows(self, vocab_size: int, tensor_model_parallel_size: int) -> int:
+        """Return the rows of the embedding of ``vocab_size`` ids, padding among them, over so many ranks."""
+        return padded_vocab_size(
+            max(vocab_size, self.padded_vocab_size or 0),
+            divisible_by=self.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+        )
+
+    def check_sequence(self, seq_length: int, role: str) -> None:
+        """Refuse sequences that the model sees through a sliding window.
+
+        Raises:
+            UsageError: tells both lengths.
+        """
+        if self.sliding_window is not None and seq_length > self.sliding_window:
+            raise UsageError(
+                f"{role}: sequences of {seq_length} tokens, and the model has a sliding window of "
+                f"{self.sliding_window} (sliding_window): what lies outside it is seen here; --seq-length "
+                f"{self.sliding_window} or less computes the same"
+            )
 
     def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:
         """Return the shape for inference with these weights, in the given precision: no dropout, no FP4."""

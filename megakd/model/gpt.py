@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megakd import cpu
 from megakd.errors import UsageError
-from megakd.layout import padded_vocab_size
 from megakd.model.attention import SdpaCoreAttention
 from megakd.model.config import ModelShape
+from megakd.model.rotary import ScaledRotaryEmbedding, layers_without_positions, softmax_scale
 from megakd.parallel import Groups
 
 # isort: split
@@ -106,11 +106,8 @@ def build_model(
     last stage (a teacher's head is on the student's last stage instead).
     """
     chunks = groups.parallel.virtual_pipeline_model_parallel_size
-    rows = padded_vocab_size(
-        vocab_size,
-        divisible_by=shape.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=groups.parallel.tensor_model_parallel_size,
-    )
+    shape.check_sequence(seq_length, "the model")
+    rows = shape.rows(vocab_size, groups.parallel.tensor_model_parallel_size)
     with warnings.catch_warnings():
         # megatron warns of its own default (transformer_config.py:1705)
         warnings.filterwarnings("ignore", message="full scope is deprecated")
@@ -128,11 +125,10 @@ def build_model(
             position_embedding_type="rope",
             rotary_percent=shape.rotary_percent,
             rotary_base=shape.rotary_base,
-            rope_scaling=shape.rope_scaling_factor is not None,
-            rope_scaling_factor=shape.rope_scaling_factor or 8.0,
             pg_collection=groups.collection,
             vp_stage=stage,
         )
+        model.rotary_pos_emb = ScaledRotaryEmbedding(shape, groups)
         if not with_head and groups.has_output(stage):
             model.output_layer = None
         _mark_split_weights(model)
@@ -165,6 +161,7 @@ def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> 
         experts = {
             "num_moe_experts": shape.num_experts,
             "moe_router_topk": shape.moe_router_topk,
+            "moe_router_pre_softmax": shape.moe_router_pre_softmax,
             "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
             "moe_token_dispatcher_type": shape.moe_token_dispatcher_type,
             "moe_aux_loss_coeff": shape.moe_aux_loss_coeff if training else 0.0,
@@ -199,6 +196,8 @@ def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> 
         add_bias_linear=False,
         add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_layernorm,
+        softmax_scale=softmax_scale(shape),
+        no_rope_freq=layers_without_positions(shape),
         init_method_std=shape.init_method_std,
         hidden_dropout=shape.hidden_dropout if training else 0.0,
         attention_dropout=shape.attention_dropout if training else 0.0,

@@ -25,7 +25,7 @@ from megakd.data.samples.split import PartSamples, Split
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
-from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.layout import ParallelConfig
 from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
 from megakd.model.checkpoint.record import CheckpointRecord, check_resume, latest_iteration, read_record
@@ -184,11 +184,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
 
 def student_rows(shape: ModelShape, vocab_size: int, parallel: ParallelConfig) -> int:
     """Return the rows of the padded vocabulary in ``parallel``, the student's layout."""
-    return padded_vocab_size(
-        vocab_size,
-        divisible_by=shape.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-    )
+    return shape.rows(vocab_size, parallel.tensor_model_parallel_size)
 
 
 def _open_blend(

@@ -214,7 +214,8 @@ _FREE_KEYS = {
     "transformer_impl", "recompute_granularity", "recompute_method", "recompute_num_layers", "hidden_dropout",
     "attention_dropout", "init_method_std", "moe_token_dispatcher_type", "moe_aux_loss_coeff", "fp8_format",
     "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo",
-    "fp4_format", "first_last_layers_bf16", "make_vocab_size_divisible_by",
+    "fp4_format", "first_last_layers_bf16", "make_vocab_size_divisible_by", "padded_vocab_size",
+    "max_position_embeddings", "sliding_window",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from megakd.data.blend import Blend
 from megakd.data.loader import Loader, Microbatch
 from megakd.data.samples.boundaries import begins_document, ids_end_documents
 from megakd.data.samples.protocol import Samples
-from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.layout import ParallelConfig
 from megakd.losses.vocab_parallel import VocabShard
 from megakd.model.checkpoint.load import load_teacher
 from megakd.model.checkpoint.record import CheckpointRecord
@@ -144,11 +144,7 @@ def build_frozen(record: CheckpointRecord, shape: ModelShape, groups: Groups, *,
 
 def vocab_shard(record: CheckpointRecord, shape: ModelShape, groups: Groups) -> VocabShard:
     """Slice of the vocabulary whose rows of the output weight this rank holds."""
-    padded = padded_vocab_size(
-        record.vocab_size,
-        divisible_by=shape.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=groups.parallel.tensor_model_parallel_size,
-    )
+    padded = shape.rows(record.vocab_size, groups.parallel.tensor_model_parallel_size)
     return groups.vocab_shard(record.vocab_size, padded_vocab_size=padded)
 
 
