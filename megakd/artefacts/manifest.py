@@ -38,6 +38,7 @@ __all__ = [
     "Manifest",
     "atomic_write",
     "commit_file",
+    "fault_in_block",
     "faults_in_blocks",
     "hash_file",
     "read_manifest",
@@ -217,16 +218,20 @@ def faults_in_blocks(
     root = manifest.path.parent
     records = [record for record in manifest.files if names is None or record.name in names]
     blocks = [(record, block) for record in records for block in range(len(record.blocks))]
-    faults = []
-    for record, block in blocks[share::num_shares]:
-        try:
-            have = hash_block(root / record.name, block)
-        except OSError as error:  # a bad sector, say
-            faults.append(f"{record.name}: block {block} cannot be read: {error.strerror}")
-            continue
-        if have != record.blocks[block]:
-            faults.append(_block_fault(record, block, have))
-    return faults
+    return [
+        fault
+        for record, block in blocks[share::num_shares]
+        if (fault := fault_in_block(root / record.name, record, block)) is not None
+    ]
+
+
+def fault_in_block(path: str | os.PathLike[str], record: FileRecord, block: int) -> str | None:
+    """Hash one block of the file at ``path``; return a line if it differs from ``record``, None if it does not."""
+    try:
+        have = hash_block(path, block)
+    except OSError as error:  # a bad sector, say
+        return f"{record.name}: block {block} cannot be read: {error.strerror}"
+    return None if have == record.blocks[block] else _block_fault(record, block, have)
 
 
 def unlisted_files(manifest: Manifest) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megakd.errors import CorruptError, MismatchError
 from megakd.model.checkpoint.foreign import KeyForm
@@ -30,8 +31,8 @@ _TORCH_VALUES = (
 )  # the only names of ``torch`` that are allowed, beside Size
 
 
-def read_tensor_names(path: Path) -> set[str]:
-    """Return the names of the tensors in the checkpoint at ``path``.
+def read_metadata(path: Path) -> Metadata:
+    """Return the list of the tensors in the checkpoint at ``path``: sizes, chunks, and the place of each in the files.
 
     megatron-core unpickles ``.metadata`` without restriction; this reads it first, with an unpickler that resolves only
     torch's plain checkpoint classes.
@@ -42,9 +43,16 @@ def read_tensor_names(path: Path) -> set[str]:
     try:
         with open(path / ".metadata", "rb") as file:
             metadata = _PlainUnpickler(file).load()
-        return set(metadata.state_dict_metadata)
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+            raise TypeError(f"it holds a {type(metadata).__name__}, not a list of tensors")
+        return metadata
     except BROKEN_PICKLE as error:
         raise CorruptError(f"{path / '.metadata'} cannot be trusted: {error}") from None
+
+
+def read_tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in the checkpoint at ``path``. Raises CorruptError as `read_metadata` does."""
+    return set(read_metadata(path).state_dict_metadata)
 
 
 def check_weights(path: Path, shape: ModelShape, role: str) -> None:
