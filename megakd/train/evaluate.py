@@ -15,9 +15,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from megakd.data.loader import Loader
+from megakd.losses.calibration import NUM_BINS, calibration_error
 from megakd.parallel import Groups
 from megakd.teachers.protocol import Teacher
-from megakd.train.objective.calibration import NUM_BINS, calibration_error
 from megakd.train.objective.objective import Objective
 from megakd.train.optim import Student
 from megakd.train.step import run_step

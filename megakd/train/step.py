@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megakd.data.loader import Microbatch, StepBatch
 from megakd.errors import NonFiniteError
+from megakd.losses.calibration import NUM_BINS
 from megakd.model.attention import slice_sequence
 from megakd.parallel import Groups
 from megakd.targets import Given, Unreadable
 from megakd.teachers.protocol import Teacher
 from megakd.train.journal import Keep
-from megakd.train.objective.calibration import NUM_BINS
 from megakd.train.objective.objective import Objective, TokenLosses
 from megakd.train.optim import Student
 

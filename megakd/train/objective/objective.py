@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakd.losses.calibration import calibration_sums
 from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
 from megakd.losses.kernels.choose import Implementation
 from megakd.losses.rows import KDOutput
 from megakd.parallel import Groups
 from megakd.targets import DenseTargets, Given, MixedTargets, SparseTargets, Targets
-from megakd.train.objective.calibration import calibration_sums
 from megakd.train.objective.config import ObjectiveConfig
 from megakd.train.objective.gates import Gated, Gates, apply_gates, tokens_with_targets
 from megakd.train.objective.schedule import KDSchedule

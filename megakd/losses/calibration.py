@@ -11,7 +11,7 @@ from torch import Tensor
 from megakd.errors import UsageError
 from megakd.losses.head import VocabShard
 from megakd.losses.kernels.choose import Implementation
-from megakd.losses.read import read_head
+from megakd.losses.read import HeadReading, read_head
 
 NUM_BINS = 15
 
@@ -31,12 +31,20 @@ def calibration_sums(
 
     The arguments are those of ``losses.read.read_head``; labels_T: int64; mask_T: bool, the tokens that count.
     """
-    read = read_head(
+    reading = read_head(
         hidden_TH[mask_T], weight_vH, shard=shard, top_k=1, implementation=implementation, chunk_bytes=chunk_bytes
     )
-    assert read.top_ids_TK is not None and read.top_log_probs_TK is not None
-    confidence_T = read.top_log_probs_TK[:, 0].exp().double()
-    right_T = (read.top_ids_TK[:, 0] == labels_T[mask_T]).double()
+    return calibration_sums_of(reading, labels_T[mask_T])
+
+
+def calibration_sums_of(reading: HeadReading, labels_T: Tensor) -> Tensor:
+    """Return what `calibration_sums` returns, from a reading with the best id of each token.
+
+    labels_T: int64, the labels of the tokens that were read.
+    """
+    assert reading.top_ids_TK is not None and reading.top_log_probs_TK is not None
+    confidence_T = reading.top_log_probs_TK[:, 0].exp().double()
+    right_T = (reading.top_ids_TK[:, 0] == labels_T).double()
     edges = torch.arange(1, NUM_BINS, device=confidence_T.device, dtype=torch.float64) / NUM_BINS
     bins_T = torch.bucketize(confidence_T, edges)
     sums = confidence_T.new_zeros(2, NUM_BINS)

@@ -15,8 +15,8 @@ from torch import Tensor
 from worlds import Worlds
 
 from megakd.errors import UsageError
+from megakd.losses.calibration import NUM_BINS, calibration_error, calibration_sums
 from megakd.losses.head import KDTerm, VocabShard
-from megakd.train.objective.calibration import NUM_BINS, calibration_error, calibration_sums
 
 T, V, ROWS, HIDDEN = 403, 251, 256, 16
 
