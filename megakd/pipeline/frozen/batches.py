@@ -113,6 +113,28 @@ def read_microbatch(
     )
 
 
+@dataclass(frozen=True)
+class AlikeMicrobatches:
+    """Microbatches of one shape in the form in which a teacher takes those of a training step.
+
+    stretches: parts of samples that each microbatch holds; empty where microbatches are made of something else.
+    """
+
+    microbatches: Sequence[Microbatch]
+    stretches: Sequence[Stretches] = ()
+
+    @property
+    def num_microbatches(self) -> int:
+        return len(self.microbatches)
+
+    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
+        """Microbatch ``index``. The rank does not matter: each copy of the model has microbatches of its own."""
+        return self.microbatches[index]
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return iter(self.microbatches)
+
+
 def alike_plans(plans: Sequence[MicrobatchPlan], *, limit: int) -> Iterator[list[MicrobatchPlan]]:
     """Group neighbouring plans of one shape, at most ``limit`` together: what a pipeline can take in one pass."""
     for _, alike in itertools.groupby(plans, key=lambda plan: (len(plan.places), plan.width)):

@@ -1,4 +1,4 @@
-"""Flags of the verbs that run a frozen model over the samples of a dataset. No torch."""
+"""Flags of the verbs that run a frozen model: those of the model, and those of the samples it sees. No torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megakd.model.config import ModelShape
 
 
 @dataclass(frozen=True)
-class FrozenConfig:
-    """Samples, layout and precision of the model, and the interval of progress lines."""
+class SampleConfig:
+    """Samples that the model sees."""
 
     data_path: str = option(..., "the dataset: PREFIX, without .bin or .idx", common=True)
     seq_length: int = option(..., "tokens of one sample", common=True)
@@ -26,6 +26,12 @@ class FrozenConfig:
         "(sentence), or documents",
         common=True,
     )
+
+
+@dataclass(frozen=True)
+class FrozenModelConfig:
+    """Layout and precision of the model, and the interval of progress lines."""
+
     micro_batch_size: int = option(4, "samples that go through the model together", common=True)
     tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)", common=True)
@@ -58,15 +64,20 @@ class FrozenConfig:
 
     def validate(self) -> None:
         """Raise UsageError for values that cannot work."""
-        for name in ("seq_length", "micro_batch_size", "head_chunk_mbytes"):
+        for name in ("micro_batch_size", "head_chunk_mbytes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         if self.log_interval < 0:
             raise UsageError(f"--log-interval is {self.log_interval}; expected 0 or more")
         self.parallel().validate()
-        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
+
+    def check_seq_length(self, seq_length: int) -> None:
+        """Raise UsageError for a length of samples that is not positive, or does not divide over tensor ranks."""
+        if seq_length < 1:
+            raise UsageError(f"--seq-length is {seq_length}; expected at least 1")
+        if self.sequence_parallel and seq_length % self.tensor_model_parallel_size:
             raise UsageError(
-                f"--seq-length {self.seq_length} is not a multiple of --tensor-model-parallel-size "
+                f"--seq-length {seq_length} is not a multiple of --tensor-model-parallel-size "
                 f"{self.tensor_model_parallel_size}, which --sequence-parallel needs"
             )
 
@@ -91,6 +102,16 @@ class FrozenConfig:
             fp8_format=self.fp8_format,
             fp8_recipe=self.fp8_recipe,
         )
+
+
+@dataclass(frozen=True)
+class FrozenConfig(FrozenModelConfig, SampleConfig):
+    """Samples, layout and precision of the model, and the interval of progress lines."""
+
+    def validate(self) -> None:
+        """Raise UsageError for values that cannot work."""
+        super().validate()
+        self.check_seq_length(self.seq_length)
 
 
 def precision(shape: ModelShape) -> str:

@@ -9,7 +9,7 @@ Which samples meet in one matrix product depends on ``--range-samples`` and ``--
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,13 @@ from megakd.model.checkpoint.tensor_names import check_weights
 from megakd.model.config import ModelShape
 from megakd.model.gpt import build_model
 from megakd.parallel import Groups
-from megakd.pipeline.frozen.batches import Stretches, alike_plans, plan_microbatches, read_microbatch
+from megakd.pipeline.frozen.batches import (
+    AlikeMicrobatches,
+    Stretches,
+    alike_plans,
+    plan_microbatches,
+    read_microbatch,
+)
 from megakd.targets import DenseTargets
 from megakd.teachers.model_teacher import ModelTeacher
 
@@ -76,15 +82,15 @@ class FrozenModel:
         Yields for each microbatch: its stretches (``places`` are positions in ``ids``), the microbatch, the model's
         hidden states and head, and the share of all stretches that is done with it, from 0 to 1.
         """
-        stretches, done = self._stretches(ids), 0
-        for batch in self._batches(ids, stretches):
+        stretches, done = self.stretches(ids), 0
+        for batch in self.batches(ids, stretches):
             for part, microbatch, targets in zip(batch.stretches, batch, self._teacher.targets(batch)):
                 assert isinstance(targets, DenseTargets)
                 done += len(part.places)
                 yield part, microbatch, targets, done / len(stretches.places)
 
-    def _stretches(self, ids: NDArray[np.int64]) -> Stretches:
-        """Parts of the samples that the model sees one at a time: whole samples, or documents."""
+    def stretches(self, ids: NDArray[np.int64]) -> Stretches:
+        """Return the parts of the samples ``ids`` that the model sees one at a time: whole samples, or documents."""
         if len(ids):
             self._samples.prefetch(ids)
         lengths = self._samples.lengths(ids)
@@ -99,46 +105,39 @@ class FrozenModel:
             parts.append(replace(part, places=part.places + first))
         return Stretches.join(parts)
 
-    def _batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[_Batch]:
-        """Read microbatches, as many together as keep the pipeline's stages busy."""
+    def batches(self, ids: NDArray[np.int64], stretches: Stretches) -> Iterator[AlikeMicrobatches]:
+        """Read the microbatches of ``stretches`` of the samples ``ids``, as many together as keep the stages busy."""
         plans = plan_microbatches(
             stretches.lengths,
             micro_batch_size=self._micro_batch_size,
             seq_length=self._samples.seq_length,
             tensor_size=self._parallel.tensor_model_parallel_size,
         )
-        for batch in alike_plans(plans, limit=_STAGE_MICROBATCHES * self._parallel.pipeline_model_parallel_size):
+        for batch in alike_plans(plans, limit=in_flight(self._parallel)):
             parts = [stretches[plan.places] for plan in batch]
             microbatches = [
                 read_microbatch(self._loader, ids[part.places], plan.width, part) for part, plan in zip(parts, batch)
             ]
-            yield _Batch(microbatches, parts)
+            yield AlikeMicrobatches(microbatches, parts)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Microbatches in the form in which a teacher takes those of a training step, and the stretches of each."""
-
-    microbatches: list[Microbatch]
-    stretches: list[Stretches]
-
-    @property
-    def num_microbatches(self) -> int:
-        return len(self.microbatches)
-
-    def microbatch(self, index: int, data_parallel_rank: int | None = None) -> Microbatch:
-        """Microbatch ``index``. The rank does not matter: each copy works on ranges of its own."""
-        return self.microbatches[index]
-
-    def __iter__(self) -> Iterator[Microbatch]:
-        return iter(self.microbatches)
+def in_flight(parallel: ParallelConfig) -> int:
+    """Microbatches that go through the stages of a layout together."""
+    return _STAGE_MICROBATCHES * parallel.pipeline_model_parallel_size
 
 
-def build_frozen(record: CheckpointRecord, shape: ModelShape, groups: Groups, *, seq_length: int) -> ModelTeacher:
-    """Build and load a checkpoint's model in the layout of ``groups``. All ranks call it."""
+def build_frozen(
+    record: CheckpointRecord, shape: ModelShape, groups: Groups, *, seq_length: int, rows: int | None = None
+) -> ModelTeacher:
+    """Build and load a checkpoint's model in the layout of ``groups``. All ranks call it.
+
+    rows: rows of the output weight that each tensor rank holds, padding included (default: those of `vocab_shard`).
+    """
     check_weights(record.path, record.shape, "--load")
     chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=seq_length, with_head=False)
-    head_weight_vH = load_teacher(record, chunks, groups, groups, rows=vocab_shard(record, shape, groups).num_rows)
+    head_weight_vH = load_teacher(
+        record, chunks, groups, groups, rows=rows or vocab_shard(record, shape, groups).num_rows
+    )
     return ModelTeacher(chunks, head_weight_vH, groups, groups)
 
 
