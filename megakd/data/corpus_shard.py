@@ -1,16 +1,17 @@
 """Shard of a corpus in the making: token files, counts and bad records, committed on their own by a manifest.
 
 `megakd preprocess` and `megakd retokenize` cut their input into shards that worker processes encode. A shard
-``PREFIX`` is, for each column of documents, ``PREFIX[.COLUMN].bin`` with raw tokens and ``PREFIX[.COLUMN].lengths.npy``
-with the int32 length of each document, then ``PREFIX.bad.jsonl`` where a record is bad, and ``PREFIX.json``, the
-manifest, last: a shard that has its manifest is whole.
+``PREFIX`` is, for each column of documents, ``PREFIX[.COLUMN].bin`` with raw tokens, ``PREFIX[.COLUMN].lengths.npy``
+with the int32 length of each document and, where they are known, ``PREFIX[.COLUMN].bytes.npy`` with the int64 bytes of
+its text, then ``PREFIX.bad.jsonl`` where a record is bad, and ``PREFIX.json``, the manifest, last: a shard that has its
+manifest is whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from megakd.artefacts.durable_files import FileRecord, HashingWriter
 from megakd.artefacts.manifest import read_manifest, verify_files, write_manifest
-from megakd.data.indexed.concatenate import TokenFile, write_lengths
+from megakd.data.indexed.concatenate import TokenFile, write_lengths, write_text_bytes
 from megakd.data.tokenizer import Tokenizer, TokenizerType, build_tokenizer
 from megakd.data.tokenizers.fast import Choice, Engine
 from megakd.errors import CorruptError, UsageError
@@ -126,12 +127,12 @@ class ShardFormat(Generic[Counts]):
                 return None
         except (UsageError, CorruptError):
             return None
-        bad = _bad_path(prefix)
+        bad, names = _bad_path(prefix), {record.name for record in manifest.files}
         return CorpusShard(
             counts=self.counts(**manifest.parameters["counts"]),
             last=bool(manifest.parameters.get("last")),
-            token_files=[_token_file(prefix, column) for column in columns],
-            bad_path=bad if any(record.name == bad.name for record in manifest.files) else None,
+            token_files=[_known(_token_file(prefix, column), names) for column in columns],
+            bad_path=bad if bad.name in names else None,
         )
 
 
@@ -139,27 +140,43 @@ class ShardWriter:
     """Writes the shard ``prefix``: token files document by document, the rest in `commit`.
 
     A context manager: leaving it without a commit removes the token files. columns: as for `ShardFormat.read`.
-    dtype: of the tokens on disk. Raises NoSpaceError.
+    dtype: of the tokens on disk. with_bytes: False if the bytes of the texts are not known. Raises NoSpaceError.
     """
 
-    def __init__(self, prefix: Path, columns: Sequence[str], dtype: np.dtype[Any]) -> None:
+    def __init__(self, prefix: Path, columns: Sequence[str], dtype: np.dtype[Any], *, with_bytes: bool = True) -> None:
         self.prefix, self._dtype = prefix, dtype
         self._files = [_token_file(prefix, column) for column in columns]
         self._bins = [HashingWriter(file.bin_path) for file in self._files]
         self._lengths: list[list[NDArray[np.int32]]] = [[np.empty(0, np.int32)] for _ in columns]
+        self._text_bytes: list[list[NDArray[np.int64]]] = [[np.empty(0, np.int64)] for _ in columns]
+        self._knows_bytes = with_bytes
 
-    def add(self, column: int, tokens: NDArray[Any], lengths: NDArray[np.int32]) -> None:
-        """Append documents to a column. tokens: ``[sum of lengths]`` ids. lengths: ``[num_documents]``."""
+    def add(
+        self,
+        column: int,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int32],
+        text_bytes: NDArray[np.int64] | None,
+    ) -> None:
+        """Append documents to a column.
+
+        tokens: ``[sum of lengths]`` ids. lengths: ``[num_documents]``. text_bytes: ``[num_documents]``; None in a shard
+        that does not know them.
+        """
         self._bins[column].write(tokens.astype(self._dtype, copy=False).data)
         self._lengths[column].append(lengths)
+        if text_bytes is not None:
+            self._text_bytes[column].append(text_bytes)
 
     def commit(
         self, format: ShardFormat[Counts], counts: Counts, bad: Iterable[bytes], *, last: bool | None = None
     ) -> None:
         """Make the shard durable. bad: JSON lines of its bad records. last: recorded unless it is None."""
         files = []
-        for file, tokens, lengths in zip(self._files, self._bins, self._lengths):
+        for file, tokens, lengths, text_bytes in zip(self._files, self._bins, self._lengths, self._text_bytes):
             files += [tokens.commit(), write_lengths(file.lengths_path, np.concatenate(lengths))]
+            if self._knows_bytes and file.bytes_path is not None:
+                files.append(write_text_bytes(file.bytes_path, np.concatenate(text_bytes)))
         if (record := _write_lines(_bad_path(self.prefix), bad)) is not None:
             files.append(record)
         write_manifest(
@@ -204,7 +221,14 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> FileRecord | None:
 
 def _token_file(prefix: Path, column: str) -> TokenFile:
     infix = f".{column}" if column else ""
-    return TokenFile(prefix.with_suffix(f"{infix}.bin"), prefix.with_suffix(f"{infix}.lengths.npy"))
+    ends = (f"{infix}.bin", f"{infix}.lengths.npy", f"{infix}.bytes.npy")
+    return TokenFile(*(prefix.with_suffix(end) for end in ends))
+
+
+def _known(file: TokenFile, names: Collection[str]) -> TokenFile:
+    """Token file of a shard whose manifest has the files ``names``: its bytes of texts may not be among them."""
+    known = file.bytes_path is not None and file.bytes_path.name in names
+    return file if known else dataclasses.replace(file, bytes_path=None)
 
 
 def _bad_path(prefix: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.artefacts.durable_files import FileRecord, HashingWriter, OnBytes
-from megakd.artefacts.manifest import Manifest
-from megakd.data.indexed.idx_format import bin_path, idx_path, read_header, write_idx_chunks
-from megakd.data.indexed.writer import checked_max, commit_pair, write_dataset_manifest
+from megakd.artefacts.manifest import Manifest, faults_in_blocks, read_manifest
+from megakd.data.indexed.idx_format import (
+    bin_path,
+    bytes_path,
+    idx_path,
+    manifest_path,
+    read_header,
+    write_idx_chunks,
+)
+from megakd.data.indexed.writer import (
+    FORMAT,
+    FORMAT_VERSIONS,
+    WITH_BYTES,
+    checked_max,
+    commit_files,
+    write_dataset_manifest,
+)
 from megakd.errors import CorruptError, MismatchError, UsageError
 
 _COPY_BYTES = 4 * 2**20
@@ -24,15 +39,27 @@ _INDEX_CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Documents without a dataset's index: their raw tokens, and their lengths as a one-axis int32 ``.npy``."""
+    """Documents without a dataset's index: their raw tokens, and their lengths as a one-axis int32 ``.npy``.
+
+    bytes_path: one-axis int64 ``.npy`` of the bytes of each document's text; None where they are not known.
+    """
 
     bin_path: Path
     lengths_path: Path
+    bytes_path: Path | None = None
 
 
 def write_lengths(path: Path, lengths: NDArray[np.int32]) -> FileRecord:
     """Write the ``lengths_path`` of a token file. lengths: ``[num_documents]``, tokens in each. Raises NoSpaceError."""
-    array = np.ascontiguousarray(lengths, dtype="<i4")
+    return _write_npy(path, np.ascontiguousarray(lengths, dtype="<i4"))
+
+
+def write_text_bytes(path: Path, text_bytes: NDArray[np.int64]) -> FileRecord:
+    """Write the ``bytes_path`` of a token file. text_bytes: ``[num_documents]``. Raises NoSpaceError."""
+    return _write_npy(path, np.ascontiguousarray(text_bytes, dtype="<i8"))
+
+
+def _write_npy(path: Path, array: NDArray[Any]) -> FileRecord:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     with HashingWriter(path) as out:
@@ -56,10 +83,10 @@ def concatenate(
     Reads and writes a few megabytes at a time, so memory depends neither on the size nor on the number of documents.
 
     dtype: dtype of the tokens in token files; needed where no prefix tells it. progress: called with token bytes
-    copied.
+    copied. The result records the bytes of its documents' texts if every source does.
 
     Raises MismatchError for sources of different dtypes and for ids beyond the tokenizer, CorruptError for lengths that
-    do not sum to the tokens; a dataset that was at ``out_prefix`` is then still there.
+    do not sum to the tokens and for damaged bytes of texts; a dataset that was at ``out_prefix`` is then still there.
     """
     opened = [_open_source(source, None if dtype is None else np.dtype(dtype)) for source in sources]
     dtypes = {source.dtype for source in opened} or ({np.dtype(dtype)} if dtype is not None else set())
@@ -69,7 +96,7 @@ def concatenate(
     token_dtype = dtypes.pop()
     num_sequences = sum(source.num_sequences for source in opened)
     num_documents = sum(source.num_documents for source in opened)
-    max_token_id = -1
+    max_token_id, num_bytes = -1, None
 
     def lengths() -> Iterator[NDArray[Any]]:
         for source in opened:
@@ -83,7 +110,9 @@ def concatenate(
                 yield piece + base
             base += source.num_sequences
 
-    with HashingWriter(bin_path(out_prefix)) as tokens_out, HashingWriter(idx_path(out_prefix)) as idx:
+    with contextlib.ExitStack() as stack:
+        tokens_out = stack.enter_context(HashingWriter(bin_path(out_prefix)))
+        idx, sizes = stack.enter_context(HashingWriter(idx_path(out_prefix))), None
         for source in opened:
             max_token_id = max(max_token_id, _copy_tokens(source, tokens_out, progress))
         vocab_size = (tokenizer or {}).get("vocab_size")
@@ -97,7 +126,12 @@ def concatenate(
             document_indices=document_indices,
             num_document_indices=num_documents + 1,
         )
-        files = commit_pair(out_prefix, tokens_out, idx)
+        if opened and all(source.text_bytes is not None for source in opened):
+            sizes, num_bytes = stack.enter_context(HashingWriter(bytes_path(out_prefix))), 0
+            for piece in (piece for source in opened for piece in source.sizes()):
+                num_bytes += int(piece.sum())
+                sizes.write(piece.data)
+        files = commit_files(out_prefix, tokens_out, idx, sizes)
     return write_dataset_manifest(
         out_prefix,
         files,
@@ -105,6 +139,7 @@ def concatenate(
         num_documents=num_documents,
         num_sequences=num_sequences,
         max_token_id=max_token_id,
+        num_bytes=num_bytes,
         parameters=parameters,
         parents=parents,
         tokenizer=tokenizer,
@@ -122,9 +157,16 @@ class _Source:
     num_documents: int
     lengths_at: int
     document_indices_at: int | None
+    text_bytes: tuple[Path, int] | None
+    """File of the bytes of each document's text, and where they start in it."""
 
     def lengths(self) -> Iterator[NDArray[np.int32]]:
         return _read_pieces(self.index, np.dtype("<i4"), self.lengths_at, self.num_sequences)
+
+    def sizes(self) -> Iterator[NDArray[np.int64]]:
+        assert self.text_bytes is not None
+        path, at = self.text_bytes
+        return _read_pieces(path, np.dtype("<i8"), at, self.num_documents)
 
     def document_ends(self) -> Iterator[NDArray[np.int64]]:
         if self.document_indices_at is not None:
@@ -145,14 +187,17 @@ def _open_source(source: TokenFile | tuple[Path, Path] | Path | str, dtype: np.d
             header.num_document_indices - 1,
             header.lengths_at,
             header.document_indices_at,
+            _checked_bytes(source),
         )
     else:
         tokens = source if isinstance(source, TokenFile) else TokenFile(*source)
         if dtype is None:
             raise UsageError(f"{tokens.bin_path}: a token file does not record its dtype; pass dtype=")
         with open(tokens.lengths_path, "rb") as stream:
-            count = _npy_count(stream, tokens.lengths_path)
-            opened = _Source(tokens.bin_path, tokens.lengths_path, dtype, count, count, stream.tell(), None)
+            count = _npy_count(stream, tokens.lengths_path, np.dtype("<i4"))
+            at = stream.tell()
+        sizes = None if tokens.bytes_path is None else (tokens.bytes_path, _bytes_at(tokens.bytes_path, count))
+        opened = _Source(tokens.bin_path, tokens.lengths_path, dtype, count, count, at, None, sizes)
     total, least = 0, 0
     for piece in opened.lengths():
         total, least = total + int(piece.sum(dtype=np.int64)), min(least, int(piece.min()))
@@ -165,17 +210,38 @@ def _open_source(source: TokenFile | tuple[Path, Path] | Path | str, dtype: np.d
     return opened
 
 
-def _npy_count(stream: BinaryIO, path: Path) -> int:
-    """Length of the one-axis int32 array in a .npy file; leaves the stream at its first entry. Unpickles nothing."""
+def _checked_bytes(prefix: Path | str) -> tuple[Path, int] | None:
+    """File of the bytes of a dataset's texts, and 0; None where they are not recorded. Raises CorruptError."""
+    if not manifest_path(prefix).is_file():
+        return None
+    manifest = read_manifest(manifest_path(prefix), format=FORMAT, version=FORMAT_VERSIONS)
+    if manifest.version != WITH_BYTES:
+        return None
+    if faults := faults_in_blocks(manifest, [bytes_path(prefix).name]):
+        raise CorruptError(f"{bytes_path(prefix).parent}: {'; '.join(faults)}")
+    return bytes_path(prefix), 0
+
+
+def _bytes_at(path: Path, num_documents: int) -> int:
+    """Byte at which the bytes of texts start in a file of `write_text_bytes`. Raises CorruptError."""
+    with open(path, "rb") as stream:
+        count = _npy_count(stream, path, np.dtype("<i8"))
+        if count != num_documents:
+            raise CorruptError(f"{path}: bytes of {count} documents, expected those of {num_documents}")
+        return stream.tell()
+
+
+def _npy_count(stream: BinaryIO, path: Path, expected: np.dtype[Any]) -> int:
+    """Length of the array of one axis and a dtype in a .npy file; leaves the stream at its first entry."""
     try:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError("format version is not 1.0")
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     except ValueError as error:
-        raise CorruptError(f"{path}: not a .npy file of lengths: {error}") from error
+        raise CorruptError(f"{path}: not a .npy file of numbers: {error}") from error
     at, size_bytes = stream.tell(), os.fstat(stream.fileno()).st_size
-    if len(shape) != 1 or dtype != np.dtype("<i4") or at + 4 * shape[0] != size_bytes:
-        raise CorruptError(f"{path}: shape {shape}, dtype {dtype}, {size_bytes} bytes: expected one axis of int32")
+    if len(shape) != 1 or dtype != expected or at + dtype.itemsize * shape[0] != size_bytes:
+        raise CorruptError(f"{path}: shape {shape}, dtype {dtype}, {size_bytes} bytes: expected one axis of {expected}")
     return int(shape[0])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megakd.data.indexed.idx_format import bin_path, idx_path
 from megakd.errors import UsageError
 
-_ENDINGS = (".bin", ".idx", ".manifest.json")
+_ENDINGS = (".bin", ".idx", ".bytes", ".manifest.json")
 _SHOWN = 8
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megakd.artefacts.manifest import Manifest, read_manifest
+from megakd.artefacts.manifest import Manifest, faults_in_blocks, read_manifest
 from megakd.data.indexed.concatenate import TokenFile, concatenate
 from megakd.data.indexed.data_path import find_prefix
 from megakd.data.indexed.idx_format import (
     best_dtype,
     bin_path,
+    bytes_path,
     check_arrays,
     check_ends,
     idx_path,
@@ -27,14 +28,20 @@ from megakd.data.indexed.idx_format import (
     read_header,
     write_idx,
 )
-from megakd.data.indexed.writer import FORMAT, FORMAT_VERSION, IndexedWriter
-from megakd.errors import CorruptError, MismatchError
+from megakd.data.indexed.writer import FORMAT, FORMAT_VERSIONS, WITH_BYTES, IndexedWriter
+from megakd.errors import CorruptError, MismatchError, UsageError
 
 __all__ = ["IndexedDataset", "IndexedWriter", "TokenFile", "best_dtype", "concatenate", "write_idx"]
 
 # Checking every entry of the index reads all of it. A dataset with a manifest was checked when it was written, so a
 # long index is not read at open (training by samples never needs it) but when one of its arrays is first used.
 _CHECK_AT_OPEN = 1 << 20
+
+NO_TEXT_BYTES = (
+    "the dataset does not record the bytes of its text (PREFIX.bytes): `megakd preprocess` does, Megatron's own tools "
+    "and older versions did not"
+)
+"""Reason why figures that divide by bytes are left out, after the name of a dataset."""
 
 
 class IndexedDataset:
@@ -95,6 +102,41 @@ class IndexedDataset:
         """Largest id, as the manifest records it (-1 in a dataset without tokens); None where there is no manifest."""
         return None if self.manifest is None else int(self.manifest.parameters["dataset"]["max_token_id"])
 
+    @property
+    def has_text_bytes(self) -> bool:
+        """True if the bytes of each document's text are recorded; datasets of Megatron's tools and of older versions of
+        megakd have none."""
+        return self.manifest is not None and self.manifest.version == WITH_BYTES
+
+    @cached_property
+    def text_bytes(self) -> NDArray[np.int64] | None:
+        """``[num_documents]`` int64: UTF-8 bytes of the text that each document was tokenized from; None where they are
+        not recorded.
+
+        The file is hashed when it is first used: no structure of it would show a flipped byte. Raises CorruptError.
+        """
+        if not self.has_text_bytes:
+            return None
+        assert self.manifest is not None
+        path = bytes_path(self.prefix)
+        if faults := faults_in_blocks(self.manifest, [path.name]):
+            raise CorruptError(f"{path.parent}: {'; '.join(faults)}; restore the file or make the dataset again")
+        sizes: NDArray[np.int64] = np.frombuffer(_map(path), "<i8")
+        total = self.manifest.parameters["dataset"].get("num_bytes")
+        if len(sizes) != self.num_documents or sizes.min(initial=0) < 0 or int(sizes.sum()) != total:
+            raise CorruptError(
+                f"{path}: {len(sizes)} documents of {sizes.sum()} bytes, least {sizes.min(initial=0)}; the manifest "
+                f"says {self.num_documents} of {total}"
+            )
+        return sizes
+
+    def require_text_bytes(self) -> NDArray[np.int64]:
+        """Return ``text_bytes``. Raises UsageError where they are not recorded, and CorruptError."""
+        sizes = self.text_bytes
+        if sizes is None:
+            raise UsageError(f"{self.prefix}: {NO_TEXT_BYTES}")
+        return sizes
+
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the manifest; without one, ``unverified:`` with a hash of the index and of the .bin's size."""
@@ -131,6 +173,14 @@ class IndexedDataset:
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
+    def document_starts(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[n]`` int64: token positions at which documents start; of ``num_documents`` that at which the last ends."""
+        sequences = self.document_indices[documents]
+        positions = np.full(len(documents), self.num_tokens, dtype=np.int64)
+        inside = sequences < self.num_sequences
+        positions[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
+        return positions
+
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the kernel to read token positions ``[start, stop)`` ahead; returns at once."""
         if isinstance(self._bin, mmap.mmap):
@@ -152,10 +202,13 @@ class IndexedDataset:
                 stacklevel=3,
             )
             return None
-        manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSION)
+        manifest = read_manifest(path, format=FORMAT, version=FORMAT_VERSIONS)
         names = [record.name for record in manifest.files]  # the present names, if the dataset was renamed
-        if names != [bin_path(self.prefix).name, idx_path(self.prefix).name]:
-            raise CorruptError(f"{path}: names {names}, expected a .bin and an .idx")
+        expected = [bin_path(self.prefix), idx_path(self.prefix)]
+        expected += [bytes_path(self.prefix)] if manifest.version == WITH_BYTES else []
+        if names != [file.name for file in expected]:
+            listed = ", ".join(file.suffix for file in expected)
+            raise CorruptError(f"{path}: names {names}, version {manifest.version} has {listed}")
         recorded = manifest.parameters.get("dataset", {})
         for key, value in (
             ("dtype", self.dtype.name),

@@ -9,7 +9,7 @@ from typing import Any
 from megakd.artefacts.manifest import Manifest, find_finished
 from megakd.data.indexed.idx_format import bin_path, idx_path, manifest_path
 from megakd.data.indexed.writer import FORMAT as DATASET
-from megakd.data.indexed.writer import FORMAT_VERSION as DATASET_VERSION
+from megakd.data.indexed.writer import FORMAT_VERSIONS
 from megakd.errors import MismatchError
 
 
@@ -36,7 +36,7 @@ def find_dataset(
     return find_finished(
         path,
         format=DATASET,
-        version=DATASET_VERSION,
+        version=FORMAT_VERSIONS,
         parameters=parameters,
         parents=parents,
         tokenizer=tokenizer,

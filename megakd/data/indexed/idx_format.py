@@ -228,6 +228,11 @@ def bin_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.bin")
 
 
+def bytes_path(prefix: str | os.PathLike[str]) -> Path:
+    """Path of the bytes of text of each document, ``<prefix>.bytes``; not every dataset has them."""
+    return Path(f"{os.fspath(prefix)}.bytes")
+
+
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
     """Path of the manifest, ``<prefix>.manifest.json``."""
     return Path(f"{os.fspath(prefix)}.manifest.json")

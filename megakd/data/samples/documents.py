@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,14 +37,7 @@ class DocumentSamples(RangeSamples):
                 )
 
     def starts(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._positions(self._checked(sample_ids))
+        return self.dataset.document_starts(self._checked(sample_ids))
 
     def ends(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self._positions(self._checked(sample_ids) + 1)
-
-    def _positions(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        sequences: NDArray[Any] = self.dataset.document_indices[documents]
-        positions = np.full(len(documents), self.dataset.num_tokens, dtype=np.int64)
-        inside = sequences < self.dataset.num_sequences
-        positions[inside] = self.dataset.pointers[sequences[inside]] // self.dataset.dtype.itemsize
-        return positions
+        return self.dataset.document_starts(self._checked(sample_ids) + 1)

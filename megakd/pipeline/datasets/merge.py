@@ -13,7 +13,7 @@ from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.config.tree import option, parse
 from megakd.data.indexed.dataset import IndexedDataset, concatenate
 from megakd.data.indexed.finished import find_dataset
-from megakd.data.indexed.idx_format import bin_path, idx_path
+from megakd.data.indexed.idx_format import bin_path, bytes_path, idx_path
 from megakd.errors import ExitStatus, MismatchError, NoSpaceError, UsageError
 from megakd.work.console import tell
 from megakd.work.progress import ByteProgress
@@ -77,10 +77,18 @@ def merge(inputs: Sequence[Path], output: Path) -> Manifest:
         say_complete(output)
         return done
     needed = sum(path(prefix).stat().st_size for prefix in inputs for path in (bin_path, idx_path))
+    without = [str(dataset.prefix) for dataset in datasets if not dataset.has_text_bytes]
+    if 0 < len(without) < len(datasets):
+        tell(
+            f"warning: {', '.join(without[:4])}{', ...' if len(without) > 4 else ''}: no bytes of text are recorded, "
+            f"so {output} records none: evaluation leaves bits per byte out"
+        )
+    elif not without:
+        needed += sum(bytes_path(prefix).stat().st_size for prefix in inputs)
     free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise NoSpaceError(f"{output}: the joined dataset takes {needed} bytes, {free} are free")
-    with ByteProgress(needed, what="merge") as bar:
+    with ByteProgress(num_bytes, what="merge") as bar:
         return concatenate(
             inputs,
             output,

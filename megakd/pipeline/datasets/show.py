@@ -85,6 +85,7 @@ def describe(dataset: IndexedDataset) -> list[str]:
         ("tokens", dataset.num_tokens),
         ("dtype", dataset.dtype.name),
         ("largest token id", "not recorded" if dataset.max_token_id is None else dataset.max_token_id),
+        ("bytes of text", _text_bytes(dataset)),
         ("fingerprint", dataset.fingerprint),
     ]
     if manifest is not None:
@@ -94,6 +95,14 @@ def describe(dataset: IndexedDataset) -> list[str]:
             rows += nested(name, value) if name != "dataset" else ()
     lines = [f"{name:<18} {value}" for name, value in rows]
     return lines + histogram(document_lengths(dataset))
+
+
+def _text_bytes(dataset: IndexedDataset) -> str:
+    sizes = dataset.text_bytes
+    if sizes is None:
+        return "not recorded"
+    total = int(sizes.sum())
+    return f"{total} ({total / max(dataset.num_tokens, 1):.2f} a token, {total / max(len(sizes), 1):.1f} a document)"
 
 
 def document_lengths(dataset: IndexedDataset) -> NDArray[np.int64]:

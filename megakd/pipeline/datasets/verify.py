@@ -198,7 +198,9 @@ def verify(path: Path) -> tuple[Manifest, list[str]]:
     if manifest.format == CHECKPOINT_FORMAT:
         faults += [f"{name}: the manifest does not name it" for name in unlisted_files(manifest)]
     if not faults and manifest.format == FORMAT:
-        IndexedDataset(str(path).removesuffix(".manifest.json")).check()
+        dataset = IndexedDataset(str(path).removesuffix(".manifest.json"))
+        dataset.check()
+        _ = dataset.text_bytes  # their number, and their sum
     return manifest, faults
 
 

@@ -24,7 +24,7 @@ STUDENT_COUNTS = (1, 2, 5, 10, 20)
 SCORE_BYTES = 8  # a sample: its sum of log-probs (float32) and the count of its scored tokens (int32)
 TOKEN_OUTPUT_BYTES = 2  # a token: its log-prob, or its entropy, in float16
 SELECTION_BYTES = 8  # a kept sample: its id
-DOCUMENT_BYTES = 4 + 8 + 8  # a document in the .idx: length, pointer, document index
+DOCUMENT_BYTES = 4 + 8 + 8 + 8  # a document in the .idx, length, pointer and document index, and in .bytes
 
 # What the paper measured of repeated data: D = 50B tokens, trained on for 50B (its Fig. 5).
 _MOST_EPOCHS, _SMALLEST_RATIO, _PLENTY_RATIO = 4.0, 0.25, 0.5

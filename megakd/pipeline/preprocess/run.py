@@ -27,7 +27,13 @@ from megakd.data.tokenizers.fast import Choice, choose_engine, give_back_memory
 from megakd.errors import MismatchError, UsageError
 from megakd.pipeline.preprocess.budget import Budget, check_budget, check_counts, list_bad_records
 from megakd.pipeline.preprocess.config import PreprocessConfig
-from megakd.pipeline.preprocess.shards import TextCounts, TextSettings, TextShard, finished_shards
+from megakd.pipeline.preprocess.shards import (
+    SHARD_VERSION,
+    TextCounts,
+    TextSettings,
+    TextShard,
+    finished_shards,
+)
 from megakd.work.console import tell
 from megakd.work.progress import DocumentProgress
 from megakd.work.shard_run import run_shards
@@ -168,7 +174,7 @@ def _fingerprint(config: PreprocessConfig, inputs: list[Input], choice: Choice, 
     """Fingerprint of all that decides the bytes of a shard; inputs by size and time, as reading them takes long."""
     return work_fingerprint(
         {
-            "versions": {name: _version(name) for name in _ENGINES},
+            "versions": {name: _version(name) for name in _ENGINES} | {"shards": SHARD_VERSION},
             "inputs": [[os.path.abspath(item.path), item.kind, item.size_bytes, item.modified_ns] for item in inputs],
             "tokenizer": {key: value for key, value in tokenizer.items() if key != "path"},
             "choice": choice.as_dict(),

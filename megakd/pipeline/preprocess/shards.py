@@ -23,6 +23,8 @@ from megakd.data.tokenizer import UnencodableError
 from megakd.data.tokenizers.fast import Engine
 from megakd.errors import CorruptError
 
+SHARD_VERSION = 3
+"""Version of the format of a shard."""
 _BATCH_BYTES = 1 << 20
 _REPORTED_BAD = 100  # bad records that a report carries, in case the run stops before the shard is committed
 
@@ -74,7 +76,7 @@ class TextCounts(ShardCounts):
 
 TextShard = CorpusShard[TextCounts]
 """A shard whose bad records are JSON of `BadRecord`, with lines counted within the shard."""
-_FORMAT = ShardFormat("preprocess-shard", 2, TextCounts)
+_FORMAT = ShardFormat("preprocess-shard", SHARD_VERSION, TextCounts)
 
 
 def finished_shards(settings: TextSettings, file: int, *, verify: bool) -> Iterator[TextShard | None]:
@@ -173,12 +175,14 @@ class _Documents:
 
     def flush(self) -> dict[str, Any]:
         """Encode the collected documents; returns the counts since the last flush, and ``bad``, records among them."""
+        sizes = [[len(text) if text.isascii() else len(text.encode()) for text in texts] for texts in self._texts]
         try:
             arrays = [self._engine.encode_arrays(texts) for texts in self._texts]
         except UnencodableError:
-            arrays = self._encode_one_by_one()
+            arrays, kept = self._encode_one_by_one()
+            sizes = [[of_column[place] for place in kept] for of_column in sizes]
         for column, documents in enumerate(arrays):
-            self._write(column, documents)
+            self._write(column, documents, sizes[column])
         self.counts.documents += len(arrays[0])
         self._start_batch()
         new = {name: count - getattr(self._reported, name) for name, count in asdict(self.counts).items()}
@@ -196,19 +200,22 @@ class _Documents:
         if len(self._bad) < LISTED:
             self._bad.append(BadRecord(line, offset, error.reason, error.detail[:400]))
 
-    def _encode_one_by_one(self) -> list[list[NDArray[np.integer[Any]]]]:
+    def _encode_one_by_one(self) -> tuple[list[list[NDArray[np.integer[Any]]]], list[int]]:
+        """Encode the documents that have ids; returns the ids, column by column, and the places of these documents."""
         arrays: list[list[NDArray[np.integer[Any]]]] = [[] for _ in self._keys]
-        for place, texts in zip(self._places, zip(*self._texts)):
+        kept = []
+        for number, (place, texts) in enumerate(zip(self._places, zip(*self._texts))):
             try:
                 document = [self._engine.encode_arrays([text])[0] for text in texts]
             except UnencodableError as error:
                 self._refuse(*place, RecordError("no token ids", str(error)))
                 continue
+            kept.append(number)
             for column, ids in zip(arrays, document):
                 column.append(ids)
-        return arrays
+        return arrays, kept
 
-    def _write(self, column: int, documents: list[NDArray[np.integer[Any]]]) -> None:
+    def _write(self, column: int, documents: list[NDArray[np.integer[Any]]], text_bytes: list[int]) -> None:
         if not documents:
             return
         lengths = np.array([len(ids) for ids in documents], dtype=np.int32)
@@ -220,5 +227,5 @@ class _Documents:
             raise CorruptError(
                 f"{self._out.prefix}: id {tokens.max()} from a tokenizer of {num_ids}: the model is broken"
             )
-        self._out.add(column, tokens, lengths + np.int32(len(self._eod)))
+        self._out.add(column, tokens, lengths + np.int32(len(self._eod)), np.array(text_bytes, dtype=np.int64))
         self.counts.tokens += len(tokens)

@@ -24,6 +24,7 @@ from megakd.errors import UsageError
 from megakd.pipeline.retokenize.budget import check_budget, check_counts, check_still_possible, list_bad_documents
 from megakd.pipeline.retokenize.config import RetokenizeConfig
 from megakd.pipeline.retokenize.shards import (
+    SHARD_VERSION,
     RetokenizeCounts,
     RetokenizedShard,
     RetokenizeSettings,
@@ -154,6 +155,7 @@ def _fingerprint(
     return work_fingerprint(
         {
             "dataset": dataset.fingerprint,
+            "shards": SHARD_VERSION,
             "tokenizers": [{key: value for key, value in record.items() if key != "path"} for record in (old, new)],
             "choice": choice.as_dict(),
             "flags": [config.append_eod, shard_tokens],

@@ -22,6 +22,8 @@ from megakd.data.tokenizer import Tokenizer, TokenizerType, UnencodableError
 from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import CorruptError, UsageError
 
+SHARD_VERSION = 2
+"""Version of the format of a shard."""
 _BATCH_TOKENS = 1 << 18
 # Marks that decoders write for ids that are no text: half a character, and sentencepiece's unknown token.
 _NO_TEXT = ("\ufffd", "\u2047")
@@ -74,7 +76,7 @@ class RetokenizeCounts(ShardCounts):
 
 RetokenizedShard = CorpusShard[RetokenizeCounts]
 """A shard whose bad records are JSON of ``document``, ``reason`` and ``detail``."""
-_FORMAT = ShardFormat("retokenize-shard", 1, RetokenizeCounts)
+_FORMAT = ShardFormat("retokenize-shard", SHARD_VERSION, RetokenizeCounts)
 
 
 def document_ranges(dataset: IndexedDataset, shard_tokens: int) -> list[tuple[int, int]]:
@@ -109,11 +111,14 @@ class Retokenizer:
         """
         counts = RetokenizeCounts()
         bad: list[bytes] = []
-        with ShardWriter(_prefix(self._settings.folder, shard), _COLUMNS, self._dtype) as out:
+        sizes, prefix = self._dataset.text_bytes, _prefix(self._settings.folder, shard)
+        with ShardWriter(prefix, _COLUMNS, self._dtype, with_bytes=sizes is not None) as out:
             for batch in self._batches(first, stop):
                 added = RetokenizeCounts()
                 documents = self._encode(batch, added, bad)
-                out.add(0, np.concatenate(documents), np.array([len(ids) for ids in documents], dtype=np.int32))
+                lengths = np.array([len(ids) for ids in documents], dtype=np.int32)
+                of_batch = None if sizes is None else sizes[batch[0].number : batch[-1].number + 1]
+                out.add(0, np.concatenate(documents), lengths, of_batch)
                 counts.add(added)
                 report(asdict(added))
             out.commit(_FORMAT, counts, bad)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megakd.artefacts.manifest import Manifest, say_complete
 from megakd.data.indexed.dataset import IndexedWriter
 from megakd.data.indexed.finished import find_dataset
+from megakd.data.indexed.text_bytes import bytes_of_ranges
 from megakd.data.samples.protocol import Samples
 from megakd.data.selection import Selection
 
@@ -20,7 +21,8 @@ def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifes
     """Write the kept samples as a dataset, one document a sample.
 
     Neighbours share a token, the last label of one and the first input of the next: where both are kept it is written
-    once, as the next one's, so a run of kept samples is the range of tokens that it was.
+    once, as the next one's, so a run of kept samples is the range of tokens that it was. The bytes of a sample's text
+    are its part of those of its documents (`bytes_of_ranges`), where the dataset records them.
 
     Raises MismatchError for another dataset at ``prefix``.
     """
@@ -41,7 +43,8 @@ def materialize(samples: Samples, selection: Selection, prefix: Path) -> Manifes
             runs = np.flatnonzero(np.concatenate(([True], starts[1:] != starts[:-1] + lengths[:-1])))
             ends = starts[runs] + np.add.reduceat(lengths, runs)
             tokens = [source[start:end] for start, end in zip(starts[runs].tolist(), ends.tolist())]
-            writer.add_documents(np.concatenate(tokens), lengths.astype(np.int32))
+            sizes = bytes_of_ranges(dataset, starts, starts + lengths) if dataset.has_text_bytes else None
+            writer.add_documents(np.concatenate(tokens), lengths.astype(np.int32), sizes)
         return writer.finish(parameters=parameters, parents=parents, tokenizer=recorded)
 
 

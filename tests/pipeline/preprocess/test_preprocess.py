@@ -85,7 +85,8 @@ def test_bytes_do_not_depend_on_workers_or_shards(tmp_path: Path) -> None:
         )
         manifest = read_manifest(f"{out}_text_document.manifest.json")
         results[-1]["fingerprint"] = manifest.fingerprint.encode()
-    assert sorted(results[0]) == [".quarantine.jsonl", "_text_document.bin", "_text_document.idx", "fingerprint"]
+    names = ["_text_document.bin", "_text_document.bytes", "_text_document.idx"]
+    assert sorted(results[0]) == [".quarantine.jsonl", *names, "fingerprint"]
     assert all(result == results[0] for result in results[1:])
     bad = [json.loads(line) for line in results[0][".quarantine.jsonl"].splitlines()]
     count = len(TEXTS) - 50
@@ -107,7 +108,7 @@ def test_compressed_and_plain_files_give_the_same_tokens(tmp_path: Path) -> None
     (tmp_path / "c.jsonl.zst").write_bytes(compress(data[:middle]) + compress(data[middle:]))
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
         assert preprocess(tmp_path / name, out=tmp_path / name[0], flags=("--shard-bytes", "2000")) == 0
-    for suffix in ("bin", "idx"):
+    for suffix in ("bin", "idx", "bytes"):
         want = (tmp_path / f"a_text_document.{suffix}").read_bytes()
         assert (tmp_path / f"b_text_document.{suffix}").read_bytes() == want
         assert (tmp_path / f"c_text_document.{suffix}").read_bytes() == want
@@ -125,6 +126,30 @@ def test_one_dataset_for_each_key(tmp_path: Path) -> None:
         dataset = IndexedDataset(tmp_path / f"o_{key}_document")
         assert dataset.num_documents == 50  # a record that lacks one key gives no document to the other either
         assert bytes(np.asarray(dataset[7], dtype=np.uint8)) == want.encode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "append_eod"), [("reference", False), ("auto", True)])
+def test_bytes_are_those_of_the_texts_and_not_of_the_tokens(engine: str, append_eod: bool, tmp_path: Path) -> None:
+    """With a normalising tokenizer, whichever engine encodes, over shards."""
+    model = train_sentencepiece(tmp_path / "sp.model", normalization="nmt_nfkc")
+    texts = [*TEXTS[:50], "\ufb01ne  \u2460\u2460 \u00bd\u200b\u200b", "\u200b", "caf\u00e9 \U0001f469", "</s>", ""]
+    flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--shard-bytes", "500")
+    flags += ("--tokenizer-engine", engine, *["--append-eod"] * append_eod)
+    assert preprocess(write_lines(tmp_path / "a.jsonl", texts), out=tmp_path / "o", flags=flags) == 0
+    dataset = IndexedDataset(tmp_path / "o_text_document")
+    assert dataset.text_bytes is not None and dataset.text_bytes.tolist() == [len(text.encode()) for text in texts]
+
+
+def test_bytes_of_each_key_without_the_records_that_have_no_ids(tmp_path: Path) -> None:
+    records = [{"a": " 1  2", "b": "3"}, {"a": "none", "b": "4"}, {"a": "5", "b": "6   7 "}, {"a": "8", "b": "\u00b2"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--json-keys", "a", "b")
+    assert preprocess(tmp_path / "a.jsonl", out=tmp_path / "o", flags=(*flags, "--max-bad-fraction", "0.5")) == 0
+    for key, ids, sizes in (("a", [[1, 2], [5]], [5, 1]), ("b", [[3], [6, 7]], [1, 6])):
+        dataset = IndexedDataset(tmp_path / f"o_{key}_document")
+        assert [document.tolist() for document in dataset] == ids
+        assert dataset.text_bytes is not None and dataset.text_bytes.tolist() == sizes
 
 
 def test_manifest_tells_where_the_tokens_come_from(tmp_path: Path) -> None:

@@ -110,6 +110,25 @@ def test_no_text_is_lost(tmp_path, models, old, new):
     assert [path.name for path in tmp_path.iterdir() if "work" in path.name or "quarantine" in path.name] == []
 
 
+def test_bytes_are_those_of_the_original_text(tmp_path, models):
+    """The old tokenizer lost some of it, the new one loses more: what is counted stays what was read first."""
+    source = build_tokenizer(*models["nfkc"])
+    texts = ["\ufb01ne  \u2460\u2460 \u00bd", "", *texts_of(30), "\u200b\u200b", "caf\u00e9"]
+    sizes = [len(text.encode()) for text in texts]
+    documents = [[*source.encode(text), source.eod] for text in texts]
+    documents[4] += documents[3]  # a sample of several texts
+    with IndexedWriter(tmp_path / "old", np.int32) as writer:
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int32)
+        writer.add_documents(np.array([i for ids in documents for i in ids]), lengths, np.array(sizes))
+        writer.finish(tokenizer=source.describe())
+    for name, flags in (("a", ()), ("b", ("--workers", "2", "--shard-tokens", "97"))):
+        assert retokenized(tmp_path, models["bpe"], "--max-bad-fraction", "1", *flags, name=name) == ExitStatus.COMPLETE
+        assert IndexedDataset(tmp_path / name).text_bytes.tolist() == sizes
+    write(tmp_path / "old", documents, source)
+    assert retokenized(tmp_path, models["bpe"], "--max-bad-fraction", "1", name="c") == ExitStatus.COMPLETE
+    assert IndexedDataset(tmp_path / "c").text_bytes is None
+
+
 def test_without_an_end_of_document(tmp_path, models):
     source, target = build_tokenizer("ByteTokenizer", None), build_tokenizer(*models["bpe"])
     write(tmp_path / "old", [source.encode("cut"), [*source.encode("whole"), 256], []], source)

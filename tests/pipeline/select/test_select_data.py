@@ -157,6 +157,37 @@ def test_a_refined_dataset(
     assert verify_files(tmp_path / "refined.manifest.json") == []
 
 
+@pytest.mark.parametrize("packing", ["concat", "document"])
+@pytest.mark.parametrize("ratio", ["0.1", "0.6", "1"])
+def test_a_refined_dataset_has_its_part_of_the_bytes(
+    tmp_path: Path, dataset: IndexedDataset, packing: Any, ratio: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_materialize, "_COPY_BYTES", 200)
+    sizes = np.random.default_rng(3).integers(0, 300, dataset.num_documents)
+    with IndexedWriter(tmp_path / "known", np.uint16) as writer:
+        writer.add_documents(dataset.tokens, dataset.lengths, sizes)
+        writer.finish(tokenizer=NullTokenizer(VOCAB - 1).describe())
+    known = IndexedDataset(tmp_path / "known")
+    samples = open_samples(packing, known, 30, ByteTokenizer)
+    flags, *_ = write_pair(tmp_path, samples)
+    assert main([*flags, "--ratio", ratio, "--materialize", str(tmp_path / "refined")]) == 0
+    refined = IndexedDataset(tmp_path / "refined")
+    shares: list[int] = []
+    for length, size in zip(known.lengths.tolist(), sizes.tolist()):
+        shares += [size * (i + 1) // length - size * i // length for i in range(length)]
+    expected = []
+    ids = Selection(tmp_path / "out").ids.tolist()
+    for i in ids:
+        (start,), (length,) = samples.starts(np.array([i])), samples.lengths(np.array([i]))
+        stop = start + length
+        if i + 1 in ids:
+            stop = min(stop, int(samples.starts(np.array([i + 1]))[0]))
+        expected.append(sum(shares[start:stop]))
+    assert refined.text_bytes is not None and refined.text_bytes.tolist() == expected
+    if packing == "document":
+        assert refined.text_bytes.tolist() == sizes[ids].tolist()
+
+
 def test_megatron_trains_on_a_refined_dataset(tmp_path: Path, dataset: IndexedDataset) -> None:
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     import torch
