@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import megakd.parallel  # noqa: F401  (before any megatron import)
 
 # isort: split
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -50,7 +51,11 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Return the attention ``[S, B, N * D]``. The mask is causal; ``attention_mask`` is not read."""
+        """Return the attention ``[S, B, N * D]``; ``attention_mask`` is not read.
+
+        The mask is causal, unless megatron asks for none: a token that is read after others, whose keys and values it
+        has kept, sees all of them.
+        """
         assert attention_bias is None and packed_seq_params is None
         size, rank = self.context_group.size(), self.context_group.rank()
         if size > 1:
@@ -59,9 +64,10 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
         dropout = self.dropout if self.training else 0.0
         grouped = query.shape[1] != key.shape[1]
+        causal = attn_mask_type is not AttnMaskType.no_mask
         if size == 1:
             out = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=grouped
+                query, key, value, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
         else:
             chunk = query.shape[2] // 2
