@@ -47,6 +47,7 @@ VERBS = {
     "collect": "megakd.pipeline.capture.collect_main",
     "plan": "megakd.pipeline.planning.main",
     "train": "megakd.train.main",
+    "generate": "megakd.pipeline.generate.main",
 }
 
 

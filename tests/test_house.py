@@ -69,6 +69,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/score/main.py", "megakd.pipeline.score.run"),
     ("megakd/pipeline/capture/main.py", "megakd.pipeline.capture.run"),
     ("megakd/pipeline/proxy/main.py", "megakd.pipeline.proxy.fit"),
+    ("megakd/pipeline/generate/main.py", "megakd.pipeline.generate.run"),
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.statistics"),
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.gradients"),
@@ -87,7 +88,7 @@ TORCH_FREE = (
 # What the others load once nothing is left to refuse.
 RUNS_A_MODEL = tuple(
     f"megakd.pipeline.{name}"
-    for name in ("frozen.model", "frozen.run", "score.run", "score.columns", "proxy.fit", "capture.run")
+    for name in ("frozen.model", "frozen.run", "score.run", "score.columns", "proxy.fit", "capture.run", "generate.run")
 )
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
 

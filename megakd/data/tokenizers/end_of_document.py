@@ -78,6 +78,15 @@ def find_end_of_document(
     return EndOfDocument(token, reason, tuple(warnings))
 
 
+def generation_ends(folder: Path) -> list[int]:
+    """Ids at which a model's own files end what it writes: of generation_config.json, else of config.json.
+
+    Raises UsageError for files that cannot be read.
+    """
+    named = (_read_eos_token_ids(folder / name) for name in ("generation_config.json", "config.json"))
+    return next(filter(None, named), [])
+
+
 def _read_eos_token(path: Path) -> str | None:
     value = _read_object(path).get("eos_token")
     content = value.get("content") if isinstance(value, dict) else value

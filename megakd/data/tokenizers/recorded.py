@@ -1,4 +1,4 @@
-"""The tokenizer with which a dataset was made, opened again from the record in its manifest."""
+"""The tokenizer with which a dataset or a model was made, opened again from the record in its manifest."""
 
 from __future__ import annotations
 
@@ -68,4 +68,46 @@ def open_tokenizer(
     largest = dataset.max_token_id
     if largest is not None and largest >= tokenizer.vocab_size:
         raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
+    return tokenizer
+
+
+def open_recorded(
+    recorded: Mapping[str, Any] | None,
+    owner: str,
+    *,
+    tokenizer_type: TokenizerType | None = None,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """Open the tokenizer that a manifest records. The arguments say where its file lies now, or replace the record.
+
+    recorded: the record; None if there is none. owner: what it belongs to, for messages, such as "the model runs/a".
+    vocab_size: number of ids of a NullTokenizer that is not recorded.
+
+    Raises UsageError where the tokenizer is not known or its file is missing, MismatchError for another tokenizer than
+    the recorded one.
+    """
+    record = dict(recorded or {})
+    kind = tokenizer_type or record.get("type")
+    if kind is None:
+        raise UsageError(
+            f"{owner}: its tokenizer is not recorded: say which it is with --tokenizer-type and --tokenizer-model"
+        )
+    if kind == "NullTokenizer" and record.get("type") == kind:
+        vocab_size = int(record["vocab_size"]) - 1  # its end of document comes on top
+    try:
+        tokenizer = build_tokenizer(
+            kind,
+            tokenizer_model or record.get("path"),
+            vocab_size=vocab_size,
+            type_flag="--tokenizer-type" if tokenizer_type else None,
+        )
+    except UsageError as error:
+        moved = "" if tokenizer_model else f"; {owner} records a {kind}: --tokenizer-model says where its file is now"
+        raise UsageError(f"{owner}: opening its tokenizer: {error}{moved if record else ''}") from error
+    end_as_recorded(tokenizer, record)
+    if record and not same_tokenizer(record, tokenizer):
+        raise MismatchError(
+            f"{owner}: made with the tokenizer {name_tokenizer(record)}; the one given is {name_tokenizer(tokenizer)}"
+        )
     return tokenizer

@@ -50,7 +50,7 @@ class Request:
 
 @dataclass
 class Continuation:
-    """What a model wrote behind a prompt.
+    """Text of a model behind a prompt, as tokens.
 
     log_probs: log-probability of each token under the model, in nats. finish: ``stop`` if a stop ended it, ``length``
     if all tokens that it may have were written.

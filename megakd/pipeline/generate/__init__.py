@@ -1,0 +1,1 @@
+"""Verb ``megakd generate``: what a model writes behind prompts."""
