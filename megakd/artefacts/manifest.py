@@ -370,7 +370,7 @@ def find_finished(
     path: Path,
     *,
     format: str,
-    version: int,
+    version: int | Sequence[int],
     parameters: Mapping[str, Any],
     parents: Mapping[str, str],
     tokenizer: Mapping[str, Any] | None,
@@ -379,8 +379,8 @@ def find_finished(
     """Read the manifest at ``path`` if its result is the one that would be made now.
 
     None where no manifest is there, or where its files are not whole, so that the result is to be made again.
-    parameters: those that decide the result, without figures that come out of it. parents: all parents. flag: the flag
-    that names the output, for messages.
+    version: one that the caller can read, or several. parameters: those that decide the result, without figures that
+    come out of it. parents: all parents. flag: the flag that names the output, for messages.
 
     Raises MismatchError for a result of another format, of other parents or with other parameters, naming both values;
     CorruptError for a damaged manifest.
