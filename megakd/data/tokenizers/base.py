@@ -40,6 +40,8 @@ class Tokenizer(ABC):
     """True size: one more than the largest id, without the padding that a model adds for tensor parallelism."""
     eod: int | None
     """Id that ends a document; None where the model names none."""
+    bos: int | None = None
+    """Id that begins a text, by the model's own files; None where they name none."""
     eod_token: str | None = None
     """Text of that id; None where it has no text of its own."""
     eod_reason: str = "the id after the last one"
@@ -96,6 +98,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Encode a text as ids. Raises UnencodableError."""
+
+    def encode_in_template(self, text: str) -> list[int]:
+        """Encode a text with the tokens that the model's own template puts around it, such as one that begins a text.
+
+        Equal to `encode` where there is no template. Raises UnencodableError.
+        """
+        return self.encode(text)
+
+    def text_of(self, i: int) -> str:
+        """Text of one id, control tokens included; empty where it has none."""
+        return self.decode([i])
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -87,8 +87,21 @@ def generation_ends(folder: Path) -> list[int]:
     return next(filter(None, named), [])
 
 
+def find_begin_of_text(folder: Path) -> str | None:
+    """Find the token that begins a text, by the files beside a tokenizer.json; None where they name none.
+
+    Raises UsageError for files that cannot be read.
+    """
+    tokens = (_read_token(folder / name, "bos_token") for name in _NAMING)
+    return next((token for token in tokens if token is not None), None)
+
+
 def _read_eos_token(path: Path) -> str | None:
-    value = _read_object(path).get("eos_token")
+    return _read_token(path, "eos_token")
+
+
+def _read_token(path: Path, name: str) -> str | None:
+    value = _read_object(path).get(name)
     content = value.get("content") if isinstance(value, dict) else value
     return None if content is None else str(content)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.tokenizers.base import Tokenizer, TokenizerType
-from megakd.data.tokenizers.end_of_document import find_end_of_document
+from megakd.data.tokenizers.end_of_document import find_begin_of_text, find_end_of_document
 from megakd.errors import UsageError
 
 _PIECE_TEXT_BYTES = 128 * 1024  # text for one call of `tokenizers`, which takes some 200 bytes of memory for each byte
@@ -63,6 +63,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if self.eod is None:
                 raise UsageError(f"{path.parent}: eos_token {end.token!r} is not in the vocabulary of {path.name}")
             self.eod_warnings = end.warnings
+        begin = find_begin_of_text(path.parent)
+        self.bos = None if begin is None else self._engine.token_to_id(begin)
         self._model_bytes = model_bytes
         super().__init__(self._identity())
 
@@ -79,6 +81,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._engine.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_in_template(self, text: str) -> list[int]:
+        ids: list[int] = self._engine.encode(text, add_special_tokens=True).ids
+        return ids
+
+    def text_of(self, i: int) -> str:
+        return str(self._engine.decode([i], skip_special_tokens=False))
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
         return encode_with(self._engine, texts)

@@ -33,6 +33,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = None if self._processor.eos_id() < 0 else int(self._processor.eos_id())
         if self.eod is not None:
             self.eod_token, self.eod_reason = self._processor.id_to_piece(self.eod), "eos_id of the model"
+        self.bos = None if self._processor.bos_id() < 0 else int(self._processor.bos_id())
         pieces = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if not self._is_text(i)]
         added = [self._processor.id_to_piece(i) for i in _user_defined(model_bytes)]
         self.literals = tuple(filter(None, pieces + added))
