@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+import xxhash
 from numpy.typing import NDArray
 
 from megakd.data.batch_sizes import BatchSizes, Ramp
@@ -158,6 +160,12 @@ class Loader:
         names = [Path(samples.dataset.prefix).name for samples in self.blend.datasets]  # for people
         place = {"consumed_samples": self.consumed_samples, "global_batch_size": self.global_batch_size}
         return {**place, **self._order(), "names": names}
+
+    def order_fingerprint(self) -> str:
+        """XXH3-128, in hexadecimal, of the datasets, their weights, packing, sequence length, names and order."""
+        state = self.state()
+        del state["consumed_samples"], state["global_batch_size"]  # they cut the order into steps and do not change it
+        return xxhash.xxh3_128_hexdigest(orjson.dumps(state, option=orjson.OPT_SORT_KEYS))
 
     def rewind(self, consumed_samples: int) -> None:
         """Go back to the step that starts after ``consumed_samples`` samples; the steps from there on come again."""

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
 import torch.distributed as dist
-import xxhash
 from numpy.typing import NDArray
 
 from megakd.data.loader import Loader
@@ -128,10 +126,7 @@ class Evaluator:
 
     def _held_out(self, batches: Loader, num_tokens: int, num_bytes: int) -> HeldOut:
         """Return the description of what was read from ``batches`` so far."""
-        state = batches.state()
-        num_samples = state.pop("consumed_samples")
-        del state["global_batch_size"]  # it cuts the order into steps and does not change it
-        fingerprint = xxhash.xxh3_128_hexdigest(orjson.dumps(state, option=orjson.OPT_SORT_KEYS))
+        fingerprint, num_samples = batches.order_fingerprint(), batches.consumed_samples
         return HeldOut(fingerprint, num_samples, num_tokens, num_bytes or None, self.tokenizer)
 
     def _over_ranks(self, count: int) -> int:
