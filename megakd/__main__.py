@@ -45,6 +45,7 @@ VERBS = {
     "import-miniplm": "megakd.pipeline.miniplm.main",
     "capture": "megakd.pipeline.capture.main",
     "collect": "megakd.pipeline.capture.collect_main",
+    "evaluate": "megakd.pipeline.evaluate.main",
     "plan": "megakd.pipeline.planning.main",
     "train": "megakd.train.main",
     "generate": "megakd.pipeline.generate.main",

@@ -34,6 +34,7 @@ PIPELINE_ARROWS = {
     ("capture", "frozen"),
     ("capture", "score"),
     ("proxy", "frozen"),
+    ("evaluate", "frozen"),
     ("report", "select"),
 }
 # Every other room of the pipeline is one verb's, and its door is main.py.
@@ -70,6 +71,8 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/capture/main.py", "megakd.pipeline.capture.run"),
     ("megakd/pipeline/proxy/main.py", "megakd.pipeline.proxy.fit"),
     ("megakd/pipeline/generate/main.py", "megakd.pipeline.generate.run"),
+    ("megakd/pipeline/evaluate/main.py", "megakd.pipeline.evaluate.run"),
+    ("megakd/pipeline/evaluate/run.py", "megakd.pipeline.evaluate.task_figures"),  # lm-eval is optional, and slow
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.statistics"),
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.gradients"),
@@ -88,9 +91,24 @@ TORCH_FREE = (
 # What the others load once nothing is left to refuse.
 RUNS_A_MODEL = tuple(
     f"megakd.pipeline.{name}"
-    for name in ("frozen.model", "frozen.run", "score.run", "score.columns", "proxy.fit", "capture.run", "generate.run")
+    for name in (
+        "frozen.model",
+        "frozen.run",
+        "score.run",
+        "score.columns",
+        "proxy.fit",
+        "capture.run",
+        "generate.run",
+        "evaluate.run",
+        "evaluate.models",
+        "evaluate.likelihood",
+        "evaluate.held_out",
+        "evaluate.harness",
+        "evaluate.task_figures",
+        "evaluate.results",
+    )
 )
-HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard"}
+HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard", "lm_eval", "datasets"}
 
 
 @dataclass(frozen=True)

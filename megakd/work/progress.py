@@ -170,6 +170,29 @@ class RangeProgress(Progress):
         return f"{text}, {self.fresh * self._seq_length / self.seconds:.0f} tokens/s, {clock(left)} left)"
 
 
+class RequestProgress(Progress):
+    """Progress through requests of different lengths, the longest first, as one copy of a model tells it.
+
+    total: requests of all copies. what: word for them. says: False to print nothing. copies: copies of the model, which
+    are as fast as this one.
+    """
+
+    def __init__(self, total: int, interval: float, *, what: str, says: bool, copies: int = 1) -> None:
+        super().__init__(total, done=0, interval=interval)
+        self._what, self._says, self._copies, self._tokens = what, says, copies, 0
+
+    def add(self, *, requests: int, tokens: int) -> None:
+        """Count what this copy has done since the last call, and print a line if one is due."""
+        self.done = min(self.done + requests * self._copies, self.total)
+        self._tokens += tokens * self._copies
+        if self._says and self.is_due():
+            tell(
+                f"{self._what}: {self.done:.0f} of {self.total:.0f} ({100 * self.done / self.total:.1f} %, "
+                f"{self.done / self.seconds:.1f}/s, {self._tokens / self.seconds:.0f} tokens/s, "
+                f"{clock(self.seconds_left)} left)"
+            )
+
+
 def clock(seconds: float | None) -> str:
     """Hours, minutes and seconds, as in 0:00:15; a dash where they are not known."""
     if seconds is None:
