@@ -10,7 +10,7 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 
 FORMAT, VERSION = "megakd-checkpoint", 1
 MANIFEST = "manifest.json"
-_SHARDS = "__"  # beginning of the names of the large files, which hold the tensors
+_SHARDS, _SAFETENSORS = "__", ".safetensors"  # beginning or end of the names of the large files, which hold tensors
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -22,8 +22,10 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def faults_beside_tensors(manifest: Manifest) -> list[str]:
     """Return faults of a checkpoint's small files, and files that its manifest does not name; fast on one process."""
-    strangers = unlisted_files(manifest)
-    small = [record.name for record in manifest.files if not record.name.startswith(_SHARDS)]
+    names = [record.name for record in manifest.files]
+    small = [name for name in names if not name.startswith(_SHARDS) and not name.endswith(_SAFETENSORS)]
+    # a Hugging Face folder has more files than the model needs
+    strangers = [] if manifest.parameters.get("form") == "huggingface" else unlisted_files(manifest)
     return faults_in_blocks(manifest, small) + [f"{name}: {MANIFEST} does not name it" for name in strangers]
 
 

@@ -28,6 +28,8 @@ from megakd.model.checkpoint.state import (
 )
 from megakd.model.checkpoint.tensor_names import read_tensor_names
 from megakd.model.gpt import HiddenGPTModel
+from megakd.model.huggingface.folder import open_folder
+from megakd.model.huggingface.load import Slice, fill_slices_inplace
 from megakd.parallel import Groups, set_random_states
 
 # isort: split
@@ -55,6 +57,9 @@ def load_training_state(record: CheckpointRecord, chunks: list[HiddenGPTModel], 
 
 def load_weights(record: CheckpointRecord, chunks: list[HiddenGPTModel], groups: Groups) -> None:
     """Load the weights of ``record`` and nothing else, in place."""
+    if record.form == "huggingface":
+        _fill_from_folder_inplace(model_state(chunks, groups, layers_apart=True), record)
+        return
     form = KeyForm.of(read_tensor_names(record.path))
     tree = model_state(chunks, groups, layers_apart=form.layers_apart)
     set_model_state(chunks, _read_weights(tree, record, form))
@@ -73,7 +78,8 @@ def load_teacher(
     Returns this rank's rows of the head, ``[rows, H]``, on the student's last stage; None on other stages. rows: number
     of rows that a student rank holds. Rows of the padded vocabulary that the checkpoint lacks are 0.
     """
-    form = KeyForm.of(read_tensor_names(record.path))
+    is_folder = record.form == "huggingface"
+    form = KeyForm("", layers_apart=True) if is_folder else KeyForm.of(read_tensor_names(record.path))
     tree = model_state(chunks, groups, layers_apart=form.layers_apart)
     head = None
     if student.is_last_stage:
@@ -87,9 +93,30 @@ def load_teacher(
             replica_id=(0, 0, student.collection.dp_cp.rank()),
             allow_shape_mismatch=True,
         )
+    if is_folder:
+        _fill_from_folder_inplace(tree, record)
+        return head
     loaded = _read_weights(tree, record, form, reads_twice=True)
     set_model_state(chunks, loaded)
     return loaded.get("head")
+
+
+def _fill_from_folder_inplace(tree: dict[str, Any], record: CheckpointRecord) -> None:
+    """Fill the tensors of a tree from a Hugging Face folder, in place; they are the model's own, or views of them.
+
+    tree: with a name for each layer.
+    """
+    if record.checked:
+        _check_content(record)
+    folder = open_folder(record.path, record.role)
+    fill_slices_inplace(map(_slice_of, wanted_tensors(tree)), folder)
+
+
+def _slice_of(tensor: ShardedTensor) -> Slice:
+    """Return the part of a tensor that this rank holds; an axis before those of the part counts experts."""
+    experts = tensor.prepend_axis_num
+    expert = tensor.global_offset[0] if experts else None
+    return Slice(tensor.key, expert, tuple(tensor.global_offset[experts:]), tensor.data)
 
 
 def _read_weights(

@@ -7,13 +7,14 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megakd.artefacts.manifest import Manifest, read_manifest
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.model.checkpoint.damage import FORMAT, MANIFEST, VERSION, checkpoint_folders, damaged, faults_beside_tensors
 from megakd.model.checkpoint.foreign import check_backends, describe_foreign, is_checkpoint
 from megakd.model.config import ModelShape
+from megakd.model.huggingface.folder import describe_folder, is_hf_folder
 
 __all__ = ["FORMAT", "MANIFEST", "TRACKER", "VERSION", "CheckpointRecord", "check_resume", "checkpoint_path",
            "latest_iteration", "read_record"]  # fmt: skip
@@ -35,7 +36,9 @@ class CheckpointRecord:
     messages, the checkpoint's role in the command that reads it, and the flag that chooses another one. foreign:
     written by Megatron-LM or plain megatron-core, so that it has weights to start from but no run to continue. checked:
     its manifest was there before it was read. rows: of the embedding, if nothing else is known about the vocabulary, as
-    in foreign checkpoints; None after `of_vocabulary`.
+    in foreign checkpoints; None after `of_vocabulary`. form: of the files, megatron-core's or a Hugging Face folder.
+    huggingface: configuration of the Hugging Face folder that the weights come from (``folder.settings_of``); None for
+    others.
     """
 
     path: Path
@@ -59,6 +62,13 @@ class CheckpointRecord:
     foreign: bool = False
     checked: bool = True
     rows: int | None = None
+    form: Literal["torch_dist", "huggingface"] = "torch_dist"
+    huggingface: dict[str, Any] | None = None
+
+    @property
+    def tokenizer_by_file(self) -> bool:
+        """True if the tokenizer is known by its file alone, which does not tell how documents of a corpus end."""
+        return self.huggingface is not None and self.tokenizer is not None
 
     def of_vocabulary(self, vocab_size: int) -> CheckpointRecord:
         """Return the record with the true vocabulary, that of the data's tokenizer; unchanged if it records its own.
@@ -104,7 +114,7 @@ def read_record(
 ) -> CheckpointRecord:
     """Read the record of a checkpoint in ``folder``: of ``iteration``, or the newest.
 
-    ``folder`` may also be a checkpoint itself.
+    ``folder`` may also be a checkpoint itself, or a Hugging Face folder.
 
     Its small files are hashed now, the tensors when they are loaded. A checkpoint without a manifest is read whole,
     with a warning that it cannot be checked. role, flag: see `CheckpointRecord`. shape: the model that it should hold,
@@ -114,7 +124,14 @@ def read_record(
         UsageError: there is no such checkpoint. CorruptError: files are missing, have another size or other content;
         names the checkpoint before it. MismatchError: it has another model, or an unknown version wrote it.
     """
-    path = _find(Path(folder), iteration, role=role, flag=flag)
+    path = Path(folder)
+    is_huggingface = is_hf_folder(path)
+    if not is_huggingface:
+        path = _find(path, iteration, role=role, flag=flag)
+    elif iteration is not None:
+        raise UsageError(
+            f"{role}: {path} is a Hugging Face folder, without iterations: leave {flag or 'the iteration'} out"
+        )
     has_manifest = (path / MANIFEST).exists()
     try:
         manifest = read_manifest(path / MANIFEST, format=FORMAT, version=VERSION) if has_manifest else None
@@ -123,7 +140,10 @@ def read_record(
         faults = [str(error)]
     if faults:
         raise damaged(path, faults, role=role, flag=flag, hash_all=False)
-    check_backends(path)
+    if manifest is None and is_huggingface:
+        manifest = describe_folder(path, role)
+    elif not is_huggingface:
+        check_backends(path)
     if manifest is None:
         warnings.warn(
             f"{role}: {path} has no manifest: it is read as it is, damage would not be seen. "
@@ -206,6 +226,8 @@ def _understand(manifest: Manifest, path: Path) -> CheckpointRecord:
         manifest=manifest,
         foreign=bool(values.get("foreign", False)),
         rows=int(values["vocab_size"]) if values.get("foreign") and manifest.tokenizer is None else None,
+        form=values.get("form", "torch_dist"),
+        huggingface=dict(values["huggingface"]) if "huggingface" in values else None,
     )
 
 

@@ -13,6 +13,7 @@ from megakd.errors import CorruptError, MismatchError
 from megakd.model.checkpoint.foreign import KeyForm
 from megakd.model.checkpoint.plain_pickle import BROKEN_PICKLE
 from megakd.model.config import ModelShape
+from megakd.model.huggingface.folder import is_hf_folder
 
 # module -> names that a real ``.metadata`` has; None: any name of a module of plain dataclasses and enums
 _METADATA_NAMES: dict[str, set[str] | None] = {
@@ -61,6 +62,8 @@ def check_weights(path: Path, shape: ModelShape, role: str) -> None:
     Raises:
         MismatchError: names the missing weights.
     """
+    if is_hf_folder(path):
+        return  # its tensors were held against its model when it was described
     names = read_tensor_names(path)
     form = KeyForm.of(names)
     missing = sorted(shape.weight_names() - {form.plain(name) for name in names if name.startswith(form.prefix)})

@@ -9,7 +9,7 @@ Axes: ``R`` rows of one of our tensors, ``r`` rows of one of theirs, ``C`` colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,23 +68,3 @@ def to_theirs(ours: Tensor, place: Place, rows: int, shape: ModelShape) -> Tenso
     if len(cut) == 1:
         return ours[cut[0].ours : cut[0].ours + rows]
     return torch.cat([ours[run.ours : run.ours + run.rows] for run in cut])
-
-
-def fill_inplace(
-    ours: Tensor,
-    start: int,
-    runs: Iterable[Run],
-    read: Callable[[int, int], Tensor],
-) -> int:
-    """Fill the rows of a slice of ours, in place, from those rows of one of their tensors that lie in it.
-
-    ours: the slice ``[R, C]``, whose first row is row ``start`` of the whole. runs: of the whole. read: returns the
-    rows from its first to its second argument of theirs, with the columns of the slice.
-
-    Returns the number of rows filled.
-    """
-    filled = 0
-    for run in within(runs, start, start + len(ours)):
-        ours[run.ours : run.ours + run.rows].copy_(read(run.theirs, run.theirs + run.rows))
-        filled += run.rows
-    return filled

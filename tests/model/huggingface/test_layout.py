@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megakd.model.config import ModelConfig, ModelShape
-from megakd.model.huggingface.layout import Run, fill_inplace, runs, to_ours, to_theirs, within
+from megakd.model.huggingface.layout import Run, runs, to_ours, to_theirs, within
 
 HEADS, GROUPS, WIDTH, COLUMNS = 6, 2, 4, 5
 
@@ -77,15 +77,13 @@ def test_slices_of_ranks_are_the_whole_and_read_every_row_once(ranks: int) -> No
         part = torch.full((rows, COLUMNS), float("nan"), dtype=torch.float64)
         filled = 0
         for place, tensor in theirs.items():
-
-            def read(first: int, end: int, place: str = place, tensor: torch.Tensor = tensor) -> torch.Tensor:
-                seen[place].extend(range(first, end))
-                return tensor[first:end]
-
-            filled += fill_inplace(part, rank * rows, runs(place, len(tensor), shape), read)
+            for run in within(runs(place, len(tensor), shape), rank * rows, (rank + 1) * rows):
+                part[run.ours : run.ours + run.rows] = tensor[run.theirs : run.theirs + run.rows]
+                seen[place].extend(range(run.theirs, run.theirs + run.rows))
+                filled += run.rows
         assert filled == rows
         assert torch.equal(part, whole[rank * rows : (rank + 1) * rows])
-    assert all(sorted(seen[place]) == list(range(rows * ranks))[: len(seen[place])] for place in theirs)
+    assert all(sorted(seen[place]) == list(range(len(tensor))) for place, tensor in theirs.items())
 
 
 def test_a_run_is_cut_to_a_slice() -> None:
