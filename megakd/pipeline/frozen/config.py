@@ -96,6 +96,7 @@ class FrozenModelConfig:
 
     def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
         """Shape of a checkpoint's model with the layers and the precision that the flags ask for, without dropout."""
+        record.shape.check_sequence(self.seq_length, f"{record.role} {record.path}")
         return record.shape.frozen(
             transformer_impl=self.transformer_impl,
             bf16=record.shape.bf16 if self.bf16 is None else self.bf16,
