@@ -29,7 +29,9 @@ class RunName:
 class HeldOutKey:
     """Identity of held-out data. data: a fingerprint; for older records the configuration's paths, or None.
 
-    recorded: True if ``data`` is a fingerprint. tokenizer: its hash; None if it is not known.
+    recorded: True if ``data`` is a fingerprint. tokenizer: its hash; None if it is not known. bytes_of: rule by which
+    ``num_bytes`` were counted: ``documents``, or ``tokens`` in records of versions that took what ids decode to for
+    the text; None without bytes.
     """
 
     data: str | None
@@ -37,6 +39,7 @@ class HeldOutKey:
     num_tokens: int
     num_bytes: int | None
     tokenizer: str | None
+    bytes_of: str | None = None
 
     def same(self, other: HeldOutKey) -> bool:
         """Return whether two evaluations were made on the same tokens, as far as the records tell."""
@@ -132,11 +135,11 @@ def measure(name: RunName, record: RunRecord, costs: Costs | None) -> Run:
     """Compute a run's figures from its record. Raises MismatchError for an evaluation of another run's checkpoint."""
     evaluations = _in_training(record)
     curve_key = held_out_key(evaluations[-1], record) if evaluations else None
-    curve = [
-        _point(evaluation, record, costs)
-        for evaluation in evaluations
-        if curve_key is not None and held_out_key(evaluation, record).same(curve_key)
-    ]
+    curve = []
+    for evaluation in evaluations:
+        key = held_out_key(evaluation, record)
+        if curve_key is not None and key.same(curve_key):
+            curve.append(_point(evaluation, record, costs, with_bytes=key.bytes_of == curve_key.bytes_of))
     final, whose = (record.evaluations[-1], record) if record.evaluations else (None, record)
     if name.evaluation is not None:
         whose = read_run(name.evaluation, flag="")
@@ -168,6 +171,7 @@ def held_out_key(evaluation: Evaluation, run: RunRecord) -> HeldOutKey:
         num_tokens=int(evaluation.values.get("num_tokens", 0)),
         num_bytes=held_out.get("num_bytes"),
         tokenizer=held_out.get("tokenizer"),
+        bytes_of=held_out.get("bytes_of", "tokens") if "num_bytes" in held_out else None,
     )
 
 
@@ -191,14 +195,17 @@ def _in_training(record: RunRecord) -> list[Evaluation]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None) -> Point:
-    steps = record.steps
+def _point(evaluation: Evaluation, record: RunRecord, costs: Costs | None, *, with_bytes: bool) -> Point:
+    """Point of a curve. with_bytes: False to leave out bits per byte, which were counted otherwise than the others'."""
+    steps, values = record.steps, dict(evaluation.values)
+    if not with_bytes:
+        values.pop("bits_per_byte", None)
     index = next((number for number in range(len(steps) - 1, -1, -1) if steps[number].step <= evaluation.step), None)
     if index is None:
-        return Point(0, 0.0, costs.before if costs is not None else None, dict(evaluation.values))
+        return Point(0, 0.0, costs.before if costs is not None else None, values)
     flops = None if costs is None else costs.student[index]
     whole = None if costs is None else costs.whole(index)
-    return Point(steps[index].tokens, flops, whole, dict(evaluation.values))
+    return Point(steps[index].tokens, flops, whole, values)
 
 
 def _check_checkpoint(evaluation: Evaluation, name: RunName) -> None:

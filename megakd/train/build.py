@@ -7,14 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megakd.config.tree import dump, to_dict
 from megakd.data.batch_sizes import Ramp
 from megakd.data.blend import Blend
 from megakd.data.loader import Loader
-from megakd.data.tokenizer import build_tokenizer
+from megakd.data.samples.label_bytes import why_no_bytes
 from megakd.logits.store import LogitsStore
 from megakd.model.checkpoint.load import load_teacher, load_training_state, load_weights
 from megakd.model.checkpoint.save import CheckpointWriter, record_parameters
@@ -272,6 +269,9 @@ def build_evaluator(
     )
     held_out_objective = objective.held_out(with_teacher=not isinstance(held_out_teacher, NoTeacher))
     num_samples = sum(samples.num_samples for samples in plan.valid_blend.datasets)
+    missing = why_no_bytes(plan.valid_blend.datasets)
+    if missing is not None:
+        metrics.say(f"no bits per byte: {missing}")
     return Evaluator(
         student,
         held_out_teacher if held_out_objective.needs_teacher else NoTeacher(),
@@ -281,7 +281,7 @@ def build_evaluator(
         # at most one pass: no sample is counted twice while another has not been seen
         num_batches=max(1, min(evaluate.eval_iters, num_samples // training.global_batch_size)),
         distils=objective.term is not None,
-        token_bytes=_token_bytes(data, plan, metrics),
+        counts_bytes=missing is None,
         tokenizer=(plan.tokenizer or {}).get("hash"),
     )
 
@@ -334,17 +334,3 @@ def build_writer(
         )
 
     return writer, save
-
-
-def _token_bytes(data: DataConfig, plan: Plan, metrics: Metrics) -> NDArray[np.int32] | None:
-    """Return int32 ``[V]``, UTF-8 bytes of each token; None, with a line that says why, if the tokenizer is missing."""
-    recorded = plan.tokenizer or {}
-    kind: Any = data.tokenizer_type or recorded.get("type")
-    model = data.tokenizer_model or recorded.get("path")
-    if kind is None:
-        return None
-    if model is not None and not Path(model).exists():
-        metrics.say(f"no bits per byte: tokenizer {model} is not there (--tokenizer-model tells where it is)")
-        return None
-    vocab_size = plan.vocab_size - 1 if kind == "NullTokenizer" else plan.vocab_size
-    return build_tokenizer(kind, model, vocab_size=vocab_size).token_bytes()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
-from megakd.data.loader import Loader
+from megakd.data.loader import Loader, Microbatch
+from megakd.data.samples.label_bytes import BYTES_OF, label_bytes
+from megakd.data.samples.protocol import Samples
 from megakd.losses.calibration import NUM_BINS, calibration_error
 from megakd.parallel import Groups
 from megakd.teachers.protocol import Teacher
@@ -31,9 +32,9 @@ class Evaluation:
     over the tokens with targets; None if no teacher has targets for the held-out data. total_loss: the objective of
     the training, ``lm_weight`` x LM + ``alpha`` x KD with the largest alpha of a schedule (and the z-loss); None if the
     run distils and no teacher has targets for the held-out data. bits_per_byte: LM loss summed over tokens, in bits,
-    divided by the UTF-8 bytes of those tokens; it compares models of different tokenizers, and is None without a
-    tokenizer. calibration_error: difference between the probability of the student's best id and the share of tokens
-    where that id is the label, over 15 bins; 0 to 1.
+    over the UTF-8 bytes of the original text that these tokens stand for (`label_bytes`); it compares models of
+    different tokenizers, and is None where a dataset does not record its bytes. calibration_error: difference between
+    the probability of the student's best id and the share of tokens where that id is the label, over 15 bins; 0 to 1.
     """
 
     lm_loss: float
@@ -60,7 +61,8 @@ class HeldOut:
 
     fingerprint: XXH3-128 of the datasets, their weights, packing, sequence length and order. num_samples: number of
     samples, from the beginning of that order. num_tokens: their labels that the loss mask keeps. num_bytes: UTF-8 bytes
-    of those labels; tokenizer: the tokenizer's hash; each None if it is not known.
+    of the text of those labels; bytes_of: the rule by which they are counted (`label_bytes.BYTES_OF`); tokenizer: the
+    tokenizer's hash; each None if it is not known.
     """
 
     fingerprint: str
@@ -68,6 +70,7 @@ class HeldOut:
     num_tokens: int
     num_bytes: int | None
     tokenizer: str | None
+    bytes_of: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are known, by name."""
@@ -79,8 +82,8 @@ class Evaluator:
     """Evaluation of the student on the same ``num_batches`` global batches every time it is called.
 
     teacher, objective: for held-out data. batches: opens these batches from their beginning. distils: the training has
-    a KD term. token_bytes: int32 ``[V]``, UTF-8 bytes of each token, for bits per byte; None leaves it out. tokenizer:
-    hash of the tokenizer that made the data, None where it is not known.
+    a KD term. counts_bytes: True if every dataset records the bytes of its text, for bits per byte. tokenizer: hash of
+    the tokenizer that made the data, None where it is not known.
     """
 
     student: Student
@@ -90,7 +93,7 @@ class Evaluator:
     batches: Callable[[], Loader]
     num_batches: int
     distils: bool
-    token_bytes: NDArray[np.int32] | None
+    counts_bytes: bool
     tokenizer: str | None = None
 
     @torch.no_grad()
@@ -116,8 +119,8 @@ class Evaluator:
                     sums[key] = sums.get(key, 0.0) + value * count
             if result.calibration is not None:
                 calibration += result.calibration
-            if self.token_bytes is not None:
-                num_bytes += sum(int(self.token_bytes[mb.labels_BS][mb.loss_mask_BS].sum()) for mb in batch)
+            if self.counts_bytes:
+                num_bytes += sum(_bytes_of(microbatch, batches.blend.datasets) for microbatch in batch)
         for chunk in self.student.wrapped:
             chunk.train()
         error = calibration_error(calibration, num_tokens)
@@ -127,7 +130,9 @@ class Evaluator:
     def _held_out(self, batches: Loader, num_tokens: int, num_bytes: int) -> HeldOut:
         """Return the description of what was read from ``batches`` so far."""
         fingerprint, num_samples = batches.order_fingerprint(), batches.consumed_samples
-        return HeldOut(fingerprint, num_samples, num_tokens, num_bytes or None, self.tokenizer)
+        if not num_bytes:
+            return HeldOut(fingerprint, num_samples, num_tokens, None, self.tokenizer)
+        return HeldOut(fingerprint, num_samples, num_tokens, num_bytes, self.tokenizer, BYTES_OF)
 
     def _over_ranks(self, count: int) -> int:
         total = torch.tensor(count, dtype=torch.int64, device=self.groups.device)
@@ -154,3 +159,10 @@ class Evaluator:
             num_tokens=held_out.num_tokens,
             held_out=held_out,
         )
+
+
+def _bytes_of(microbatch: Microbatch, datasets: Sequence[Samples]) -> int:
+    """Bytes of text of the labels that count in a microbatch of samples of several datasets."""
+    ids_B, mask_BS = microbatch.sample_ids_B, microbatch.loss_mask_BS
+    of_dataset = ((datasets[i], microbatch.dataset_ids_B == i) for i in np.unique(microbatch.dataset_ids_B).tolist())
+    return sum(label_bytes(samples, ids_B[rows_B], mask_BS[rows_B]) for samples, rows_B in of_dataset)

@@ -123,6 +123,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         blend = _part_of(blend, data.split_shares, 0) or blend
     valid_blend = _open_valid_blend(data, needed=config.evaluate.skip_train)
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
+    for held_out in valid_blend.datasets if valid_blend else ():
+        _ = held_out.dataset.text_bytes  # damaged ones are refused now, before a step is lost
     teacher, resume, weights_only = _read_teacher(config.teacher), *_read_resume(config.checkpoint, student)
     sides = _sides(data, datasets, teacher, resume, weights_only)
     tokenizer, vocab_size = one_tokenizer(sides), true_vocabulary(sides, stated=data.vocab_size)

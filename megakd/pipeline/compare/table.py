@@ -14,6 +14,7 @@ from megakd.work import text_table
 
 FORMAT, VERSION = "megakd-compare", 1
 Metric = Literal["lm_loss", "bits_per_byte"]
+_RULES = {"documents": "those of the original text", "tokens": "those that ids decode to, as older versions did"}
 UNITS: dict[Metric, str] = {"lm_loss": "held-out LM loss, nats a token", "bits_per_byte": "held-out bits per byte"}
 
 
@@ -65,7 +66,10 @@ def compare(groups: Sequence[Group], base: Group, *, target_loss: float | None) 
 
 
 def compares(key: HeldOutKey, base: HeldOutKey, metric: Metric) -> bool:
-    """Return whether figures on two sets of held-out data compare: the same tokens, or bits per byte of other ones."""
+    """Return whether figures on two sets of held-out data compare: the same tokens, or bits per byte of other ones, if
+    the bytes were counted by one rule."""
+    if metric == "bits_per_byte" and not _one_rule(key, base):
+        return False
     if metric == "bits_per_byte" and key.tokenizer != base.tokenizer:
         return True
     return key.same(base)
@@ -77,6 +81,11 @@ def comparable(group: Group, base: Group, metric: Metric) -> bool:
     return all(compares(key, keys[-1], metric) for key in keys)
 
 
+def _one_rule(key: HeldOutKey, base: HeldOutKey) -> bool:
+    """Return whether two evaluations counted bytes by one rule, as far as both did."""
+    return None in (key.bytes_of, base.bytes_of) or key.bytes_of == base.bytes_of
+
+
 def _notes(groups: Sequence[Group], base: Group, metric: Metric) -> list[str]:
     notes = []
     if metric == "bits_per_byte":
@@ -85,8 +94,11 @@ def _notes(groups: Sequence[Group], base: Group, metric: Metric) -> list[str]:
         )
     if not comparable(base, base, metric):
         notes.append(f"The runs of {base.label} were evaluated on different held-out data ({_held_out(base)}).")
+    notes += _notes_of_bytes(groups, metric)
     for group in groups:
-        if group is not base and not comparable(group, base, metric):
+        keys = [run.key for run in (*group.runs, *base.runs) if run.key is not None]
+        told = metric == "bits_per_byte" and not all(_one_rule(key, keys[-1]) for key in keys)
+        if group is not base and not comparable(group, base, metric) and not told:
             notes.append(
                 f"{group.label}: evaluated on other held-out data than {base.label}, or on a part of another size "
                 f"({_held_out(group)}; {_held_out(base)}): no difference is taken."
@@ -99,19 +111,38 @@ def _notes(groups: Sequence[Group], base: Group, metric: Metric) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def _notes_of_bytes(groups: Sequence[Group], metric: Metric) -> list[str]:
+    """Note of runs whose bytes were counted by different rules, or by the older one where it matters; else none."""
+    by_rule: dict[str, list[str]] = {}
+    for group in groups:
+        for rule in dict.fromkeys(run.key.bytes_of for run in group.runs if run.key is not None and run.key.bytes_of):
+            by_rule.setdefault(rule, []).append(group.label)
+    if metric == "bits_per_byte" and list(by_rule) == ["tokens"]:
+        return [
+            "Bytes are those that ids decode to, as older versions counted them: bits per byte are wrong for "
+            "tokenizers that normalise text or have unknown ids."
+        ]
+    if len(by_rule) < 2:
+        return []
+    rules = "; ".join(f"{', '.join(labels)}: {_RULES.get(rule, rule)}" for rule, labels in sorted(by_rule.items()))
+    return [f"Bits per byte do not compare, the bytes were counted by different rules ({rules}); evaluate anew."]
+
+
 def _notes_of(run: Run, group: Group, base: Group, metric: Metric) -> list[str]:
     name = group.label if len(group.runs) == 1 else f"{group.label} ({run.name.folder})"
     notes = []
     if run.unfinished is not None:
         notes.append(f"{name} {run.unfinished}: its figures are those of its last evaluation.")
+    if run.final is not None and metric == "bits_per_byte" and metric not in run.final:
+        notes.append(f"{name} has no bits per byte: its held-out data does not record the bytes of its text.")
     if run.final is None:
         notes.append(f"{name} has no evaluations: train with --valid-data-path, or evaluate it with --skip-train.")
     if not run.record.steps:
         notes.append(f"{name} has recorded no training step.")
     if comparable(group, base, metric) and not _curves_compare(run, base, metric):
         notes.append(
-            f"{name}: evaluated in the course of its training on other held-out data than {base.label}, or on a part "
-            "of another size: the work up to a loss is not told, nor is it drawn."
+            f"{name}: evaluated in the course of its training on other held-out data than {base.label}, on a part of "
+            "another size, or with bytes counted otherwise: the work up to a loss is not told, nor is it drawn."
         )
     if run.key is not None and not run.key.recorded:
         notes.append(f"{name}: an older record, which does not say what was held out; told by paths and token counts.")

@@ -79,7 +79,11 @@ def write_folder(folder: Path, case: Case, *, seed: int = 1, max_shard_size: str
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(case.model_type, **{**SIZES, **case.keys})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").float().eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1:  # norms are 1 and biases 0 at first, where nothing would show

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from pipeline.select.select_twin import write as write_scores
 from run_folder.run_folders import HELD_OUT, evaluation, write_checkpoint, write_lines, write_run
@@ -139,6 +140,40 @@ def test_other_tokenizers_compare_by_bits_per_byte(tmp_path: Path, capsys: pytes
     assert result["metric"] == "bits_per_byte" and result["target"] == 1.0
     assert result["groups"]["other"]["difference"]["mean"] == -0.25 and "lm_loss" not in figures(result, "other")
     assert "other: evaluated on 3190 bytes of text, plain on 3200." in result["notes"]
+
+
+def test_bytes_counted_by_other_rules_do_not_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    now = {"bytes_of": "documents"}
+    old = write_run(tmp_path / "old", {4: 4.0}, values={"bits_per_byte": 1.0})
+    new = write_run(tmp_path / "new", {4: 4.0}, held_out=HELD_OUT | now, values={"bits_per_byte": 1.5})
+    other = HELD_OUT | now | {"tokenizer": "u" * 32}
+    lossy = write_run(tmp_path / "lossy", {4: 7.0}, held_out=other, values={"bits_per_byte": 0.75})
+    older = write_run(tmp_path / "older", {4: 7.0}, held_out={**HELD_OUT, "tokenizer": "v" * 32})
+    rules = "new{}: those of the original text; old: those that ids decode to, as older versions did); evaluate anew."
+    result = compared(capsys, old, new)  # one tokenizer: losses compare all the same
+    assert result["groups"]["new"]["difference"]["mean"] == 0.0
+    assert any(note.endswith(rules.format("")) for note in result["notes"])
+    result = compared(capsys, old, new, lossy)
+    assert result["metric"] == "bits_per_byte"
+    assert [result["groups"][name]["difference"] for name in ("new", "lossy")] == [None, None]
+    assert any(note.endswith(rules.format(", lossy")) for note in result["notes"])
+    assert not any("other held-out data" in note for note in result["notes"])
+    result = compared(capsys, new, lossy)
+    assert result["groups"]["lossy"]["difference"]["mean"] == -0.75
+    assert not any("Bytes" in note or "rules" in note for note in result["notes"])
+    result = compared(capsys, old, older)
+    assert any(note.startswith("Bytes are those that ids decode to") for note in result["notes"])
+    assert any(note.startswith("older has no bits per byte") for note in result["notes"])
+
+
+def test_a_curve_has_bits_per_byte_of_one_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that an older version began and this one continued."""
+    run = write_run(tmp_path / "run", {2: 5.0}, steps=2, values={"bits_per_byte": 2.0})
+    newer = evaluation(4, 4.0, HELD_OUT | {"bytes_of": "documents"}, {"bits_per_byte": 1.0})
+    write_lines(run, [*map(orjson.loads, (run / "metrics.jsonl").read_bytes().splitlines()), newer])
+    curve = compared(capsys, run)["groups"]["run"]["runs"][0]["curve"]
+    assert [point["values"].get("bits_per_byte") for point in curve] == [None, 1.0]
+    assert [point["values"]["lm_loss"] for point in curve] == [5.0, 4.0]
 
 
 def test_an_evaluation_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
     text = "".join(chr(97 + i * i % 23) for i in range(4000))
     writer = IndexedWriter(tmp_path / "data", np.uint16)
     ids = np.array([*tokenizer.encode(text), tokenizer.eod])
-    writer.add_documents(ids, np.array([len(ids)], np.int32))
+    writer.add_documents(ids, np.array([len(ids)], np.int32), np.array([len(text)]))
     writer.finish(parameters={}, parents={}, tokenizer=tokenizer.describe())
     data = str(tmp_path / "data")
     found = {}
@@ -68,13 +68,14 @@ def test_record_of_a_run(world: Worlds, tmp_path: Path) -> None:
     assert sorted(evaluations) == [2, 4]
     for valid in evaluations.values():
         assert valid["num_tokens"] == 3 * 8 * 16
-        # every token is one byte, but for the end of the document, which is none and is never a label here
+        # every token is one byte, but for the end of the document, which has its share of the document's bytes
         assert valid["bits_per_byte"] == pytest.approx(valid["lm_loss"] / math.log(2), rel=5e-3)
         assert "loss" not in valid  # which one it is has a name; without a teacher the total is the LM loss
         assert valid["total_loss"] == pytest.approx(valid["lm_loss"], rel=1e-6)
     held_out = [[record["held_out"] for record in found[size] if "held_out" in record] for size in (1, 2)]
     assert held_out[0] == held_out[1] and held_out[0][0] == held_out[0][1]
     assert held_out[0][0]["num_samples"] == 24 and held_out[0][0]["tokenizer"] == tokenizer.describe()["hash"]
+    assert held_out[0][0]["bytes_of"] == "documents" and 380 <= held_out[0][0]["num_bytes"] <= 384
     for one, two in zip(found[1], found[2]):
         assert one.get("flops") == two.get("flops") and "teacher_flops" not in one
         for key in ("loss", "grad_norm"):
@@ -92,8 +93,10 @@ def test_evaluation_alone_changes_nothing(world: Worlds, tmp_path: Path) -> None
         "evaluate": {"eval_interval": 4, "eval_iters": 2},
         "checkpoint": {"save": str(save)},
     }
-    assert world(1).run(run_training, make_tree(data, **groups)) == [0]
+    (printed,) = world(1).run(output_of_training, make_tree(data, **groups))
     (trained,) = [record["valid"] for record in records(save) if "valid" in record]
+    assert "bits_per_byte" not in trained and "| bits per byte" not in printed
+    assert f"no bits per byte: {data}: the dataset does not record the bytes of its text" in printed
     before = sorted(path.name for path in save.glob("iter_*"))
     groups["evaluate"]["skip_train"] = True
     groups["training"] = {"train_iters": 8}
@@ -154,8 +157,9 @@ def test_evaluation_is_over_the_labels_that_training_is_over(ends: str, world: W
     documents = [rng.integers(97, 123, length) for length in rng.integers(1, 40, 60)]
     end = {"without": [False], "mixed": [True, False]}[ends]
     documents = [np.append(ids, tokenizer.eod) if end[i % len(end)] else ids for i, ids in enumerate(documents)]
+    sizes = rng.integers(0, 90, len(documents))  # a tokenizer that loses and makes up bytes
     with IndexedWriter(tmp_path / "data", np.uint16) as writer:
-        writer.add_documents(np.concatenate(documents), np.array([len(ids) for ids in documents], np.int32))
+        writer.add_documents(np.concatenate(documents), np.array([len(ids) for ids in documents], np.int32), sizes)
         writer.finish(parameters={"append_eod": False}, tokenizer=tokenizer.describe())
     data, save = str(tmp_path / "data"), tmp_path / "run"
     tree = make_tree(
@@ -176,7 +180,12 @@ def test_evaluation_is_over_the_labels_that_training_is_over(ends: str, world: W
     assert len(scored) < len(labels)
     (valid,) = [record["valid"] for record in records(save) if "valid" in record]
     assert valid["num_tokens"] == len(scored)
-    num_bytes = int(np.sum(stream[scored] != tokenizer.eod))
+    shares: list[int] = []
+    for ids, size in zip(documents, sizes.tolist()):
+        shares += [size * (i + 1) // len(ids) - size * i // len(ids) for i in range(len(ids))]
+    num_bytes = int(np.array(shares)[scored].sum())
+    (held_out,) = [record["held_out"] for record in records(save) if "held_out" in record]
+    assert held_out["num_bytes"] == num_bytes
     bits = valid["lm_loss"] * len(scored) / math.log(2) / num_bytes
     assert valid["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     first = (plan.blend.draw(np.arange(8)).sample_id[:, None] * 16 + 1 + np.arange(16)).reshape(-1)
