@@ -69,8 +69,16 @@ def read_config_json(folder: Path, role: str) -> HfModel:
             have, and its meaning. UsageError: a size is missing or cannot be.
     """
     path = folder / CONFIG
-    config = written = read_json(path)
-    what = f"{role}: {path}"
+    return understand_config(read_json(path), path, f"{role}: {path}")
+
+
+def understand_config(written: Mapping[str, Any], path: Path, what: str) -> HfModel:
+    """Return the model that the content of a ``config.json`` describes. what: begins messages.
+
+    Raises:
+        CorruptError, MismatchError, UsageError: as `read_config_json` does.
+    """
+    config = written
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

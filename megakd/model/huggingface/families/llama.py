@@ -16,6 +16,8 @@ LLAMA = Family(
         "initializer_range": 0.02,
     },
     default_rope_theta=10000.0,
+    fixed={"attention_bias": False, "mlp_bias": False},
+    whole_heads=True,
     expected={
         "attention_bias": ((False,), "a bias in the attention's output too, which layers here lack"),
         "mlp_bias": ((False,), "biases in the feed-forward layers, which layers here lack"),

@@ -28,4 +28,6 @@ MISTRAL = Family(
     },
     default_rope_theta=10000.0,
     window=_window,
+    keys=lambda shape: {"sliding_window": shape.sliding_window},
+    optional=frozenset({"sliding_window"}),
 )

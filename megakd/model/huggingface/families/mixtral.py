@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megakd.model.config import ModelShape
 from megakd.model.huggingface.families.parts import ATTENTION, EMBEDDING_AND_HEAD, experts
 from megakd.model.huggingface.families.table import Family
 
@@ -15,6 +16,16 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_router_topk": config.get("num_experts_per_tok", 2),
         "moe_ffn_hidden_size": config["intermediate_size"],
         "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.001),
+    }
+
+
+def _keys(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "num_local_experts": shape.num_experts,
+        "num_experts_per_tok": shape.moe_router_topk,
+        "intermediate_size": shape.moe_ffn_hidden_size,
+        "router_aux_loss_coef": shape.moe_aux_loss_coeff,
+        "sliding_window": shape.sliding_window,
     }
 
 
@@ -32,4 +43,6 @@ MIXTRAL = Family(
     default_rope_theta=1000000.0,
     values=_values,
     window=lambda config: config.get("sliding_window"),
+    keys=_keys,
+    optional=frozenset({"sliding_window"}),
 )

@@ -34,4 +34,6 @@ QWEN2 = Family(
     default_rope_theta=10000.0,
     values=lambda config: {"add_qkv_bias": True},
     window=window_of_layers,
+    fixed={"use_sliding_window": False},
+    optional=frozenset({"sliding_window"}),  # of a folder that says which layers have it
 )

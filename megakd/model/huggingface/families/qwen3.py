@@ -22,4 +22,6 @@ QWEN3 = Family(
     expected={"attention_bias": ((False,), "a bias in the attention's output too, which layers here lack")},
     values=lambda config: {"qk_layernorm": True},
     window=window_of_layers,
+    fixed={"use_sliding_window": False},
+    optional=frozenset({"sliding_window"}),  # of a folder that says which layers have it
 )

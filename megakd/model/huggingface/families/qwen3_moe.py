@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megakd.model.config import ModelShape
 from megakd.model.huggingface.families.parts import ATTENTION, EMBEDDING_AND_HEAD, QK_NORM, experts
 from megakd.model.huggingface.families.table import Family
 
@@ -18,6 +19,16 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
         "moe_ffn_hidden_size": config.get("moe_intermediate_size", 768),
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
         "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.001),
+    }
+
+
+def _keys(shape: ModelShape) -> dict[str, Any]:
+    return {
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.moe_router_topk,
+        "moe_intermediate_size": shape.moe_ffn_hidden_size,
+        "norm_topk_prob": not shape.moe_router_pre_softmax,
+        "router_aux_loss_coef": shape.moe_aux_loss_coeff,
     }
 
 
@@ -45,5 +56,8 @@ QWEN3_MOE = Family(
         "mlp_only_layers": (([], None), "dense layers between those of experts"),
     },
     values=_values,
+    keys=_keys,
+    fixed={"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    optional=frozenset({"sliding_window", "moe_router_pre_softmax"}),
     window=lambda config: config.get("sliding_window", 4096) if config.get("use_sliding_window") else None,
 )

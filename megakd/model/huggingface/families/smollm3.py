@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megakd.errors import MismatchError
+from megakd.model.config import ModelShape
 from megakd.model.huggingface.families.parts import ATTENTION, EMBEDDING_AND_HEAD, FEED_FORWARD
 from megakd.model.huggingface.families.table import Family
 
@@ -31,6 +32,12 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
             "start, such as in every fourth layer"
         )
     return {"no_rope_freq": every}
+
+
+def _keys(shape: ModelShape) -> dict[str, Any]:
+    every = shape.no_rope_freq
+    rotated = [int(every is None or (layer + 1) % every != 0) for layer in range(shape.num_layers)]
+    return {"no_rope_layers": rotated} | ({} if every is None else {"no_rope_layer_interval": every})
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
@@ -59,4 +66,7 @@ SMOLLM3 = Family(
     },
     values=_values,
     window=_window,
+    keys=_keys,
+    fixed={"attention_bias": False, "mlp_bias": False, "use_sliding_window": False},
+    optional=frozenset({"no_rope_freq", "sliding_window"}),
 )

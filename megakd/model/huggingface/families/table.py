@@ -14,6 +14,9 @@ value); the first or the second half; all of them, with padding behind."""
 Axis = Literal["vocabulary", "hidden", "query", "key", "head", "ffn", "experts", "expert_ffn"]
 
 
+_OPTIONAL = ("sliding_window", "no_rope_freq", "moe_router_pre_softmax", "moe_shared_expert_intermediate_size")
+
+
 @dataclass(frozen=True)
 class TensorRow:
     """A tensor of a Hugging Face folder, and the tensor of a checkpoint that its rows lie in.
@@ -51,6 +54,10 @@ class Family:
     model_type, architecture: as ``config.json`` names them. defaults: values of the class for keys that may be absent.
     expected: key -> the values that models here have, and the meaning of any other one. values: options of
     ``ModelConfig`` beyond those that all families share. window: tokens of the sliding window; None for no window.
+
+    keys: the inverse of values and window, what a shape comes to in a ``config.json`` that is written. fixed: values
+    there of keys that all models here share. optional: options of a shape, beyond those of all families, that the class
+    can have. whole_heads: the class refuses a width that its heads do not divide, even with ``head_dim``.
     """
 
     model_type: str
@@ -61,6 +68,10 @@ class Family:
     expected: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     values: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     window: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    keys: Callable[[ModelShape], dict[str, Any]] = lambda shape: {}
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    whole_heads: bool = False
 
     def tensors(self, shape: ModelShape, vocab_rows: int) -> Iterator[HfTensor]:
         """Yield every tensor of a model of ``shape`` whose embedding has ``vocab_rows`` rows, layer by layer."""
@@ -75,6 +86,17 @@ class Family:
                     experts = range(shape.num_experts or 0) if "{expert}" in row.theirs else [None]
                     for expert in experts:
                         yield _filled(row, sizes, layer, expert)
+
+    def lacks(self, shape: ModelShape) -> str | None:
+        """Return the field of ``shape``, with its value, that the class cannot have; None if it can have all."""
+        for name in _OPTIONAL:
+            if getattr(shape, name) and name not in self.optional:
+                return f"{name} is {getattr(shape, name)}"
+        if shape.rotary_percent != 1:
+            return f"rotary_percent is {shape.rotary_percent}, its heads are rotated whole"
+        if self.whole_heads and shape.hidden_size % shape.num_attention_heads:
+            return f"hidden_size {shape.hidden_size} is not a multiple of num_attention_heads"
+        return None
 
 
 def axis_sizes(shape: ModelShape, vocab_rows: int) -> dict[Axis, int]:

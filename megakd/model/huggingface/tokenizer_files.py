@@ -1,0 +1,102 @@
+"""Tokenizer files of a folder that is exported: copied byte for byte from where the tokenizer lies. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megakd.data.tokenizer import build_tokenizer, model_file, name_tokenizer, same_tokenizer
+from megakd.data.tokenizers.base import Tokenizer, TokenizerType
+from megakd.data.tokenizers.recorded import end_as_recorded
+from megakd.errors import MismatchError, UsageError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_BESIDE = (
+    TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.json",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+# kind -> the name that transformers looks for, and the class that reads it without adding ids of its own
+_NAMES: Mapping[str, str] = {"HuggingFaceTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
+_CLASSES: Mapping[str, dict[str, Any]] = {
+    "HuggingFaceTokenizer": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    "SentencePieceTokenizer": {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "legacy": False,
+    },
+}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Files of a tokenizer, by their names in an exported folder: ``copied`` from a path, ``written`` from bytes.
+
+    record: of the tokenizer, as manifests have it; None if it is not known. note: for people, if there are no files.
+    """
+
+    record: Mapping[str, Any] | None
+    copied: Mapping[str, Path] = field(default_factory=dict)
+    written: Mapping[str, bytes] = field(default_factory=dict)
+    note: str = ""
+
+
+def find_tokenizer_files(
+    recorded: Mapping[str, Any] | None,
+    *,
+    tokenizer_type: TokenizerType | None,
+    tokenizer_model: str | None,
+    max_length: int,
+    what: str,
+) -> TokenizerFiles:
+    """Return the files of the tokenizer that is recorded, or given by flags, after its hash was compared.
+
+    recorded: of the checkpoint's manifest; None if it has none. tokenizer_type, tokenizer_model: by flags. max_length:
+    longest sequence of the model, in tokens. what: name of the checkpoint, for messages.
+
+    Files that lie beside a ``tokenizer.json`` under the names of transformers belong to it. Where no
+    ``tokenizer_config.json`` does, one is written that adds no id to a text.
+
+    Raises:
+        UsageError: the files are not there. MismatchError: the tokenizer is another one than the recorded.
+    """
+    kind: Any = tokenizer_type or (recorded or {}).get("type")
+    if kind is None and tokenizer_model is None:
+        return TokenizerFiles(None, note="no tokenizer is recorded, and none is given by --tokenizer-model")
+    if kind is None:
+        raise UsageError(f"--tokenizer-model {tokenizer_model}: {what} does not record its type: add --tokenizer-type")
+    if kind not in _NAMES:
+        return TokenizerFiles(recorded, note=f"{kind} is a tokenizer that transformers does not have")
+    model = tokenizer_model or (recorded or {}).get("path")
+    try:
+        tokenizer = build_tokenizer(kind, model, type_flag="--tokenizer-type" if tokenizer_type else None)
+        file = model_file(kind, model)
+    except UsageError as error:
+        raise UsageError(
+            f"{what}: opening its tokenizer: {error}; --tokenizer-model says where it is now, --no-tokenizer-files "
+            "exports the weights without it"
+        ) from error
+    if recorded is not None:
+        end_as_recorded(tokenizer, recorded)
+        if not same_tokenizer(recorded, tokenizer):
+            raise MismatchError(
+                f"{what}: trained with the tokenizer {name_tokenizer(recorded)}; the one in {file} is "
+                f"{name_tokenizer(tokenizer)}"
+            )
+    assert file is not None
+    copied = {_NAMES[kind]: file}
+    if file.name == _NAMES[kind]:
+        copied |= {name: file.parent / name for name in _BESIDE if (file.parent / name).is_file()}
+    written = {} if TOKENIZER_CONFIG in copied else {TOKENIZER_CONFIG: _config(kind, tokenizer, max_length)}
+    return TokenizerFiles(recorded or tokenizer.describe(), copied, written)
+
+
+def _config(kind: str, tokenizer: Tokenizer, max_length: int) -> bytes:
+    """Return the content of a ``tokenizer_config.json``."""
+    content = {**_CLASSES[kind], "clean_up_tokenization_spaces": False, "model_max_length": max_length}
+    if tokenizer.eod_token is not None:
+        content["eos_token"] = tokenizer.eod_token
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
