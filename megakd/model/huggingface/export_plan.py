@@ -21,7 +21,7 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Content of a folder that will be written: the family's tensors of ``shape``, the tokenizer's files, and the configuration.
+    """Content of a folder that will be written: the family's tensors, the tokenizer's files, the configuration.
 
     rows: of the embedding there. dtype: of all tensors; None as they are stored. recorded: the configuration of the
     folder that the model was imported from, and its generation configuration; None for a model that was trained here.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megakd.artefacts.finished import find_finished
-from megakd.artefacts.manifest import Manifest
+from megakd.artefacts.manifest import Manifest, find_finished
 from megakd.errors import UsageError
 from megakd.model.huggingface.export_plan import ExportPlan
 
