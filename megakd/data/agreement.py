@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megakd.data.tokenizer import build_tokenizer, name_tokenizer
+from megakd.data.tokenizers.recorded import end_as_recorded
 from megakd.errors import MismatchError, UsageError
 
 
@@ -20,14 +22,15 @@ class Side:
     """One part of a run that has token ids: a dataset, a model, a logits store, scores or flags.
 
     name: for messages. tokenizer: the recorded one, or None. vocab_size: number of ids of its distributions; None
-    without distributions. by_flags: known only by the tokenizer's file, which does not tell the end-of-document id.
+    without distributions. by_file: known only by the tokenizer's file, as a flag's or that of a Hugging Face folder,
+    which does not tell how documents of a corpus end.
     padded: ``vocab_size`` counts rows with padding, because a checkpoint of Megatron-LM records nothing else.
     """
 
     name: str
     tokenizer: Mapping[str, Any] | None
     vocab_size: int | None = None
-    by_flags: bool = False
+    by_file: bool = False
     padded: bool = False
 
 
@@ -39,7 +42,7 @@ def one_tokenizer(sides: Sequence[Side]) -> dict[str, Any] | None:
     known = [side for side in sides if side.tokenizer is not None]
     for left, right in itertools.combinations(known, 2):
         _check_pair(left, right)
-    best = next((side for side in known if not side.by_flags), known[0] if known else None)
+    best = next((side for side in known if not side.by_file), known[0] if known else None)
     return None if best is None or best.tokenizer is None else dict(best.tokenizer)
 
 
@@ -119,18 +122,36 @@ def tokenizer_of_flags(
             raise UsageError(f"--tokenizer-type {kind}: nothing records its file: add --tokenizer-model")
         return None  # the recorded one, of this type
     tokenizer = build_tokenizer(kind, tokenizer_model, type_flag="--tokenizer-type" if tokenizer_type else None)
-    return Side(f"--tokenizer-model {tokenizer_model}", tokenizer.describe(), by_flags=True)
+    return Side(f"--tokenizer-model {tokenizer_model}", tokenizer.describe(), by_file=True)
 
 
 def _check_pair(left: Side, right: Side) -> None:
     assert left.tokenizer is not None and right.tokenizer is not None
-    keys = ("type", "hash", "vocab_size") + (() if left.by_flags or right.by_flags else ("eod",))
-    if any(left.tokenizer[key] != right.tokenizer[key] for key in keys):
+    first, second = _ending_like(left, right.tokenizer), _ending_like(right, left.tokenizer)
+    keys = ("type", "hash", "vocab_size") + (() if left.by_file or right.by_file else ("eod",))
+    if any(first[key] != second[key] for key in keys):
         raise MismatchError(
             f"different tokenizers: {left.name} has {_name(left.tokenizer, right.tokenizer)}, {right.name} has "
             f"{_name(right.tokenizer, left.tokenizer)}: the same ids are other tokens; 'megakd retokenize' makes a "
             "dataset in another tokenizer's"
         )
+
+
+def _ending_like(side: Side, other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a side's tokenizer; if its file alone is known, with the other's id at the end of documents.
+
+    The hash covers that id, which ``--eod-token`` may have chosen for a dataset.
+    """
+    assert side.tokenizer is not None
+    path = side.tokenizer.get("path")
+    if not side.by_file or side.tokenizer["eod"] == other["eod"] or path is None or not Path(path).exists():
+        return side.tokenizer
+    tokenizer = build_tokenizer(side.tokenizer["type"], path, type_flag=None)
+    end_as_recorded(tokenizer, side.tokenizer)
+    if tokenizer.hash != side.tokenizer["hash"]:
+        return side.tokenizer  # the file has changed since
+    end_as_recorded(tokenizer, other)
+    return tokenizer.describe()
 
 
 def _name(tokenizer: Mapping[str, Any], other: Mapping[str, Any]) -> str:

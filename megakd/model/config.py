@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megakd.config.tree import option
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.model.bounds import check_bounds
 
 # MiniPLM: arXiv 2410.17215, Qwen 1.5 architecture; whether embeddings are tied follows from the published parameter
 # counts (104M, 203M and 464M leave room for one embedding of 151,936 rows, 1.2B for two). PD: arXiv 2410.16215.
@@ -31,31 +32,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
     )
 }  # fmt: skip
 
-# Beyond the size of any model: a larger value is a typing error, and would fail in the middle of an allocation.
-_LARGEST = {
-    "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16,
-    "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "num_experts": 1 << 16, "moe_ffn_hidden_size": 1 << 24,
-    "moe_shared_expert_intermediate_size": 1 << 24, "make_vocab_size_divisible_by": 1 << 24, "fp8_margin": 64,
-    "fp8_amax_history_len": 1 << 16, "init_method_std": 1e3, "norm_epsilon": 1.0, "rotary_base": 1e12,
-    "rope_scaling_factor": 1e6, "rope_scaling_low_freq_factor": 1e6, "rope_scaling_high_freq_factor": 1e6,
-    "rope_scaling_original_max_position_embeddings": 1 << 30, "rotary_seq_len_interpolation_factor": 1e6,
-    "yarn_rotary_scaling_factor": 1e6, "yarn_original_max_position_embeddings": 1 << 30, "yarn_beta_fast": 1e6,
-    "yarn_beta_slow": 1e6, "yarn_attention_factor": 1e6, "no_rope_freq": 10_000, "max_position_embeddings": 1 << 30,
-    "sliding_window": 1 << 30, "padded_vocab_size": 1 << 30,
-}  # fmt: skip
-_POSITIVE = (
-    "norm_epsilon", "rotary_base", "rotary_percent", "init_method_std", "rope_scaling_factor",
-    "rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor", "rotary_seq_len_interpolation_factor",
-    "yarn_rotary_scaling_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_attention_factor",
+# Options of a run with a model, which the model itself does not depend on; and those that checkpoints only record.
+_OF_A_RUN = (
+    "transformer_impl", "bf16", "fp8_format", "fp8_recipe", "fp8_param_gather", "fp8_margin", "fp8_amax_history_len",
+    "fp8_amax_compute_algo", "fp4_format", "first_last_layers_bf16", "recompute_granularity", "recompute_method",
+    "recompute_num_layers", "moe_token_dispatcher_type", "hidden_dropout",
 )  # fmt: skip
-_AT_LEAST_1 = (
-    "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by", "recompute_num_layers",
-    "fp8_amax_history_len", "rope_scaling_original_max_position_embeddings", "yarn_original_max_position_embeddings",
-    "no_rope_freq", "max_position_embeddings", "sliding_window", "padded_vocab_size",
+_RECORDED_ALONE = (
+    "init_method_std", "attention_dropout", "moe_aux_loss_coeff", "make_vocab_size_divisible_by", "padded_vocab_size",
+    "max_position_embeddings",
 )  # fmt: skip
-_LEAST_FACTORS = ("rotary_base", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
-                  "yarn_rotary_scaling_factor")  # fmt: skip
 _SCALINGS = ("rope_scaling_factor", "rotary_seq_len_interpolation_factor", "yarn_rotary_scaling_factor")
 
 
@@ -174,20 +160,7 @@ class ModelConfig:
             raise UsageError("--fp8-format and --fp4-format exclude each other")
         if self.fp8_format and self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
             raise UsageError("--first-last-layers-bf16 needs --fp8-recipe tensorwise or blockwise; it is delayed")
-        for name in _AT_LEAST_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a positive number")
-        if self.rotary_percent > 1:
-            raise UsageError(f"--rotary-percent is {self.rotary_percent}; expected at most 1")
-        for name in _LEAST_FACTORS:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        for name, most in _LARGEST.items():
-            if getattr(self, name) is not None and getattr(self, name) > most:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at most {most}")
+        check_bounds(self)
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected 0 <= p < 1")
@@ -241,6 +214,30 @@ class ModelConfig:
         if self.recompute_granularity != "full" and given:
             raise UsageError(f"{' and '.join(given)} without --recompute-granularity full")
 
+    def of_checkpoint(self, shape: ModelShape, checkpoint: str) -> ModelShape:
+        """Return the shape of a checkpoint's model with the precision, layers and costs that the options here ask for.
+
+        Raises:
+            UsageError: an option describes another model than the checkpoint's.
+        """
+        defaults = ModelConfig()
+        values = {name: getattr(self, name) for name in _OF_A_RUN}
+        untied = self.untie_embeddings_and_output_weights
+        described = {name: getattr(self, name) for name in shape.__dataclass_fields__ if name in self.__dict__}
+        described |= {} if untied is None else {"tied": not untied}
+        for name, value in described.items():
+            if name in _OF_A_RUN or value in (None, getattr(defaults, name, None)) or value == getattr(shape, name):
+                continue
+            if name in _RECORDED_ALONE:
+                values[name] = value
+                continue
+            flag = "untie-embeddings-and-output-weights" if name == "tied" else name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} is {untied if name == 'tied' else value}, and the model is that of {checkpoint}, whose "
+                f"{name} is {getattr(shape, name)}: leave the flag out, or describe a whole model (--num-layers ...)"
+            )
+        return dataclasses.replace(shape, **values)
+
     @property
     def given(self) -> bool:
         """True if the user described a model here."""
@@ -258,7 +255,9 @@ class ModelConfig:
         sizes = {key: values[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
         missing = [f"--{key.replace('_', '-')}" for key, value in sizes.items() if value is None]
         if missing:
-            raise UsageError(f"{role}: missing {', '.join(missing)} (or --preset: {', '.join(_PRESETS)})")
+            taken = "; or --load DIR --finetune, which takes the model of a checkpoint or a Hugging Face folder"
+            ways = f"--preset: {', '.join(_PRESETS)}{taken if role == 'student' else ''}"
+            raise UsageError(f"{role}: missing {', '.join(missing)} (or {ways})")
         if min(sizes.values()) < 1:
             raise UsageError(f"{role}: {sizes}; expected positive sizes")
         hidden, heads = values["hidden_size"], values["num_attention_heads"]

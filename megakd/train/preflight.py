@@ -113,8 +113,9 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     check_writers(config.logging)
     data_size = config.parallel.data_parallel_size(world_size)
     config.training.check_batch(data_size)
-    student = config.student.resolve("student")
+    student, start = _student(config)
     student.check_layout(config.parallel, "student")
+    student.check_sequence(config.data.seq_length, "student")
     if config.parallel.interleaved:
         _check_interleaving(config.training, config.parallel, data_size)
     data = config.data
@@ -125,7 +126,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     for held_out in valid_blend.datasets if valid_blend else ():
         _ = held_out.dataset.text_bytes  # damaged ones are refused now, before a step is lost
-    teacher, resume, weights_only = _read_teacher(config.teacher), *_read_resume(config.checkpoint, student)
+    teacher = _read_teacher(config.teacher)
+    resume, weights_only = start or _read_resume(config.checkpoint, student)
     sides = _sides(data, datasets, teacher, resume, weights_only)
     tokenizer, vocab_size = one_tokenizer(sides), true_vocabulary(sides, stated=data.vocab_size)
     if vocab_size is None:
@@ -143,7 +145,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         bf16 = config.student.bf16 if config.teacher.bf16 is None else config.teacher.bf16
         teacher_shape = _frozen_shape(config.teacher, teacher, bf16=bf16)
         teacher_layout.data_parallel_size(world_size)
-        _check_teacher(teacher, teacher_shape, teacher_layout, config.parallel)
+        _check_teacher(teacher, teacher_shape, teacher_layout, config.parallel, seq_length=data.seq_length)
     open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
     stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")
     valid_stores: tuple[LogitsStore | None, ...] = ()
@@ -269,15 +271,18 @@ def _sides(
     }
     sides = list(by_prefix.values())
     if teacher is not None:
-        padded = teacher.rows is not None
-        sides.append(Side(f"the teacher {teacher.path}", teacher.tokenizer, teacher.vocab_size, padded=padded))
+        sides.append(_side_of(f"the teacher {teacher.path}", teacher, teacher.vocab_size))
     if resume is not None:  # the vocabulary of a continued run is checked with its shape
         rows = resume.vocab_size if weights_only else None
-        padded = resume.rows is not None
-        sides.append(Side(f"the checkpoint {resume.path}", resume.tokenizer, rows, padded=padded))
+        sides.append(_side_of(f"the checkpoint {resume.path}", resume, rows))
     by_flags = tokenizer_of_flags(data.tokenizer_type, data.tokenizer_model, sides, vocab_size=data.vocab_size)
     # where nothing is recorded, flags say what the data was made with
     return sides if by_flags is None else [by_flags, *(side for side in sides if side.tokenizer or side.vocab_size)]
+
+
+def _side_of(name: str, record: CheckpointRecord, vocab_size: int | None) -> Side:
+    padded = record.rows is not None
+    return Side(name, record.tokenizer, vocab_size, by_file=record.tokenizer_by_file, padded=padded)
 
 
 def _check_interleaving(training: TrainingConfig, parallel: ParallelConfig, data_size: int) -> None:
@@ -310,8 +315,25 @@ def _frozen_shape(teacher: TeacherConfig, record: CheckpointRecord, *, bf16: boo
     )
 
 
+def _student(config: TrainConfig) -> tuple[ModelShape, tuple[CheckpointRecord | None, bool] | None]:
+    """Return the student's shape: as described, or that of the checkpoint to start from where nothing describes it.
+
+    Also returns the result of `_read_resume` in the latter case, else None.
+    """
+    described = config.student.given or not (config.checkpoint.load or config.checkpoint.save)
+    resume, weights_only = (None, False) if described else _read_resume(config.checkpoint, None)
+    if resume is None:
+        return config.student.resolve("student"), None
+    return config.student.of_checkpoint(resume.shape, str(resume.path)), (resume, weights_only)
+
+
 def _check_teacher(
-    record: CheckpointRecord, shape: ModelShape, layout: ParallelConfig, student_layout: ParallelConfig
+    record: CheckpointRecord,
+    shape: ModelShape,
+    layout: ParallelConfig,
+    student_layout: ParallelConfig,
+    *,
+    seq_length: int,
 ) -> None:
     if shape.num_experts and any(
         getattr(layout, name) != getattr(student_layout, name)
@@ -322,10 +344,11 @@ def _check_teacher(
             "--teacher-pipeline-model-parallel-size"
         )
     shape.check_layout(layout, "teacher")
+    shape.check_sequence(seq_length, f"teacher {record.path}")
     _check_weights(record, "teacher")
 
 
-def _read_resume(checkpoint: CheckpointConfig, student: ModelShape) -> tuple[CheckpointRecord | None, bool]:
+def _read_resume(checkpoint: CheckpointConfig, student: ModelShape | None) -> tuple[CheckpointRecord | None, bool]:
     """Return the checkpoint to start from, if any, and True if only its weights are taken."""
     if checkpoint.save:
         _check_save(Path(checkpoint.save))
@@ -338,9 +361,10 @@ def _read_resume(checkpoint: CheckpointConfig, student: ModelShape) -> tuple[Che
         return None, False
     record = read_record(checkpoint.load, checkpoint.ckpt_step, role="--load", flag="--ckpt-step", shape=student)
     if record.foreign and not checkpoint.finetune:
+        where = record.path if record.form == "huggingface" else record.path.parent
         raise MismatchError(
             f"{record.path} was not written by 'megakd train': no run to continue; to start from its weights: "
-            f"--load {record.path.parent} --finetune, and another --save"
+            f"--load {where} --finetune, and another --save"
         )
     return record, checkpoint.finetune
 

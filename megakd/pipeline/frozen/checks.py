@@ -32,7 +32,13 @@ def common_tokenizer(
     """
     sides = [
         Side(f"dataset {dataset.prefix}", recorded_tokenizer(dataset)),
-        Side(f"the model {record.path}", record.tokenizer, record.vocab_size, padded=record.rows is not None),
+        Side(
+            f"the model {record.path}",
+            record.tokenizer,
+            record.vocab_size,
+            by_file=record.tokenizer_by_file,
+            padded=record.rows is not None,
+        ),
     ]
     given = tokenizer_of_flags(None, tokenizer_model, sides)
     if given is not None:  # what the dataset was made with, where nothing is recorded
