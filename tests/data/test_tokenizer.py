@@ -61,6 +61,13 @@ def test_token_bytes_add_up_to_the_utf8_length(tokenizer: Tokenizer) -> None:
             assert sizes[tokenizer.encode(text)].sum() == len(text.encode()) + leading_space
 
 
+def test_token_bytes_of_a_byte_level_file_without_a_decoder(models: Path, tmp_path: Path) -> None:
+    content = json.loads((models / "bpe/tokenizer.json").read_text()) | {"decoder": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    without = build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    assert np.array_equal(without.token_bytes(), build_tokenizer("HuggingFaceTokenizer", models / "bpe").token_bytes())
+
+
 def test_ids_are_the_engines_own(models: Path) -> None:
     import sentencepiece
     from tokenizers import Tokenizer as HuggingFace

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from megakd.artefacts.durable_files import explain_no_space
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags
-from megakd.data.indexed.dataset import IndexedDataset
-from megakd.data.samples.boundaries import starts_between
+from megakd.data.indexed.dataset import NO_TEXT_BYTES, IndexedDataset
 from megakd.data.samples.packing import open_samples
 from megakd.data.samples.protocol import Samples
 from megakd.data.scores.artefact import COUNTS, Scores
+from megakd.data.scores.sample_bytes import sample_bytes
 from megakd.data.selection import MANIFEST as SELECTION
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
@@ -306,6 +306,16 @@ def outdated(source: Source) -> str | None:
     return None
 
 
+def decoded_bytes_warning(source: Source, normalise: str) -> str | None:
+    """A warning if NLLs are per byte of what ids decode to, for lack of the bytes of the original text; else None."""
+    if normalise != "byte" or source.samples is None or source.samples.dataset.has_text_bytes:
+        return None
+    return (
+        f"{source.samples.dataset.prefix}: {NO_TEXT_BYTES}; NLLs are per byte of what ids decode to, which is less "
+        "than the text where a tokenizer normalises, drops white space or does not know a letter"
+    )
+
+
 def _divisor(
     normalise: str, scores: Scores, samples: Samples | None, tokenizer_model: str | None
 ) -> NDArray[np.int32] | int:
@@ -319,30 +329,3 @@ def _divisor(
     skipped = tokenizer.eod if parameters.get("mask_policy", "all") != "all" else None
     by_index = "boundaries" in parameters
     return sample_bytes(samples, tokenizer.token_bytes(), skip_after=skipped, skip_starts=by_index)
-
-
-def sample_bytes(
-    samples: Samples, token_bytes: NDArray[np.int32], *, skip_after: int | None, skip_starts: bool = False
-) -> NDArray[np.int32]:
-    """``[num_samples]`` int32: bytes of text that the labels of each sample stand for, in a temporary file.
-
-    skip_after: labels behind this id were not scored and do not count. skip_starts: nor do the labels with which
-        documents of the index start.
-    """
-    with tempfile.TemporaryFile() as stream:
-        stream.truncate(4 * samples.num_samples)
-        sizes: NDArray[np.int32] = np.memmap(stream, "<i4", "r+", shape=(samples.num_samples,))
-    for first in range(0, samples.num_samples, _SAMPLES_AT_ONCE):
-        ids = np.arange(first, min(first + _SAMPLES_AT_ONCE, samples.num_samples))
-        starts = samples.starts(ids)
-        ends = starts + samples.lengths(ids)
-        base = int(starts[0])
-        tokens = samples.dataset.tokens[base : int(ends[-1])]
-        bytes_each = token_bytes[tokens]
-        if skip_after is not None:
-            bytes_each[1:][tokens[:-1] == skip_after] = 0
-        if skip_starts:
-            bytes_each[starts_between(samples.dataset, base, base + len(tokens)) - base] = 0
-        before = np.concatenate(([0], np.cumsum(bytes_each, dtype=np.int64)))
-        sizes[ids] = before[ends - base] - before[np.minimum(starts + 1, ends) - base]  # empty documents have no first
-    return sizes

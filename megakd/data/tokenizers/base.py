@@ -116,7 +116,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> NDArray[np.int32]:
-        """``[vocab_size]`` int32: UTF-8 bytes of the text of each id, 0 for control tokens; for bits per byte."""
+        """``[vocab_size]`` int32: UTF-8 bytes of the text that each id decodes to, 0 for control tokens.
+
+        A text may have had more, or fewer: a tokenizer that normalises, drops white space or has an unknown id does not
+        give it back. The bytes of a document's text are `IndexedDataset.text_bytes`.
+        """
 
     def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.integer[Any]]]:
         """Encode each text as an array of ids. Raises UnencodableError."""

@@ -97,7 +97,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
     def token_bytes(self) -> NDArray[np.int32]:
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._engine.to_str()).get("decoder"))
+        model = json.loads(self._engine.to_str())
+        # a file may lack the decoder, and its pieces are written in the byte-level alphabet all the same
+        byte_level = any("ByteLevel" in json.dumps(model.get(part)) for part in ("decoder", "pre_tokenizer"))
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         added = self._engine.get_added_tokens_decoder()
         for piece, i in self._engine.get_vocab(with_added_tokens=True).items():

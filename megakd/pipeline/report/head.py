@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megakd.data.scores.sources import outdated
+from megakd.data.scores.sources import decoded_bytes_warning, outdated
 from megakd.pipeline.report.config import ReportConfig
 from megakd.pipeline.report.figures import Figures
 from megakd.pipeline.report.scoring import REFERENCE, SCORE, TEACHER, Scoring
@@ -105,5 +105,4 @@ def _warnings(scoring: Scoring, figures: Figures) -> list[str]:
         pearson = {(first, second): value for first, second, value, _ in figures.correlations}
         by_model = {name: pearson[column, SCORE] for name, column in (("teacher", TEACHER), ("reference", REFERENCE))}
         texts += degenerate_warnings({"reference": 1.0, "teacher": -scoring.teacher_scale}, by_model)
-    old = outdated(scoring.source)
-    return texts if old is None else [*texts, old]
+    return [*texts, *filter(None, [outdated(scoring.source), decoded_bytes_warning(scoring.source, scoring.normalise)])]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.config.tree import parse
-from megakd.data.scores.sources import outdated
+from megakd.data.scores.sources import decoded_bytes_warning, outdated
 from megakd.data.selection import Selection
 from megakd.errors import ExitStatus
 from megakd.pipeline.select.config import RANKS_ARE_BINNED, SelectConfig
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(RANKS_ARE_BINNED, on="stdout")
     rule = outcome.manifests[0].parameters["rule"]
     doubts = [*quota_warnings(rule), *degenerate_warnings(rule["weights"], outcome.correlations)]
-    for warning in [*doubts, *(warning for source in sources if (warning := outdated(source)))]:
+    for source in sources:
+        doubts += filter(None, [outdated(source), decoded_bytes_warning(source, config.normalise)])
+    for warning in doubts:
         tell(f"warning: {warning}")
     for source, manifest in zip(sources, outcome.manifests):
         tell(

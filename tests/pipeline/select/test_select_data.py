@@ -15,7 +15,7 @@ from megakd.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.packing import open_samples
 from megakd.data.samples.protocol import Samples
-from megakd.data.scores import sources as select_scores
+from megakd.data.scores import sample_bytes as select_bytes
 from megakd.data.selection import Selection
 from megakd.data.tokenizer import ByteTokenizer, NullTokenizer
 from megakd.errors import MismatchError, UsageError
@@ -53,8 +53,14 @@ def write_pair(folder: Path, samples: Samples, **other: Any) -> tuple[list[str],
 
 
 @pytest.mark.parametrize("mask_policy", ["all", "skip_after_eod"])
-def test_per_byte(tmp_path: Path, dataset: IndexedDataset, mask_policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select_scores, "_SAMPLES_AT_ONCE", 13)
+def test_per_byte(
+    tmp_path: Path,
+    dataset: IndexedDataset,
+    mask_policy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(select_bytes, "_SAMPLES_AT_ONCE", 13)
     samples = ConcatSamples(dataset, SEQ)
     flags, teacher, reference, _ = write_pair(tmp_path, samples, mask_policy=mask_policy)
     sizes = [len(str(i)) + 1 for i in range(VOCAB - 1)] + [0]
@@ -68,6 +74,8 @@ def test_per_byte(tmp_path: Path, dataset: IndexedDataset, mask_policy: str, mon
     scores = scores_of([(1.0, reference), (-1.0, teacher)], num_bytes)
     order = ordered(scores, range(len(scores)), [dataset.fingerprint] * len(scores), 1234)
     assert Selection(tmp_path / "out").ids.tolist() == sorted(order[: len(scores) // 2])
+    printed = capsys.readouterr().err
+    assert f"warning: {dataset.prefix}: the dataset does not record the bytes of its text" in printed
 
 
 def test_domains_are_ranges_of_documents(tmp_path: Path, dataset: IndexedDataset, capsys: Any) -> None:
@@ -102,8 +110,40 @@ def test_bytes_where_the_last_document_is_empty(tmp_path: Path) -> None:
         writer.add_documents(np.array([97, 98, 99, 97, 256]), np.array([3, 0, 2, 0], np.int32))
         writer.finish(tokenizer=ByteTokenizer().describe())
     samples = open_samples("document", IndexedDataset(tmp_path / "data"), SEQ, ByteTokenizer)
-    sizes = select_scores.sample_bytes(samples, ByteTokenizer().token_bytes(), skip_after=None)
+    sizes = select_bytes.sample_bytes(samples, ByteTokenizer().token_bytes(), skip_after=None)
     assert sizes.tolist() == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+@pytest.mark.parametrize("policy", [{"skip_after": None}, {"skip_after": 9, "skip_starts": True}])
+def test_bytes_of_a_tokenizer_that_loses_some(
+    tmp_path: Path, packing: Any, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled in each document to those of its text; id 5 is unknown, and has none of its own."""
+    monkeypatch.setattr(select_bytes, "_SAMPLES_AT_ONCE", 5)
+    monkeypatch.setattr(select_bytes, "_TOKENS_AT_ONCE", 7)
+    rng = np.random.default_rng(0)
+    lengths, of_ids = rng.integers(0, 60, 40).astype(np.int32), np.array([1, 2, 3, 1, 7, 0, 4, 1, 1, 0], np.int32)
+    lengths[-1], tokens = 0, rng.integers(0, 10, lengths[:-1].sum())
+    sizes, starts = rng.integers(0, 400, 40), np.cumsum([0, *lengths])
+    tokens[starts[7] : starts[8]] = 5
+    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
+        writer.add_documents(tokens, lengths, sizes)
+        writer.finish()
+    each: list[float] = []
+    for first, last, size in zip(starts.tolist(), starts[1:].tolist(), sizes.tolist()):
+        own = [int(of_ids[token]) for token in tokens[first:last]]
+        own = own if sum(own) else [1] * len(own)
+        each += [size * weight / sum(own) for weight in own]
+    for i in range(1, len(each)):
+        if tokens[i - 1] == policy["skip_after"] or ("skip_starts" in policy and i in starts):
+            each[i] = 0
+    samples = open_samples(packing, IndexedDataset(tmp_path / "data"), 64, ByteTokenizer)
+    ids = np.arange(samples.num_samples)
+    ends = samples.starts(ids) + samples.lengths(ids)
+    expected = [sum(each[start + 1 : end]) for start, end in zip(samples.starts(ids).tolist(), ends.tolist())]
+    found = select_bytes.sample_bytes(samples, of_ids, **policy)
+    assert np.abs(found - np.array(expected)).max() <= 0.5 + 1e-6 and found.sum() > 1000
 
 
 def test_a_dataset_is_not_replaced_by_its_refined_one(tmp_path: Path, dataset: IndexedDataset) -> None:
