@@ -48,6 +48,7 @@ VERBS = {
     "evaluate": "megakd.pipeline.evaluate.main",
     "plan": "megakd.pipeline.planning.main",
     "train": "megakd.train.main",
+    "prune": "megakd.pipeline.prune.main",
     "generate": "megakd.pipeline.generate.main",
 }
 

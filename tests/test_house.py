@@ -35,6 +35,7 @@ PIPELINE_ARROWS = {
     ("capture", "score"),
     ("proxy", "frozen"),
     ("evaluate", "frozen"),
+    ("prune", "frozen"),
     ("report", "select"),
 }
 # Every other room of the pipeline is one verb's, and its door is main.py.
@@ -70,6 +71,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/score/main.py", "megakd.pipeline.score.run"),
     ("megakd/pipeline/capture/main.py", "megakd.pipeline.capture.run"),
     ("megakd/pipeline/proxy/main.py", "megakd.pipeline.proxy.fit"),
+    ("megakd/pipeline/prune/main.py", "megakd.pipeline.prune.run"),
     ("megakd/pipeline/generate/main.py", "megakd.pipeline.generate.run"),
     ("megakd/pipeline/evaluate/main.py", "megakd.pipeline.evaluate.run"),
     ("megakd/pipeline/evaluate/run.py", "megakd.pipeline.evaluate.task_figures"),  # lm-eval is optional, and slow
@@ -106,6 +108,7 @@ RUNS_A_MODEL = tuple(
         "evaluate.harness",
         "evaluate.task_figures",
         "evaluate.results",
+        *("prune.run", "prune.calibration", "prune.observer", "prune.slices", "prune.transfer"),
     )
 )
 HEAVY = {"torch", "megatron", "transformer_engine", "matplotlib", "tensorboard", "lm_eval", "datasets"}

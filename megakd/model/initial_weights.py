@@ -6,11 +6,11 @@ import hashlib
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megakd.model.config import ModelShape
 from megakd.model.gpt import HiddenGPTModel, partition_dim
+from megakd.model.matrix_slices import slice_matrix
 from megakd.parallel import Groups
 
 
@@ -35,7 +35,7 @@ def set_initial_weights(
             size = groups.parallel.expert_tensor_parallel_size if experts else tensor_size
             whole = _draw_matrix(key, weight, shape, size, vocab_size, seed)
             rank = groups.collection.expt_tp.rank() if experts else groups.tensor_rank
-            weight.copy_(_slice_matrix(whole, key, weight, size, rank))
+            weight.copy_(slice_matrix(whole, key, rank=rank, size=size, rows=weight.shape[0]))
 
 
 def global_name(model: HiddenGPTModel, name: str, groups: Groups) -> str:
@@ -65,15 +65,3 @@ def _draw_matrix(key: str, weight: Tensor, shape: ModelShape, size: int, vocab_s
     if "linear_proj" in key or "linear_fc2" in key:
         std /= math.sqrt(2.0 * shape.num_layers)
     return torch.randn(whole, generator=generator, dtype=torch.float32).mul_(std)
-
-
-def _slice_matrix(whole: Tensor, key: str, weight: Tensor, size: int, rank: int) -> Tensor:
-    dim = partition_dim(key)
-    if dim is None:
-        return whole
-    if "word_embeddings" in key or "output_layer" in key:
-        whole = F.pad(whole, (0, 0, 0, weight.shape[0] * size - whole.shape[0]))
-    if "linear_fc1" in key:  # gate and up are each split, then stacked
-        gate, up = whole.chunk(2)
-        return torch.cat([gate.chunk(size)[rank], up.chunk(size)[rank]])
-    return whole.chunk(size, dim)[rank]

@@ -61,6 +61,39 @@ class CheckpointWriter:
 
         parameters: those of `record_parameters`, and others that the manifest keeps. optimizer: megatron's.
         """
+        tree = model_state(chunks, groups)
+        tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=sharding_metadata(groups))
+        tree["rng_state"] = random_state(groups)
+        self._write(iteration, tree, groups, parameters=parameters, parents=parents, tokenizer=tokenizer)
+
+    def save_weights(
+        self,
+        iteration: int,
+        chunks: list[HiddenGPTModel],
+        groups: Groups,
+        *,
+        parameters: dict[str, Any],
+        parents: dict[str, str],
+        tokenizer: dict[str, Any] | None,
+    ) -> None:
+        """Write a checkpoint of weights alone, to start from: its manifest says that there is no run to continue.
+
+        parameters: those of `record_parameters`, and others that the manifest keeps. All ranks call it.
+        """
+        parameters = {**parameters, "foreign": True, "rng_states": False}
+        tree = model_state(chunks, groups)
+        self._write(iteration, tree, groups, parameters=parameters, parents=parents, tokenizer=tokenizer)
+
+    def _write(
+        self,
+        iteration: int,
+        tree: dict[str, Any],
+        groups: Groups,
+        *,
+        parameters: dict[str, Any],
+        parents: dict[str, str],
+        tokenizer: dict[str, Any] | None,
+    ) -> None:
         self.finish()
         final = checkpoint_path(self.folder, iteration)
         self._partial = partial = final.with_name(final.name + ".partial")
@@ -68,9 +101,6 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        tree = model_state(chunks, groups)
-        tree["optimizer"] = optimizer.sharded_state_dict(tree, is_loading=False, metadata=sharding_metadata(groups))
-        tree["rng_state"] = random_state(groups)
         _check_space(tree, self.folder, groups)
 
         def announce() -> None:

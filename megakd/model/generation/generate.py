@@ -84,12 +84,16 @@ def batches_by_length(requests: Sequence[Request], batch_size: int) -> list[list
 class Generator:
     """One copy of a model that continues prompts; every rank that holds a part of it calls it alike.
 
-    model: this rank's stage, with its part of the head on the last. shard: this rank's slice of the vocabulary.
+    model: this rank's stage, with its part of the head on the last. vocab_size: ids from here on, which are padding or
+    have no text, are never chosen.
     """
 
-    def __init__(self, model: HiddenGPTModel, groups: Groups, *, shard: VocabShard, sampling: Sampling) -> None:
-        self._model, self._groups = model, groups
-        self._shard, self._sampling = shard, sampling
+    def __init__(self, model: HiddenGPTModel, groups: Groups, *, vocab_size: int, sampling: Sampling) -> None:
+        self._model, self._groups, self._sampling = model, groups, sampling
+        self._shard: VocabShard | None = None
+        if groups.is_last_stage:
+            rows = model.output_weight().shape[0] * groups.parallel.tensor_model_parallel_size
+            self._shard = groups.vocab_shard(vocab_size, padded_vocab_size=rows)
         self._decoder = Decoder(model, groups)
 
     def run(
@@ -153,6 +157,7 @@ class Generator:
         device = self._groups.device
         both_2B = torch.empty(2, batch_size, dtype=torch.float64, device=device)  # ids are exact in float64
         if hidden_BH is not None:
+            assert self._shard is not None
             ids_B, log_probs_B = next_tokens(
                 hidden_BH,
                 self._model.output_weight(),

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megakd.artefacts.manifest import atomic_write
 from megakd.errors import ExitStatus
-from megakd.layout import padded_vocab_size
 from megakd.model.checkpoint.load import load_weights
 from megakd.model.checkpoint.tensor_names import check_weights
 from megakd.model.generation.generate import Continuation, Generator, Request, batches_by_length, draw_keys
@@ -63,14 +62,9 @@ def build_generator(plan: GeneratePlan, groups: Groups, sampling: Sampling) -> G
     load_weights(record, chunks, groups)
     (model,) = chunks
     model.requires_grad_(False)
-    rows = padded_vocab_size(
-        record.vocab_size,
-        divisible_by=shape.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=groups.parallel.tensor_model_parallel_size,
-    )
     # ids behind the tokenizer's last one are the model's padding: they have no text
-    shard = groups.vocab_shard(min(record.vocab_size, plan.tokenizer.vocab_size), padded_vocab_size=rows)
-    return Generator(model, groups, shard=shard, sampling=sampling)
+    vocab_size = min(record.vocab_size, plan.tokenizer.vocab_size)
+    return Generator(model, groups, vocab_size=vocab_size, sampling=sampling)
 
 
 def _run_aloud(generator: Generator, request: Request, plan: GeneratePlan) -> Continuation:

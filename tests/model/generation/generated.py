@@ -23,9 +23,9 @@ WAYS: dict[str, dict[str, Any]] = {
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3], [8, 4], [3, 1, 4, 1, 5]]
 
 
-def build(tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False) -> tuple[Any, Any, Any]:
-    """This rank's stage of the model, its groups and its slice of the vocabulary."""
-    from megakd.layout import ParallelConfig, padded_vocab_size
+def build(tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False) -> tuple[Any, Any]:
+    """This rank's stage of the model, and its groups."""
+    from megakd.layout import ParallelConfig
     from megakd.model.gpt import build_model
     from megakd.model.initial_weights import set_initial_weights
     from megakd.parallel import init_parallel
@@ -37,9 +37,7 @@ def build(tensor: int = 1, pipeline: int = 1, sequence_parallel: bool = False) -
     shape = ModelConfig(**SHAPE).resolve("test")
     chunks = build_model(shape, groups, vocab_size=VOCAB, seq_length=32)
     set_initial_weights(chunks, shape, groups, vocab_size=VOCAB, seed=7)
-    divisor = shape.make_vocab_size_divisible_by
-    rows = padded_vocab_size(VOCAB, divisible_by=divisor, tensor_model_parallel_size=tensor)
-    return chunks[0].eval(), groups, groups.vocab_shard(VOCAB, padded_vocab_size=rows)
+    return chunks[0].eval(), groups
 
 
 def continue_prompts(
@@ -57,8 +55,8 @@ def continue_prompts(
     from megakd.model.generation.generate import Generator, Request, batches_by_length, draw_keys
     from megakd.model.generation.sampling import Sampling
 
-    model, groups, shard = build(*layout, sequence_parallel)
-    generator = Generator(model, groups, shard=shard, sampling=Sampling(**(sampling or {})))
+    model, groups = build(*layout, sequence_parallel)
+    generator = Generator(model, groups, vocab_size=VOCAB, sampling=Sampling(**(sampling or {})))
     keys = draw_keys(prompts, seed)
     requests = [Request(tuple(ids), new, frozenset(stop_ids), stops, key) for ids, key in zip(prompts, keys)]
     results: dict[int, Any] = {}
@@ -84,7 +82,7 @@ def logits_behind(model: Any, ids: list[int]) -> torch.Tensor:
 
 def twin(prompts: list[list[int]], new: int = 12, stop_ids: tuple[int, ...] = ()) -> list[tuple[list[int], float]]:
     """Greedy tokens and the sum of their log-probabilities, each by a forward pass over the whole text so far."""
-    model, _, _ = build()
+    model, _ = build()
     results = []
     for prompt in prompts:
         ids, total = list(prompt), 0.0

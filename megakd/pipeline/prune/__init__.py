@@ -1,0 +1,1 @@
+"""Verb ``megakd prune``: a student cut out of a teacher."""
