@@ -105,17 +105,19 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
     try:
         header = json.loads(text)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        found = sorted((_stored(file, name, entry, 8 + length) for name, entry in entries), key=lambda one: one.start)
+        tensors = sorted(
+            (_stored(file, name, entry, 8 + length) for name, entry in entries), key=lambda tensor: tensor.start
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{file}: its header cannot be read: {type(error).__name__}: {error}") from None
     place = 8 + length
-    for tensor in found:
+    for tensor in tensors:
         if tensor.start != place:
             raise CorruptError(f"{file}: {tensor.name} begins at byte {tensor.start}, expected {place}")
         place += tensor.num_bytes
     if place != size:
         raise CorruptError(f"{file}: {size} bytes, expected {place}; the file was cut, replaced or half copied")
-    yield from found
+    yield from tensors
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> StoredTensor:
