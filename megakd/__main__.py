@@ -46,6 +46,7 @@ VERBS = {
     "capture": "megakd.pipeline.capture.main",
     "collect": "megakd.pipeline.capture.collect_main",
     "evaluate": "megakd.pipeline.evaluate.main",
+    "convert": "megakd.pipeline.convert.main",
     "plan": "megakd.pipeline.planning.main",
     "train": "megakd.train.main",
     "prune": "megakd.pipeline.prune.main",

@@ -75,6 +75,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/generate/main.py", "megakd.pipeline.generate.run"),
     ("megakd/pipeline/evaluate/main.py", "megakd.pipeline.evaluate.run"),
     ("megakd/pipeline/evaluate/run.py", "megakd.pipeline.evaluate.task_figures"),  # lm-eval is optional, and slow
+    ("megakd/pipeline/convert/main.py", "megakd.pipeline.convert.run"),
     # triton need not be installed where nobody runs its kernels
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.statistics"),
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.gradients"),
@@ -108,6 +109,7 @@ RUNS_A_MODEL = tuple(
         "evaluate.harness",
         "evaluate.task_figures",
         "evaluate.results",
+        "convert.run",
         *("prune.run", "prune.calibration", "prune.observer", "prune.slices", "prune.transfer"),
     )
 )

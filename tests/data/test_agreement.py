@@ -37,7 +37,7 @@ def test_two_that_differ_are_refused_wherever_they_stand() -> None:
         assert QWEN["hash"] in str(refusal.value) and LLAMA["hash"] in str(refusal.value)
     with pytest.raises(MismatchError, match="end of document 7"):
         one_tokenizer([DATA, side("r", {**QWEN, "eod": 7})])
-    assert one_tokenizer([side("--tokenizer-model f", {**QWEN, "eod": 7}, by_flags=True), DATA]) == QWEN
+    assert one_tokenizer([side("--tokenizer-model f", {**QWEN, "eod": 7}, by_file=True), DATA]) == QWEN
     assert one_tokenizer([unknown]) is None
 
 

@@ -105,19 +105,18 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
     try:
         header = json.loads(text)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        tensors = sorted(
-            (_stored(file, name, entry, 8 + length) for name, entry in entries), key=lambda tensor: tensor.start
-        )
+        stored = [_stored(file, name, entry, 8 + length) for name, entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{file}: its header cannot be read: {type(error).__name__}: {error}") from None
     place = 8 + length
-    for tensor in tensors:
+    stored.sort(key=lambda tensor: tensor.start)
+    for tensor in stored:
         if tensor.start != place:
             raise CorruptError(f"{file}: {tensor.name} begins at byte {tensor.start}, expected {place}")
         place += tensor.num_bytes
     if place != size:
         raise CorruptError(f"{file}: {size} bytes, expected {place}; the file was cut, replaced or half copied")
-    yield from tensors
+    yield from stored
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], offset: int) -> StoredTensor:

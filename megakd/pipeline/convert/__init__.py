@@ -1,0 +1,1 @@
+"""``megakd convert``: models between Hugging Face folders and checkpoints."""
