@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.loader import Loader, Microbatch
+from megakd.data.samples.label_bytes import BYTES_OF, label_bytes, why_no_bytes
 from megakd.data.samples.protocol import Samples
 from megakd.errors import CorruptError
 from megakd.losses.calibration import NUM_BINS, calibration_error, calibration_sums_of
@@ -28,9 +29,10 @@ from megakd.pipeline.evaluate.models import Models
 from megakd.pipeline.evaluate.preflight import EvaluatePlan
 from megakd.pipeline.frozen.model import FrozenModel
 from megakd.targets import DenseTargets
+from megakd.work.console import tell
 from megakd.work.progress import RequestProgress
 
-_SUMS = ("tokens", "lm", "kl", "agreement", "entropy", "teacher_lm")
+_SUMS = ("tokens", "lm", "kl", "agreement", "entropy", "teacher_lm", "bytes")
 _NUM_SUMS = len(_SUMS) + 2 * NUM_BINS
 
 
@@ -38,7 +40,9 @@ _NUM_SUMS = len(_SUMS) + 2 * NUM_BINS
 class Figures:
     """Means over held-out tokens, in nats.
 
-    lm_loss: cross-entropy of the labels. perplexity: its exponential. accuracy: share of tokens whose label is the
+    lm_loss: cross-entropy of the labels. perplexity: its exponential. bits_per_byte: that loss summed over tokens, in
+    bits, over the UTF-8 bytes of the original text that they stand for (``label_bytes``), which compares models of
+    different tokenizers; None where a dataset does not record its bytes. accuracy: share of tokens whose label is the
     model's best id. calibration_error: see ``losses.calibration``. teacher: None without one; kl_divergence of the
     model from it, the teacher's entropy, agreement (share of tokens where both have one best id), and the teacher's own
     loss on the same tokens.
@@ -50,6 +54,8 @@ class Figures:
     perplexity: float
     accuracy: float
     calibration_error: float
+    bits_per_byte: float | None = None
+    num_bytes: int | None = None
     teacher: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +89,9 @@ def measure_held_out(config: EvaluateConfig, plan: EvaluatePlan, models: Models,
     blend = plan.blend
     assert blend is not None
     ids = _samples_of_each(plan, config.eval_samples)
+    missing = why_no_bytes(blend.datasets)
+    if missing is not None and groups.rank == 0:
+        tell(f"no bits per byte: {missing}")
     progress = RequestProgress(
         sum(map(len, ids)),
         config.log_interval,
@@ -91,7 +100,9 @@ def measure_held_out(config: EvaluateConfig, plan: EvaluatePlan, models: Models,
         copies=groups.data_size,
     )
     sums = [
-        _over_ranks(_measure(config, plan, models, groups, samples, ids[index], progress), groups)
+        _over_ranks(
+            _measure(config, plan, models, groups, samples, ids[index], progress, counts_bytes=missing is None), groups
+        )
         for index, samples in enumerate(blend.datasets)
     ]
     names = [Path(samples.dataset.prefix).name for samples in blend.datasets]
@@ -131,6 +142,8 @@ def _measure(
     samples: Samples,
     ids: NDArray[np.int64],
     progress: RequestProgress,
+    *,
+    counts_bytes: bool,
 ) -> Tensor:
     """Return float64 ``[_NUM_SUMS]``: sums over this copy's share of the samples; 0 on ranks before the last stage."""
     frozen = FrozenModel(
@@ -151,6 +164,8 @@ def _measure(
             teacher = None if answers is None else next(answers)
             assert isinstance(own, DenseTargets)
             sums += _sums(config, models, groups, microbatch, own, teacher)
+            if counts_bytes:
+                sums[_SUMS.index("bytes")] += label_bytes(samples, microbatch.sample_ids_B, microbatch.loss_mask_BS)
         tokens = sum(int(microbatch.loss_mask_BS.sum()) for microbatch in batch)
         progress.add(requests=sum(len(part.places) for part in batch.stretches), tokens=tokens)
     return sums
@@ -233,8 +248,18 @@ def _figures(sums: Tensor, num_samples: int, *, with_teacher: bool) -> Figures:
             "teacher_lm_loss": its_loss,
             "teacher_perplexity": _perplexity(its_loss),
         }
-    accuracy = float(bins[0].sum()) / count
-    return Figures(num_samples, count, lm_loss, _perplexity(lm_loss), accuracy, error, teacher)
+    num_bytes = int(total["bytes"])
+    return Figures(
+        num_samples=num_samples,
+        num_tokens=count,
+        lm_loss=lm_loss,
+        perplexity=_perplexity(lm_loss),
+        accuracy=float(bins[0].sum()) / count,
+        calibration_error=error,
+        bits_per_byte=total["lm"] / math.log(2) / num_bytes if num_bytes else None,
+        num_bytes=num_bytes or None,
+        teacher=teacher,
+    )
 
 
 def _perplexity(loss: float) -> float:
@@ -249,6 +274,7 @@ def _describe(config: EvaluateConfig, plan: EvaluatePlan, whole: Figures) -> dic
         "fingerprint": order.order_fingerprint(),
         "num_samples": whole.num_samples,
         "num_tokens": whole.num_tokens,
+        **({"num_bytes": whole.num_bytes, "bytes_of": BYTES_OF} if whole.num_bytes else {}),
         "tokenizer": (plan.tokenizer_record or {}).get("hash"),
         "every_sample_once": config.eval_samples is None and plan.blend.given_weights is None,
         "packing": config.packing,

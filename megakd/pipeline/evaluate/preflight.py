@@ -86,8 +86,8 @@ def check_evaluate(config: EvaluateConfig, world_size: int) -> EvaluatePlan:
                 eod_token = check_boundaries(dataset, tokenizer_record, "--eod-mask-loss", instead="drop the flag")
         blend = Blend(samples, weights, seed=0)  # the seed of training's evaluation, so that the two compare
     return EvaluatePlan(
-        model=_plan_model(config, record, vocab_size, "--load"),
-        teacher=None if teacher is None else _plan_model(config, teacher, vocab_size, "--teacher-load"),
+        model=_plan_model(config, record, vocab_size, seq_length),
+        teacher=None if teacher is None else _plan_model(config, teacher, vocab_size, seq_length),
         seq_length=seq_length,
         blend=blend,
         eod_token=eod_token,
@@ -116,8 +116,15 @@ def _agree(
     sides = [Side(f"dataset {dataset.prefix}", recorded_tokenizer(dataset)) for dataset in datasets]
     for model in (record, teacher):
         if model is not None:
-            padded = model.rows is not None
-            sides.append(Side(f"the model {model.path}", model.tokenizer, model.vocab_size, padded=padded))
+            sides.append(
+                Side(
+                    f"the model {model.path}",
+                    model.tokenizer,
+                    model.vocab_size,
+                    by_file=model.tokenizer_by_file,
+                    padded=model.rows is not None,
+                )
+            )
     by_flags = tokenizer_of_flags(config.tokenizer_type, config.tokenizer_model, sides, vocab_size=config.vocab_size)
     if by_flags is not None:  # what the data was made with, where nothing is recorded
         sides = [by_flags, *(side for side in sides if side.tokenizer or side.vocab_size)]
@@ -160,10 +167,10 @@ def _open_tokenizer(config: EvaluateConfig, recorded: dict[str, Any] | None) -> 
     return tokenizer
 
 
-def _plan_model(config: EvaluateConfig, record: CheckpointRecord, vocab_size: int, role: str) -> FrozenPlan:
+def _plan_model(config: EvaluateConfig, record: CheckpointRecord, vocab_size: int, seq_length: int) -> FrozenPlan:
     record = dataclasses.replace(record, vocab_size=vocab_size, rows=None)
-    shape = config.frozen_shape(record)
-    shape.check_layout(config.parallel(), role)
+    shape = config.shape_of(record, seq_length)
+    shape.check_layout(config.parallel(), record.role)
     return FrozenPlan(record, shape)
 
 

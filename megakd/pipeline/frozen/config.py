@@ -94,9 +94,12 @@ class FrozenModelConfig:
         """Shape that ``--model-config`` describes; None without the flag."""
         return None if self.model_config is None else read_shape(self.model_config, "--model-config")
 
-    def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
-        """Shape of a checkpoint's model with the layers and the precision that the flags ask for, without dropout."""
-        record.shape.check_sequence(self.seq_length, f"{record.role} {record.path}")
+    def shape_of(self, record: CheckpointRecord, seq_length: int) -> ModelShape:
+        """Shape of a checkpoint's model with the layers and the precision that the flags ask for, without dropout.
+
+        Raises UsageError for a model that sees sequences of ``seq_length`` tokens through a sliding window.
+        """
+        record.shape.check_sequence(seq_length, f"{record.role} {record.path}")
         return record.shape.frozen(
             transformer_impl=self.transformer_impl,
             bf16=record.shape.bf16 if self.bf16 is None else self.bf16,
@@ -113,6 +116,10 @@ class FrozenConfig(FrozenModelConfig, SampleConfig):
         """Raise UsageError for values that cannot work."""
         super().validate()
         self.check_seq_length(self.seq_length)
+
+    def frozen_shape(self, record: CheckpointRecord) -> ModelShape:
+        """Shape of a checkpoint's model for these samples, as `shape_of` returns it."""
+        return self.shape_of(record, self.seq_length)
 
 
 def precision(shape: ModelShape) -> str:

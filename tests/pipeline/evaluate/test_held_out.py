@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pipeline.evaluate.evaluate_runs import results_in, run_evaluate
-from runs import make_tree, run_training, write_dataset
+from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
 from worlds import Worlds
+
+from megakd.data.indexed.writer import IndexedWriter
 
 SEQ = 16
 
@@ -20,7 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, world: Worlds) -> Path:
     """A teacher, a student distilled from it, held-out data, and the record of the student's last evaluation."""
     folder = tmp_path_factory.mktemp("trained")
     data = write_dataset(folder / "data")
-    held = [write_dataset(folder / f"held{seed}", num_tokens=1000 * seed, seed=seed) for seed in (1, 2)]
+    held = [write_held_out(folder / f"held{seed}", num_tokens=1000 * seed) for seed in (1, 2)]
     world(1).run(run_training, make_tree(data, checkpoint={"save": str(folder / "teacher")}))
     tree = make_tree(
         data,
@@ -32,6 +35,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, world: Worlds) -> Path:
     )
     world(1).run(run_training, tree)
     return folder
+
+
+def write_held_out(prefix: Path, *, num_tokens: int) -> str:
+    """Documents of 50 tokens, which stand for texts of 100 to 300 bytes."""
+    rng = np.random.default_rng(num_tokens)
+    lengths = np.full(num_tokens // 50, 50, np.int32)
+    writer = IndexedWriter(prefix, np.uint16)
+    writer.add_documents(rng.integers(0, VOCAB, num_tokens), lengths, rng.integers(100, 300, len(lengths)))
+    writer.finish(parameters={}, parents={}, tokenizer=TOKENIZER)
+    return str(prefix)
 
 
 def tree_of(folder: Path, output: Path, **more: Any) -> dict[str, Any]:
@@ -57,11 +70,11 @@ def test_equals_trainings_own_evaluation(
     printed = world(ranks).run(run_evaluate, tree_of(trained, tmp_path, **sizes, **more))
     record, ours = of_training(trained), results_in(tmp_path)["held_out"]
     theirs = record["valid"]
-    for key in ("lm_loss", "calibration_error", "num_tokens"):
+    for key in ("lm_loss", "calibration_error", "num_tokens", "bits_per_byte"):
         assert ours[key] == pytest.approx(theirs[key], rel=2e-6), key
     for key, name in (("kl_divergence", "kd_loss"), ("agreement", "agreement"), ("teacher_entropy", "teacher_entropy")):
         assert ours["teacher"][key] == pytest.approx(theirs[name], rel=2e-5), key
-    for key in ("fingerprint", "num_samples", "num_tokens", "tokenizer"):
+    for key in ("fingerprint", "num_samples", "num_tokens", "tokenizer", "num_bytes", "bytes_of"):
         assert ours["data"][key] == record["held_out"][key], key
     assert ours["perplexity"] == pytest.approx(math.exp(ours["lm_loss"]))
     assert "lm_loss" in printed[0] and not "".join(printed[1:])
