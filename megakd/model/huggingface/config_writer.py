@@ -14,8 +14,8 @@ from megakd.errors import MismatchError
 from megakd.model.config import ModelShape
 from megakd.model.huggingface.families.by_model_type import FAMILIES
 from megakd.model.huggingface.families.table import Family
+from megakd.model.huggingface.rope_parameters import flat_parameters, rope_values
 
-GENERATION_CONFIG = "generation_config.json"
 # of a folder that was imported: what it said of code, of files elsewhere and of the program that wrote it
 _NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -80,6 +80,8 @@ def config_of(
     if len(kept.get("layer_types") or ()) != shape.num_layers:
         kept.pop("layer_types", None)
     rope = _rope_parameters(shape)
+    if recorded is not None and "model_type" in kept and _mean_the_same(rope, recorded, family):
+        rope = flat_parameters(recorded, theta=family.default_rope_theta)  # in the words of the folder
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     tokens = dict.fromkeys(_TOKENS) | {"eos_token_id": eos_token_id}
     names = {"architectures": [family.architecture], "model_type": family.model_type}
@@ -157,6 +159,14 @@ def _unused_scalings(shape: ModelShape) -> tuple[str, ...]:
     """Return beginnings of the options that change nothing, because another scaling of positions, or none, is used."""
     prefixes = {"rope_scaling_factor": "rope_scaling_", "yarn_rotary_scaling_factor": "yarn_"}
     return tuple(prefix for option, prefix in prefixes.items() if getattr(shape, option) is None)
+
+
+def _mean_the_same(rope: Mapping[str, Any], recorded: Mapping[str, Any], family: Family) -> bool:
+    """Return whether rotary positions are those of the folder that the model came from."""
+    theta = family.default_rope_theta
+    return rope_values({"rope_parameters": rope}, theta=theta) == rope_values(
+        {**family.defaults, **recorded}, theta=theta
+    )
 
 
 def _rope_parameters(shape: ModelShape) -> dict[str, Any]:

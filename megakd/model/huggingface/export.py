@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megakd.artefacts.durable_files import FileRecord, HashingWriter, atomic_write, fsync_directory, make_parent
@@ -24,16 +24,25 @@ from megakd.errors import CorruptError, MismatchError, NoSpaceError
 from megakd.model.checkpoint.tensor_reader import TensorReader
 from megakd.model.config import ModelShape
 from megakd.model.huggingface.config_json import CONFIG
-from megakd.model.huggingface.config_writer import GENERATION_CONFIG, stacked_name, weight_names
+from megakd.model.huggingface.config_writer import check_shape, stacked_name, weight_names
 from megakd.model.huggingface.export_plan import ExportPlan, check_config
 from megakd.model.huggingface.exported import FORMAT, MANIFEST, VERSION, find_export, parameters_of
 from megakd.model.huggingface.families.table import HfTensor
-from megakd.model.huggingface.layout import to_ours, to_theirs
-from megakd.model.huggingface.shard_writer import INDEX, Shard, TensorSpec, index_of, plan_shards, write_shard
+from megakd.model.huggingface.folder import GENERATION_CONFIG, open_folder
+from megakd.model.huggingface.layout import to_theirs
+from megakd.model.huggingface.load import Slice, fill_slices_inplace
+from megakd.model.huggingface.shard_writer import (
+    DTYPE_NAMES,
+    INDEX,
+    Shard,
+    TensorSpec,
+    index_of,
+    plan_shards,
+    write_shard,
+)
 from megakd.work.progress import ByteProgress
 
 _PARTIAL, _MARK = ".partial", ".of.json"
-_MOST_MAPPED_BYTES = 2**29
 _FUSED_NORM, _TE_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
 _SMALL_BYTES = 64 * 2**20  # room for the files beside the tensors
 
@@ -75,7 +84,7 @@ def export(plan: ExportPlan, folder: Path, *, max_shard_bytes: int) -> Manifest:
         files += [_write(partial / name, content) for name, content in small.items()]
         files += [_copy(path, partial / name) for name, path in plan.tokenizer.copied.items()]
         with ByteProgress(total, what=f"comparing {folder} with {plan.record.path}") as progress:
-            _compare(partial, shards, source, progress)
+            _compare(partial, source, progress)
         return _commit(partial, folder, plan, wanted, files)
 
 
@@ -87,10 +96,10 @@ class _Source:
         self.reader = TensorReader(plan.record)
         self._names = _names_in(self.reader, self.shape, plan)
         self._last: tuple[_Place, Tensor] | None = None
-        self.tensors = {tensor.theirs: tensor for tensor in plan.family.tensors(self.shape, plan.rows)}
+        self.tensors = {tensor.theirs: tensor for tensor in plan.tensors()}
         self.parts: dict[_Place, list[HfTensor]] = {}
         """The tensors of the folder that make up each part of the checkpoint."""
-        for tensor in self.tensors.values():
+        for tensor in plan.family.tensors(self.shape, plan.rows):
             self.parts.setdefault(self._place(tensor), []).append(tensor)
 
     def specs(self) -> list[TensorSpec]:
@@ -109,7 +118,7 @@ class _Source:
                 f"{self.plan.record.path}: not the tensors of its model: {'; '.join(sorted(wrong)[:5])} "
                 f"({len(wrong)} in all)"
             )
-        return [TensorSpec(name, self._dtype(tensor), tensor.size) for name, tensor in self.tensors.items()]
+        return [TensorSpec(name, self.dtype(tensor), tensor.size) for name, tensor in self.tensors.items()]
 
     def read(self, spec: TensorSpec) -> Tensor:
         """Return one tensor of the folder. Raises MismatchError for numbers that its type cannot hold."""
@@ -135,7 +144,8 @@ class _Source:
         name, layer = stacked_name(tensor.ours)
         return _Place(self._names[name], layer, tensor.expert)
 
-    def _dtype(self, tensor: HfTensor) -> torch.dtype:
+    def dtype(self, tensor: HfTensor) -> torch.dtype:
+        """Return the type that a tensor of the folder has."""
         wanted: torch.dtype | None = None if self.plan.dtype is None else getattr(torch, self.plan.dtype)
         return self.reader.dtype(self._place(tensor).name) if wanted is None else wanted
 
@@ -178,60 +188,40 @@ def _shard(partial: Path, shard: Shard, source: _Source, progress: ByteProgress)
     return write_shard(partial, shard, source.read, progress=progress.update)
 
 
-def _compare(partial: Path, shards: list[Shard], source: _Source, progress: ByteProgress) -> None:
-    """Read the files as a reader of the format does, and compare every tensor with the checkpoint.
-
-    What is compared is the checkpoint's own matrices, put together of the files' tensors as an import does, so that a
-    mistake in the order of rows shows.
+def _compare(partial: Path, source: _Source, progress: ByteProgress) -> None:
+    """Open the folder as an import does, fill every part of the checkpoint from it, and compare the bytes.
 
     Raises:
-        CorruptError: names the tensor that differs; the files are removed.
+        CorruptError: names the tensors that differ; the files are removed, or the next try would keep them.
     """
-    written = _Written(partial, shards)
-    for place, parts in source.parts.items():
-        tensors = {part.place: written.read(part.theirs) for part in parts}
-        ours = source.part(place)
-        back = to_ours(tensors, source.shape)
-        if not _same_bytes(back, ours[: len(back)].to(back.dtype)):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CorruptError(
-                f"{partial}: {', '.join(part.theirs for part in parts)} read back is not {place.name} of "
-                f"{source.plan.record.path}: a fault of the disk, or of megakd; the files were removed, run again"
-            )
-        progress.update(back.nbytes)
-    if written.names != source.tensors.keys():
-        raise CorruptError(f"{partial}: holds {sorted(written.names ^ source.tensors.keys())[:5]}, more or less")
 
+    def filled() -> Iterator[Slice]:
+        """Yield a slice to fill, and compare it when the next one is asked for."""
+        for place, parts in source.parts.items():
+            names = [part.theirs for part in parts]
+            ours, dtype = source.part(place), source.dtype(parts[0])
+            back = torch.empty(sum(part.size[0] for part in parts), *ours.shape[1:], dtype=dtype)
+            yield Slice(parts[0].ours, place.expert, (0,) * back.dim(), back)
+            types = {folder.stored[name].dtype for name in names}
+            if types != {DTYPE_NAMES[dtype]} or not _same_bytes(back, ours[: len(back)].to(dtype)):
+                raise CorruptError(
+                    f"{partial}: {', '.join(names)} read back is not {place.name} of {source.plan.record.path}: a "
+                    "fault of the disk, or of megakd; the files were removed, run again"
+                )
+            progress.update(back.nbytes)
 
-class _Written:
-    """Tensors in the files of a folder. Files are mapped for a while only, so that they do not count as memory."""
-
-    def __init__(self, folder: Path, shards: list[Shard]) -> None:
-        self._folder, self._mapped_bytes = folder, 0
-        self._open: dict[str, Any] = {}
-        self._files = {name: shard.file for shard in shards for name in self._opened(shard.file).keys()}  # noqa: SIM118
-        self.names = self._files.keys()
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._opened(self._files[name]).get_tensor(name)
-        self._mapped_bytes += tensor.nbytes
-        if self._mapped_bytes > _MOST_MAPPED_BYTES:
-            tensor = tensor.clone()
-            self._open, self._mapped_bytes = {}, 0
-        return tensor
-
-    def _opened(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self._folder / file, framework="pt")
-            except SafetensorError as error:
-                raise CorruptError(f"{self._folder / file}: {error}") from None
-        return self._open[file]
+    try:
+        folder = open_folder(partial, "the export")
+        check_shape(source.shape, folder.shape, "the export")
+        fill_slices_inplace(filled(), folder)
+    except CorruptError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _same_bytes(left: Tensor, right: Tensor) -> bool:
     numbers = {4: torch.int32, 2: torch.int16}[left.element_size()]
-    return left.dtype == right.dtype and torch.equal(left.contiguous().view(numbers), right.contiguous().view(numbers))
+    return torch.equal(left.contiguous().view(numbers), right.contiguous().view(numbers))
 
 
 def _continue_or_clear(partial: Path, mark: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from megakd.model.checkpoint.record import CheckpointRecord
 from megakd.model.config import ModelShape
 from megakd.model.huggingface.config_json import CONFIG, understand_config
 from megakd.model.huggingface.config_writer import check_shape, choose_family, config_of, generation_config_of
-from megakd.model.huggingface.families.table import Family
+from megakd.model.huggingface.families.table import Family, HfTensor
+from megakd.model.huggingface.folder import EMBEDDING, HEAD
 from megakd.model.huggingface.tokenizer_files import TokenizerFiles, find_tokenizer_files
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -34,6 +35,13 @@ class ExportPlan:
     max_position_embeddings: int
     tokenizer: TokenizerFiles
     recorded: Mapping[str, Any]
+
+    def tensors(self) -> Iterator[HfTensor]:
+        """Yield every tensor of the folder. A head that is the embedding is there only if the model came with it."""
+        for tensor in self.family.tensors(self.record.shape, self.rows):
+            yield tensor
+            if tensor.theirs == EMBEDDING and self.record.shape.tied and self.recorded.get("head_is_stored"):
+                yield replace(tensor, theirs=HEAD)
 
     def config(self, dtype: str) -> dict[str, Any]:
         """Return the content of ``config.json``. dtype: of the weights, as in ``bfloat16``."""
@@ -64,8 +72,11 @@ def plan_export(
         UsageError: the vocabulary or the longest sequence is not known, or the tokenizer's files are not there.
     """
     shape, what = record.shape, f"{record.role} {record.path}"
+    if record.form == "huggingface":
+        raise UsageError(f"{what} is a Hugging Face folder already: an export is made of a checkpoint")
     recorded = record.huggingface or {}
-    length = max_position_embeddings or shape.max_position_embeddings or record.seq_length
+    told = recorded.get("config", {}).get("max_position_embeddings")
+    length = max_position_embeddings or shape.max_position_embeddings or told or record.seq_length
     if not length:
         raise UsageError(f"{what} does not tell the longest sequence of its model: add --max-position-embeddings N")
     tokenizer = TokenizerFiles(record.tokenizer, note="left out by --no-tokenizer-files")
@@ -76,6 +87,7 @@ def plan_export(
             tokenizer_model=tokenizer_model,
             max_length=length,
             what=what,
+            or_else=", --no-tokenizer-files exports the weights without it",
         )
     plan = ExportPlan(
         record=record,
@@ -88,6 +100,41 @@ def plan_export(
     )
     check_config(plan.config(dtype or "float32"), shape, what)
     return plan
+
+
+def check_exportable(
+    shape: ModelShape,
+    tokenizer: Mapping[str, Any] | None,
+    recorded: Mapping[str, Any] | None,
+    *,
+    seq_length: int,
+    tokenizer_type: TokenizerType | None,
+    tokenizer_model: str | None,
+    what: str,
+) -> TokenizerFiles:
+    """Refuse a model whose checkpoints could not be exported, before there is one; return its tokenizer's files.
+
+    recorded: ``huggingface`` of the checkpoint that its weights come from; None for others.
+
+    Raises:
+        MismatchError, UsageError: as `plan_export`.
+    """
+    length = shape.max_position_embeddings or seq_length
+    config_before = (recorded or {}).get("config", {})
+    files = find_tokenizer_files(
+        tokenizer, tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, max_length=length, what=what
+    )
+    config = config_of(
+        shape,
+        choose_family(shape, config_before.get("model_type"), what),
+        rows=1,
+        dtype="float32",
+        max_position_embeddings=length,
+        eos_token_id=None,
+        recorded=config_before or None,
+    )
+    check_config(config, shape, what)
+    return files
 
 
 def check_config(config: Mapping[str, Any], shape: ModelShape, what: str) -> None:
@@ -110,7 +157,7 @@ def _config(shape: ModelShape, plan: ExportPlan, dtype: str, eod: int | None) ->
 def _rows(record: CheckpointRecord, tokenizer: TokenizerFiles, vocab_size: int | None) -> int:
     """Return the rows of the exported embedding: those of the folder that it came from, else the true vocabulary."""
     what = f"{record.role} {record.path}"
-    known = None if record.rows is not None else record.vocab_size
+    known = None if record.rows is not None and record.huggingface is None else record.vocab_size
     if known is not None and vocab_size not in (None, known):
         raise MismatchError(f"--vocab-size {vocab_size}, and {what} records {known}: leave the flag out")
     if known is None:

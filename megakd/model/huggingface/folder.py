@@ -28,7 +28,7 @@ from megakd.work.progress import ByteProgress
 FORM = "huggingface"
 GENERATION_CONFIG = "generation_config.json"
 _TYPES = {"BF16", "F16", "F32"}
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = (".rotary_emb.inv_freq", ".masked_bias")  # endings of buffers that older folders hold and no class reads
 _COMPARED_BYTES = 1 << 24
 _LONG_BYTES = 1 << 30
@@ -72,7 +72,7 @@ def open_folder(path: Path, role: str) -> HfFolder:
     stored = read_headers(path, role)
     tied = _tied(model, stored, f"{role}: {path}")
     expected = tuple(model.family.tensors(dataclasses.replace(model.shape, tied=tied), model.rows))
-    known = {tensor.theirs for tensor in expected} | ({_HEAD} if tied else set())
+    known = {tensor.theirs for tensor in expected} | ({HEAD} if tied else set())
     _check_tensors(model, expected, known, stored, f"{role}: {path}")
     used = [stored[tensor.theirs] for tensor in expected]
     shape = dataclasses.replace(model.shape, tied=tied, bf16=all(tensor.dtype == "BF16" for tensor in used))
@@ -126,7 +126,7 @@ def settings_of(folder: HfFolder) -> dict[str, Any]:
     return {
         "config": dict(folder.model.config),
         "generation_config": read_json(generation) if generation.is_file() else None,
-        "head_is_stored": _HEAD in folder.stored,
+        "head_is_stored": HEAD in folder.stored,
     }
 
 
@@ -146,15 +146,15 @@ def _tied(model: HfModel, stored: Mapping[str, StoredTensor], what: str) -> bool
     Raises:
         MismatchError: the configuration says so, and the folder has a head with other numbers.
     """
-    if not model.shape.tied or _HEAD not in stored or _EMBEDDING not in stored:
+    if not model.shape.tied or HEAD not in stored or EMBEDDING not in stored:
         return model.shape.tied
-    if _equal_bytes(stored[_EMBEDDING], stored[_HEAD]):
+    if _equal_bytes(stored[EMBEDDING], stored[HEAD]):
         return True
     source = "is true" if model.tied_is_explicit else f"is missing, which means true for {model.family.model_type}"
     raise MismatchError(
-        f"{what}: {_HEAD} has other numbers than {_EMBEDDING}, and tie_word_embeddings {source}: one version of "
+        f"{what}: {HEAD} has other numbers than {EMBEDDING}, and tie_word_embeddings {source}: one version of "
         "transformers takes the head and another the embedding. Set tie_word_embeddings to false in config.json if the "
-        f"head is the model's, or leave {_HEAD} out"
+        f"head is the model's, or leave {HEAD} out"
     )
 
 
@@ -197,7 +197,7 @@ def _check_tensors(
     ]
     if problems:
         hint = ""
-        if missing == [_HEAD]:
+        if missing == [HEAD]:
             why = "is false there" if model.tied_is_explicit else f"missing means false for {model.family.model_type}"
             hint = f". If the head is the embedding, say so in config.json: tie_word_embeddings true ({why})"
         raise MismatchError(

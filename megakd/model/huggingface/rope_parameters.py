@@ -24,14 +24,7 @@ def rope_values(config: Mapping[str, Any], *, theta: float) -> dict[str, Any]:
         MismatchError: names a kind of scaling that models here do not compute, a number that it needs and lacks, or two
             forms that differ.
     """
-    new, old = _new_form(config), _old_form(config)
-    for key in old if new else ():
-        if key in new and new[key] != old[key]:
-            raise MismatchError(
-                f"{key} is {new[key]} in rope_parameters and {old[key]} in the older form of rope_theta and "
-                "rope_scaling: expected the same in both"
-            )
-    parameters = {"rope_theta": theta, **old, **new}
+    parameters = flat_parameters(config, theta=theta)
     factor = parameters.get("partial_rotary_factor", 1.0)
     if factor not in (1, 1.0):
         raise MismatchError(
@@ -43,6 +36,24 @@ def rope_values(config: Mapping[str, Any], *, theta: float) -> dict[str, Any]:
         reason = _REASONS.get(str(kind), "unknown here")
         raise MismatchError(f"rope_type is {kind!r}, expected one of {', '.join(_KINDS)}: {reason}")
     return {"rotary_base": _number(parameters, "rope_theta"), **_KINDS[kind](parameters, config)}
+
+
+def flat_parameters(config: Mapping[str, Any], *, theta: float) -> dict[str, Any]:
+    """Return the rotary positions of ``config`` in the flat form of transformers 5, whatever form they are in there.
+
+    theta: the base that the class has by default.
+
+    Raises:
+        MismatchError: the two forms differ.
+    """
+    new, old = _new_form(config), _old_form(config)
+    for key in old if new else ():
+        if key in new and new[key] != old[key]:
+            raise MismatchError(
+                f"{key} is {new[key]} in rope_parameters and {old[key]} in the older form of rope_theta and "
+                "rope_scaling: expected the same in both"
+            )
+    return {"rope_type": "default", "rope_theta": theta, **old, **new}
 
 
 def _new_form(config: Mapping[str, Any]) -> dict[str, Any]:

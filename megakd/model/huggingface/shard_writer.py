@@ -19,6 +19,7 @@ from megakd.artefacts.durable_files import FileRecord, HashingWriter, OnBytes
 
 INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MAX_SHARD_BYTES = 5_000_000_000  # as transformers cut folders for years
 _ALIGNMENT = 8  # of the first tensor's bytes in the file
 _METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
 _PIECE_BYTES = 64 * 2**20

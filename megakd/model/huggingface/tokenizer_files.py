@@ -51,11 +51,13 @@ def find_tokenizer_files(
     tokenizer_model: str | None,
     max_length: int,
     what: str,
+    or_else: str = "",
 ) -> TokenizerFiles:
     """Return the files of the tokenizer that is recorded, or given by flags, after its hash was compared.
 
     recorded: of the checkpoint's manifest; None if it has none. tokenizer_type, tokenizer_model: by flags. max_length:
-    longest sequence of the model, in tokens. what: name of the checkpoint, for messages.
+    longest sequence of the model, in tokens. what, or_else: for messages, the name of the checkpoint, and another way
+    out where files are missing.
 
     Files that lie beside a ``tokenizer.json`` under the names of transformers belong to it. Where no
     ``tokenizer_config.json`` does, one is written that adds no id to a text.
@@ -76,8 +78,8 @@ def find_tokenizer_files(
         file = model_file(kind, model)
     except UsageError as error:
         raise UsageError(
-            f"{what}: opening its tokenizer: {error}; --tokenizer-model says where it is now, --no-tokenizer-files "
-            "exports the weights without it"
+            f"{what}: opening its tokenizer, whose files an export holds: {error}; --tokenizer-model says where it is "
+            f"now{or_else}"
         ) from error
     if recorded is not None:
         end_as_recorded(tokenizer, recorded)
