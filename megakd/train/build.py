@@ -24,6 +24,7 @@ from megakd.teachers.protocol import NoTeacher, Teacher
 from megakd.teachers.store_teacher import StoreTeacher
 from megakd.train.config import CheckpointConfig, DataConfig, EvaluateConfig, TrainConfig, TrainingConfig
 from megakd.train.evaluate import Evaluator
+from megakd.train.hf_export import HfExporter
 from megakd.train.journal import TrainingJournal
 from megakd.train.journal_config import LogitsSaveConfig
 from megakd.train.objective.config import ObjectiveConfig
@@ -297,6 +298,7 @@ def build_writer(
     groups: Groups,
     metrics: Metrics,
     start_step: int,
+    exporter: HfExporter,
 ) -> tuple[CheckpointWriter, Callable[[int, Objective], None]]:
     """Build the checkpoint writer, and ``save(step, objective)``, which a run without ``--save`` does nothing in.
 
@@ -305,7 +307,13 @@ def build_writer(
     folder = checkpoint.save
     saved = start_step
     background = checkpoint.async_save and folder is not None
-    writer = CheckpointWriter(folder or ".", background=background, saved=metrics.log_checkpoint)
+
+    def saved_one(path: Path) -> None:
+        metrics.log_checkpoint(path)
+        exporter.saved(path)
+
+    writer = CheckpointWriter(folder or ".", background=background, saved=saved_one)
+    came_from = None if plan.resume is None else plan.resume.huggingface
 
     def save(step: int, objective: Objective) -> None:
         nonlocal saved
@@ -323,6 +331,8 @@ def build_writer(
             objective_state=objective.state(),
             journal=journal.counted,
         ) | {"settings": dict(settings)}
+        if came_from is not None:  # of the folder that the weights came from: an export keeps what it said
+            parameters["huggingface"] = came_from
         writer.save(
             step,
             student.whole(),
@@ -334,3 +344,14 @@ def build_writer(
         )
 
     return writer, save
+
+
+def build_exporter(config: TrainConfig, plan: Plan, groups: Groups, metrics: Metrics) -> HfExporter:
+    """Build the exporter of checkpoints as Hugging Face folders; it does nothing without ``--hf-export-interval``."""
+    return HfExporter(
+        config.checkpoint,
+        options={"tokenizer_type": config.data.tokenizer_type, "tokenizer_model": config.data.tokenizer_model},
+        last_step=config.training.train_iters,
+        is_first=groups.rank == 0 and not config.evaluate.skip_train,
+        say=metrics.say,
+    )

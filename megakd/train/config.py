@@ -238,6 +238,12 @@ class CheckpointConfig:
     save_interval: int = option(1000, "steps between checkpoints; the last step has one too", common=True)
     async_save: bool = option(False, "write checkpoints in the background")
     finetune: bool = option(False, "take only the weights of --load: new optimizer, step 0, first sample")
+    hf_export_interval: int | None = option(
+        None,
+        "steps between exports as Hugging Face folders, made of the checkpoints of these steps and of the last one by "
+        "a process beside the run (default: none)",
+    )
+    hf_export_dir: str | None = option(None, "folder for these exports (default: SAVE/hf)")
     exit_on_missing_checkpoint: bool = option(
         False, "refuse a --load without a checkpoint even if it is the folder of --save, instead of starting anew"
     )
@@ -253,12 +259,36 @@ class CheckpointConfig:
             return False
         return Path(self.load).resolve() == Path(self.save).resolve() and latest_iteration(self.save) is None
 
+    @property
+    def hf_exports(self) -> str | None:
+        """Folder of the exports; None without any."""
+        if self.hf_export_interval is None or self.save is None:
+            return None
+        return self.hf_export_dir or str(Path(self.save) / "hf")
+
     def validate(self) -> None:
+        self._check_exports()
         if self.save_interval < 0:
             raise UsageError(f"--save-interval is {self.save_interval}; expected 0 (at the end alone) or more")
         if self.ckpt_step is not None and not (self.load or self.save):
             raise UsageError(
                 f"--ckpt-step {self.ckpt_step} chooses a checkpoint: of which folder? Add --load or --save"
+            )
+
+    def _check_exports(self) -> None:
+        interval = self.hf_export_interval
+        if interval is None:
+            if self.hf_export_dir is not None:
+                raise UsageError(f"--hf-export-dir {self.hf_export_dir} without --hf-export-interval")
+            return
+        if interval < 1:
+            raise UsageError(f"--hf-export-interval is {interval}; expected at least 1")
+        if self.save is None:
+            raise UsageError(f"--hf-export-interval {interval}: exports are made of checkpoints: add --save")
+        if self.save_interval and interval % self.save_interval:
+            raise UsageError(
+                f"--hf-export-interval {interval} is not a multiple of --save-interval {self.save_interval}: exports "
+                "are made of the checkpoints of their steps"
             )
 
 

@@ -7,6 +7,7 @@ from megakd.parallel import init_parallel
 from megakd.teachers.protocol import NoTeacher
 from megakd.train.build import (
     build_evaluator,
+    build_exporter,
     build_journal,
     build_loader,
     build_metrics,
@@ -54,8 +55,19 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
     evaluate = build_evaluator(
         config.evaluate, data, training, config.teacher, plan, student, teacher, objective, groups, metrics
     )
+    exporter = build_exporter(config, plan, groups, metrics)  # Hugging Face folders beside checkpoints
     writer, save = build_writer(
-        config.checkpoint, settings_of(config), plan, student, optimizer, batches, journal, groups, metrics, start_step
+        config.checkpoint,
+        settings_of(config),
+        plan,
+        student,
+        optimizer,
+        batches,
+        journal,
+        groups,
+        metrics,
+        start_step,
+        exporter,
     )
 
     if config.evaluate.skip_train and evaluate is not None:
@@ -81,6 +93,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
         objective = objective.advance(step, loss.kd)
         metrics.log(step, loss, update, samples=batches.consumed_samples)
         writer.poll()
+        exporter.poll()
 
         at_end = step == last_step
         stopped = not at_end and (stop.agreed() or step - start_step == training.exit_interval)
@@ -98,6 +111,7 @@ def train(config: TrainConfig, plan: Plan) -> ExitStatus:
             break
 
     writer.finish()
+    exporter.finish(stopped=stopped)
     if start_step >= last_step and not config.evaluate.skip_train:
         metrics.say(f"nothing to do: the checkpoint is at iteration {start_step}, --train-iters is {last_step}")
     if stopped and config.checkpoint.save:

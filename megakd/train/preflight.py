@@ -30,6 +30,7 @@ from megakd.logits.spec import StoreSpec
 from megakd.logits.store import LogitsStore
 from megakd.model.checkpoint.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.model.config import ModelShape
+from megakd.model.huggingface.export_plan import check_exportable
 from megakd.train.config import CheckpointConfig, DataConfig, TrainConfig, TrainingConfig
 from megakd.train.journal_config import journal_specs
 from megakd.train.record.writers import check_writers
@@ -167,6 +168,16 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         )
     if resume is not None and not weights_only:
         _check_order(config.training, blend, data.seq_length, data_size, resume)
+    if config.checkpoint.hf_exports is not None and not config.evaluate.skip_train:
+        check_exportable(
+            student,
+            tokenizer,
+            None if resume is None else resume.huggingface,
+            seq_length=data.seq_length,
+            tokenizer_type=data.tokenizer_type,
+            tokenizer_model=data.tokenizer_model,
+            what="--hf-export-interval: the student",
+        )
     return Plan(
         student=student,
         vocab_size=vocab_size,
