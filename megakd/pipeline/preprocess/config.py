@@ -17,7 +17,7 @@ class PreprocessConfig(BadBudgetFlags):
 
     input: list[str] = option(..., "JSON lines files: plain, .gz or .zst; globs in quotes are expanded in sorted order")
     output_prefix: str = option(
-        ..., "prefix of the outputs: PREFIX_KEY_document.bin, .idx and .manifest.json for each key"
+        ..., "prefix of the outputs: PREFIX_KEY_document.bin, .idx, .bytes and .manifest.json for each key"
     )
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer", "ByteTokenizer"] = (
         option(..., "Megatron's name of the tokenizer")

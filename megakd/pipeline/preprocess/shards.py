@@ -175,14 +175,16 @@ class _Documents:
 
     def flush(self) -> dict[str, Any]:
         """Encode the collected documents; returns the counts since the last flush, and ``bad``, records among them."""
-        sizes = [[len(text) if text.isascii() else len(text.encode()) for text in texts] for texts in self._texts]
+        kept: list[int] | None = None
         try:
             arrays = [self._engine.encode_arrays(texts) for texts in self._texts]
         except UnencodableError:
             arrays, kept = self._encode_one_by_one()
-            sizes = [[of_column[place] for place in kept] for of_column in sizes]
         for column, documents in enumerate(arrays):
-            self._write(column, documents, sizes[column])
+            texts = self._texts[column] if kept is None else [self._texts[column][place] for place in kept]
+            # behind the engine, which leaves each text's UTF-8 with it: then this copies, and does not encode again
+            sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+            self._write(column, documents, sizes)
         self.counts.documents += len(arrays[0])
         self._start_batch()
         new = {name: count - getattr(self._reported, name) for name, count in asdict(self.counts).items()}
