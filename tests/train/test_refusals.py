@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from runs import TOKENIZER, make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.__main__ import run
+from megakd.data.indexed.writer import IndexedWriter
 from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.losses.terms import KDTerm, legality_table
 from megakd.model.checkpoint.tensor_names import read_tensor_names
@@ -285,6 +287,18 @@ def test_teacher_with_missing_weights(setting: dict[str, Any], world: Worlds, tm
 
     tree = damaged(setting, tmp_path, promise_more)
     with pytest.raises(MismatchError, match="linear_qkv.bias is missing"):
+        check_run(make_config(tree), 1)
+
+
+def test_held_out_data_whose_bytes_are_damaged(setting: dict[str, Any], tmp_path: Path) -> None:
+    """Before a step is made: bits per byte would be wrong."""
+    with IndexedWriter(tmp_path / "held", np.uint16) as writer:
+        writer.add_documents(np.arange(200), np.array([150, 50], np.int32), np.array([400, 100]))
+        writer.finish(tokenizer=TOKENIZER)
+    tree = make_tree(setting["data"], data={"valid_data_path": [str(tmp_path / "held")]})
+    assert check_run(make_config(tree), 1).valid_blend is not None
+    (tmp_path / "held.bytes").write_bytes(np.array([401, 99], "<i8").tobytes())
+    with pytest.raises(CorruptError, match=r"held\.bytes: block 0"):
         check_run(make_config(tree), 1)
 
 

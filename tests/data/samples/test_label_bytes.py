@@ -21,6 +21,8 @@ from megakd.data.samples.concat import ConcatSamples
 from megakd.data.samples.label_bytes import label_bytes, why_no_bytes
 from megakd.data.samples.packing import open_samples
 from megakd.data.samples.protocol import Samples
+from megakd.data.samples.split import PartSamples
+from megakd.data.tokenizer import ByteTokenizer
 from megakd.data.tokenizers.sentencepiece_model import _fields as protocol_buffer_fields
 from megakd.errors import CorruptError
 from megakd.pipeline.preprocess.main import main
@@ -180,25 +182,28 @@ def test_parts_of_documents_are_near_the_truth(made: tuple[IndexedDataset, Any])
     assert bits_per_byte(samples, ids, losses, mask) == pytest.approx(8, rel=0.01)
 
 
-@pytest.mark.parametrize("packing", ["document", "concat"])
-def test_every_label_has_its_share(packing: Any, tmp_path: Path) -> None:
-    """Against a slow twin, masks and offsets included."""
+@pytest.mark.parametrize("cut", ["whole", "part"])
+@pytest.mark.parametrize("packing", ["document", "concat", "sentence"])
+def test_every_label_has_its_share(packing: Any, cut: str, tmp_path: Path) -> None:
+    """Against a slow twin, masks and offsets included, also of a part that a split cuts."""
     rng = np.random.default_rng(0)
     lengths, sizes = rng.integers(1, 13, 40), rng.integers(0, 99, 40)
     with IndexedWriter(tmp_path / "d", np.uint16) as writer:
-        writer.add_documents(rng.integers(0, 9, lengths.sum()), lengths.astype(np.int32), sizes)
+        text = rng.choice(np.frombuffer(b"ab. \n", np.uint8), lengths.sum())
+        writer.add_documents(text, lengths.astype(np.int32), sizes)
         writer.finish()
     shares = [b * (i + 1) // n - b * i // n for n, b in zip(lengths.tolist(), sizes.tolist()) for i in range(n)]
-    samples = open_samples(packing, IndexedDataset(tmp_path / "d"), 12, lambda: pytest.fail("no tokenizer is needed"))
-    ids = rng.permutation(samples.num_samples)[:20]
-    mask = mask_of(samples, ids) & (rng.random((20, 12)) < 0.7)
+    samples: Samples = open_samples(packing, IndexedDataset(tmp_path / "d"), 12, ByteTokenizer)
+    samples = samples if cut == "whole" else PartSamples(samples, 9, 40)
+    ids = rng.permutation(samples.num_samples)[:14]
+    mask = mask_of(samples, ids) & (rng.random((14, 12)) < 0.7)
     expected = sum(
         shares[int(start) + 1 + j]
         for start, row in zip(samples.starts(ids), mask)
         for j in itertools.compress(range(12), row)
     )
     assert label_bytes(samples, ids, mask) == expected
-    shifted = label_bytes(samples, ids, mask[:, 3:], np.full(20, 3))
+    shifted = label_bytes(samples, ids, mask[:, 3:], np.full(14, 3))
     assert shifted == label_bytes(samples, ids, mask & (np.arange(12) >= 3))
     assert label_bytes(samples, ids[:0], mask[:0]) == 0 == label_bytes(samples, ids, np.zeros_like(mask))
 

@@ -10,6 +10,7 @@ import pytest
 from tokenizer_models import train_byte_bpe, train_sentencepiece
 
 from megakd.data.tokenizer import build_tokenizer, same_tokenizer
+from megakd.data.tokenizers.end_of_document import EndOfDocument, find_end_of_document
 from megakd.errors import UsageError
 
 
@@ -39,6 +40,28 @@ def test_the_end_of_a_chat_is_taken_with_a_warning(models: Path, tmp_path: Path)
     taken = build_tokenizer("HuggingFaceTokenizer", folder, eod_token="<|endoftext|>")
     assert taken.eod == 0 and not taken.eod_warnings and taken.explain_eod().endswith("(--eod-token)")
     assert same_tokenizer(taken, plain) and not same_tokenizer(taken, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("chat", "document"),
+    [("<|im_end|>", "<|endoftext|>"), ("<|eot_id|>", "<|end_of_text|>"), ("<end_of_turn>", "<eos>")],
+)
+def test_the_ends_of_well_known_chats_are_doubted(chat: str, document: str, tmp_path: Path) -> None:
+    """A folder of an instruct model says the end of a chat; a bare tokenizer.json with both says nothing."""
+    special = {"<bos>", chat, document}
+
+    def find() -> EndOfDocument | None:
+        return find_end_of_document(tmp_path, token_of=lambda i: None, special=special, vocabulary=special | {"a"})
+
+    bare = find()
+    assert bare is None or bare == EndOfDocument(document, "the only special token of a well-known name")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": chat}}))
+    found = find()
+    assert found is not None and (found.token, found.reason) == (chat, "eos_token of tokenizer_config.json")
+    assert found.warnings == (
+        f"{chat} ends a message of a chat, not a document; the vocabulary has {document}: --eod-token '{document}' "
+        "takes it",
+    )
 
 
 def test_files_that_disagree_are_named(models: Path, tmp_path: Path) -> None:

@@ -50,11 +50,11 @@ def texts_of(count=60):
     ]
 
 
-def write(prefix, documents, tokenizer):
-    """documents: lists of ids."""
+def write(prefix, documents, tokenizer, sizes=None):
+    """documents: lists of ids. sizes: bytes of their texts."""
     with IndexedWriter(prefix, np.int32) as writer:
         lengths = np.array([len(ids) for ids in documents], dtype=np.int32)
-        writer.add_documents(np.array([i for ids in documents for i in ids], dtype=np.int64), lengths)
+        writer.add_documents(np.array([i for ids in documents for i in ids], dtype=np.int64), lengths, sizes)
         writer.finish(tokenizer=tokenizer.describe())
     return IndexedDataset(prefix)
 
@@ -117,10 +117,7 @@ def test_bytes_are_those_of_the_original_text(tmp_path, models):
     sizes = [len(text.encode()) for text in texts]
     documents = [[*source.encode(text), source.eod] for text in texts]
     documents[4] += documents[3]  # a sample of several texts
-    with IndexedWriter(tmp_path / "old", np.int32) as writer:
-        lengths = np.array([len(ids) for ids in documents], dtype=np.int32)
-        writer.add_documents(np.array([i for ids in documents for i in ids]), lengths, np.array(sizes))
-        writer.finish(tokenizer=source.describe())
+    write(tmp_path / "old", documents, source, np.array(sizes))
     for name, flags in (("a", ()), ("b", ("--workers", "2", "--shard-tokens", "97"))):
         assert retokenized(tmp_path, models["bpe"], "--max-bad-fraction", "1", *flags, name=name) == ExitStatus.COMPLETE
         assert IndexedDataset(tmp_path / name).text_bytes.tolist() == sizes
@@ -243,7 +240,8 @@ def start(tmp_path, name):
 def test_kills_and_signals(tmp_path):
     source = build_tokenizer("ByteTokenizer", None)
     rng = np.random.default_rng(0)
-    write(tmp_path / "old", [rng.integers(32, 127, 400).tolist() for _ in range(1000)], source)
+    sizes = rng.integers(0, 5000, 1000)
+    write(tmp_path / "old", [rng.integers(32, 127, 400).tolist() for _ in range(1000)], source, sizes)
     assert start(tmp_path, "whole").wait(200) == ExitStatus.COMPLETE  # 200 shards
     killed = tmp_path / "killed"
     for shards, number in ((3, signal.SIGKILL), (40, signal.SIGKILL), (70, signal.SIGTERM), (100, signal.SIGKILL)):
@@ -258,6 +256,7 @@ def test_kills_and_signals(tmp_path):
     process = start(tmp_path, "killed")
     _, errors = process.communicate(timeout=200)
     assert process.returncode == ExitStatus.COMPLETE and "continuing the unfinished run" in errors
-    for suffix in ("bin", "idx", "manifest.json"):
+    assert IndexedDataset(killed / "o").text_bytes.tolist() == sizes.tolist()
+    for suffix in ("bin", "bytes", "idx", "manifest.json"):
         assert (tmp_path / f"whole/o.{suffix}").read_bytes() == (killed / f"o.{suffix}").read_bytes()
-    assert sorted(path.name for path in killed.iterdir()) == ["o.bin", "o.idx", "o.manifest.json"]
+    assert sorted(path.name for path in killed.iterdir()) == ["o.bin", "o.bytes", "o.idx", "o.manifest.json"]
