@@ -61,7 +61,7 @@ class _TokenBytes:
 
     def between(self, start: int, stop: int) -> NDArray[np.float64]:
         """``[stop - start]`` float64: bytes of the tokens from ``start`` on; whole numbers where nothing is scaled."""
-        weights = self._token_bytes[self._dataset.tokens[start:stop]].astype(np.float64)
+        weights: NDArray[np.float64] = self._token_bytes[self._dataset.tokens[start:stop]].astype(np.float64)
         if self._text_bytes is None or start == stop:
             return weights
         documents, start_of = range(self._dataset.num_documents), self._dataset.document_start
