@@ -171,25 +171,25 @@ class RangeProgress(Progress):
 
 
 class RequestProgress(Progress):
-    """Progress through requests of different lengths, the longest first, as one copy of a model tells it.
+    """Progress through requests or samples of different lengths, in tokens, as one copy of a model tells it.
 
-    total: requests of all copies. what: word for them. says: False to print nothing. copies: copies of the model, which
-    are as fast as this one.
+    count: requests of all copies. tokens: tokens of all of them. what: word for a request, in the plural. says: False
+    to print nothing. copies: copies of the model, which are as fast as this one.
     """
 
-    def __init__(self, total: int, interval: float, *, what: str, says: bool, copies: int = 1) -> None:
-        super().__init__(total, done=0, interval=interval)
-        self._what, self._says, self._copies, self._tokens = what, says, copies, 0
+    def __init__(self, count: int, tokens: int, *, interval: float, what: str, says: bool, copies: int = 1) -> None:
+        super().__init__(max(tokens, 1), done=0, interval=interval)
+        self._count, self._finished = count, 0
+        self._what, self._says, self._copies = what, says, copies
 
-    def add(self, *, requests: int, tokens: int) -> None:
+    def add(self, *, count: int, tokens: int) -> None:
         """Count what this copy has done since the last call, and print a line if one is due."""
-        self.done = min(self.done + requests * self._copies, self.total)
-        self._tokens += tokens * self._copies
+        self._finished = min(self._finished + count * self._copies, self._count)
+        self.done = min(self.done + tokens * self._copies, self.total)
         if self._says and self.is_due():
             tell(
-                f"{self._what}: {self.done:.0f} of {self.total:.0f} ({100 * self.done / self.total:.1f} %, "
-                f"{self.done / self.seconds:.1f}/s, {self._tokens / self.seconds:.0f} tokens/s, "
-                f"{clock(self.seconds_left)} left)"
+                f"{self._what}: {self._finished} of {self._count} ({100 * self.done / self.total:.1f} % of the tokens, "
+                f"{self.done / self.seconds:.0f} tokens/s, {clock(self.seconds_left)} left)"
             )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from megakd.work import progress as progress_module
-from megakd.work.progress import ByteProgress, DocumentProgress, Progress, RangeProgress, clock
+from megakd.work.progress import ByteProgress, DocumentProgress, Progress, RangeProgress, RequestProgress, clock
 
 Wait = Callable[[float], None]
 
@@ -83,3 +83,19 @@ def test_bytes_of_files_in_a_log(wait: Wait, capsys: pytest.CaptureFixture[str])
             progress.update(5_000_000)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "merge: 25 % of 100000000 bytes, 5.0 MB/s, 0:00:15 left" and len(lines) == 2
+
+
+def test_requests_are_weighed_by_their_tokens(wait: Wait, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two copies of a model; the longest requests come first, so their number alone would promise too much time."""
+    progress = RequestProgress(100, 10_000, interval=5, what="requests", says=True, copies=2)
+    wait(10)
+    progress.add(count=5, tokens=2500)
+    assert capsys.readouterr().err == "requests: 10 of 100 (50.0 % of the tokens, 500 tokens/s, 0:00:10 left)\n"
+    wait(1)
+    progress.add(count=1, tokens=10)
+    wait(9)
+    progress.add(count=44, tokens=2490)
+    assert capsys.readouterr().err == "requests: 100 of 100 (100.0 % of the tokens, 500 tokens/s, 0:00:00 left)\n"
+    silent = RequestProgress(1, 1, interval=0, what="requests", says=False)
+    silent.add(count=1, tokens=1)
+    assert not capsys.readouterr().err

@@ -94,7 +94,8 @@ def measure_held_out(config: EvaluateConfig, plan: EvaluatePlan, models: Models,
         tell(f"no bits per byte: {missing}")
     progress = RequestProgress(
         sum(map(len, ids)),
-        config.log_interval,
+        sum(int(samples.lengths(own_ids).sum()) for samples, own_ids in zip(blend.datasets, ids)),
+        interval=config.log_interval,
         what="held-out samples",
         says=groups.rank == 0,
         copies=groups.data_size,
@@ -166,8 +167,10 @@ def _measure(
             sums += _sums(config, models, groups, microbatch, own, teacher)
             if counts_bytes:
                 sums[_SUMS.index("bytes")] += label_bytes(samples, microbatch.sample_ids_B, microbatch.loss_mask_BS)
-        tokens = sum(int(microbatch.loss_mask_BS.sum()) for microbatch in batch)
-        progress.add(requests=sum(len(part.places) for part in batch.stretches), tokens=tokens)
+        progress.add(
+            count=sum(len(part.places) for part in batch.stretches),
+            tokens=sum(int(part.lengths.sum()) for part in batch.stretches),
+        )
     return sums
 
 

@@ -85,7 +85,12 @@ class ContinuationScorer:
         plans = plans[::-1]  # the longest first: what does not fit into memory fails at once, and the rest goes faster
         mine = plans[self._groups.data_rank :: self._groups.data_size]
         progress = RequestProgress(
-            len(requests), self._log_interval, what=what, says=self._groups.rank == 0, copies=self._groups.data_size
+            len(requests),
+            int(lengths.sum()),
+            interval=self._log_interval,
+            what=what,
+            says=self._groups.rank == 0,
+            copies=self._groups.data_size,
         )
         answers = np.zeros((len(rows), 2))
         for together in alike_plans(mine, limit=in_flight(self._groups.parallel)):
@@ -94,7 +99,7 @@ class ContinuationScorer:
                 assert isinstance(targets, DenseTargets)
                 answers[plan.places] = self._answers(microbatch, targets)
             progress.add(
-                requests=sum(len(plan.places) for plan in together),
+                count=sum(len(plan.places) for plan in together),
                 tokens=sum(int(lengths[plan.places].sum()) for plan in together),
             )
         return self._gathered(answers, requests)

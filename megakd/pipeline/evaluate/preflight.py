@@ -93,7 +93,7 @@ def check_evaluate(config: EvaluateConfig, world_size: int) -> EvaluatePlan:
         eod_token=eod_token,
         tokenizer_record=tokenizer_record,
         tokenizer=tokenizer,
-        requests=tuple(read_requests(Path(path), limit=config.limit) for path in config.requests),
+        requests=_read_all_requests(config),
         output=Path(config.output) if config.output is not None else _run_folder(record) / "evaluate",
         tensorboard=_tensorboard(config, record),
     )
@@ -165,6 +165,14 @@ def _open_tokenizer(config: EvaluateConfig, recorded: dict[str, Any] | None) -> 
             "--tokenizer-model says where the right one is"
         )
     return tokenizer
+
+
+def _read_all_requests(config: EvaluateConfig) -> tuple[RequestFile, ...]:
+    files = tuple(read_requests(Path(path), limit=config.limit) for path in config.requests)
+    names = [file.name for file in files]
+    if twice := next((file for file in files if names.count(file.name) > 1), None):
+        raise UsageError(f"--requests: two files of the name '{twice.name}', one of them {twice.path}: rename one")
+    return files
 
 
 def _plan_model(config: EvaluateConfig, record: CheckpointRecord, vocab_size: int, seq_length: int) -> FrozenPlan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megakd.errors import ExitStatus
@@ -12,7 +14,7 @@ from megakd.pipeline.evaluate.held_out import measure_held_out
 from megakd.pipeline.evaluate.likelihood import Desk, TokenRequest
 from megakd.pipeline.evaluate.models import build_models, codec_of, open_desk
 from megakd.pipeline.evaluate.preflight import EvaluatePlan
-from megakd.pipeline.evaluate.requests import RequestFile, figures
+from megakd.pipeline.evaluate.requests import Choices, Likelihood, RequestFile, figures
 from megakd.pipeline.evaluate.results import Results, add_to_tensorboard, table, write_results
 from megakd.pipeline.evaluate.text import TextCodec
 from megakd.work.console import tell
@@ -37,8 +39,8 @@ def evaluate(config: EvaluateConfig, plan: EvaluatePlan) -> ExitStatus:
             if groups.rank > 0:
                 desk.serve()
             else:
-                for file in plan.requests:
-                    requests[file.name], samples[file.name] = _answer(file, desk, codec)
+                for file, found, answers in _answer(plan.requests, desk, codec):
+                    requests[file.name], samples[file.name] = found, answers
                 if config.task_names:
                     from megakd.pipeline.evaluate.task_figures import run_tasks  # late: lm-eval is optional, and slow
 
@@ -64,21 +66,35 @@ def _announce(plan: EvaluatePlan, groups: Groups) -> None:
         )
 
 
-def _answer(file: RequestFile, desk: Desk, codec: TextCodec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Score a file of requests; return its figures and what is known of it, and the answers to single documents."""
-    answers = desk.score([TokenRequest(*codec.pair(*pair)) for pair in file.pairs])
-    found = figures(file.documents, answers)
-    samples, start = [], 0
-    for document in file.documents:
-        mine = answers[start : start + len(document.continuations)]
-        start += len(mine)
-        samples.append(
-            {
-                "doc_id": document.doc_id,
-                "label": document.label,
-                "log_probs": [answer.log_prob for answer in mine],
-                "is_greedy": [answer.is_greedy for answer in mine],
-                "num_tokens": [answer.num_tokens for answer in mine],
-            }
+def _answer(
+    files: Sequence[RequestFile], desk: Desk, codec: TextCodec
+) -> Iterator[tuple[RequestFile, dict[str, Any], list[dict[str, Any]]]]:
+    """Score files of requests, all together; yield for each its figures, and the answers to single documents."""
+    pairs = [pair for file in files for pair in file.pairs]
+    answers = iter(desk.score([TokenRequest(*codec.pair(*pair)) for pair in pairs]) if pairs else [])
+    for file in files:
+        of_file = list(itertools.islice(answers, len(file.pairs)))
+        found = {
+            "metrics": figures(file.documents, of_file),
+            "path": str(file.path),
+            "fingerprint": file.fingerprint,
+        }
+        rest = iter(of_file)
+        yield (
+            file,
+            found,
+            [
+                _sample(document, list(itertools.islice(rest, len(document.continuations))))
+                for document in file.documents
+            ],
         )
-    return {"metrics": found, "path": str(file.path), "fingerprint": file.fingerprint}, samples
+
+
+def _sample(document: Choices, answers: Sequence[Likelihood]) -> dict[str, Any]:
+    return {
+        "doc_id": document.doc_id,
+        "label": document.label,
+        "log_probs": [answer.log_prob for answer in answers],
+        "is_greedy": [answer.is_greedy for answer in answers],
+        "num_tokens": [answer.num_tokens for answer in answers],
+    }
