@@ -21,6 +21,7 @@ from megakd.data.corpus_shard import MAX_SHARDS, QUARANTINE
 from megakd.data.indexed.dataset import best_dtype, concatenate
 from megakd.data.indexed.finished import find_dataset
 from megakd.data.indexed.idx_format import manifest_path
+from megakd.data.indexed.writer import WITHOUT_BYTES
 from megakd.data.text.inputs import Input, check_unchanged, distinct_names, find_inputs, sample_texts
 from megakd.data.tokenizer import build_tokenizer
 from megakd.data.tokenizers.fast import Choice, choose_engine, give_back_memory
@@ -164,8 +165,13 @@ def _find_finished(
     done = [manifest for manifest in manifests if manifest is not None]
     if len(done) < len(manifests):
         return None
-    for key in config.json_keys:
+    for key, manifest in zip(config.json_keys, done):
         say_complete(dataset_prefix(config, key))
+        if manifest.version == WITHOUT_BYTES:
+            tell(
+                f"{dataset_prefix(config, key)}: an older version made it, without the bytes of its text, which "
+                "evaluation needs for bits per byte: removed and made anew it has them, and another fingerprint"
+            )
     check_counts(config, TextCounts(**{"tokens": 0, **done[0].parameters["counts"]}))
     return done
 

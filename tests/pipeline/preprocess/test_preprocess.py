@@ -16,6 +16,7 @@ from tokenizer_models import train_byte_bpe, train_sentencepiece
 from megakd.artefacts.manifest import read_manifest
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.indexed.idx_format import best_dtype
+from megakd.data.indexed.writer import write_dataset_manifest
 from megakd.data.tokenizer import build_tokenizer
 from megakd.data.tokenizers.recorded import open_tokenizer
 from megakd.errors import CorruptError, MismatchError, UsageError
@@ -150,6 +151,29 @@ def test_bytes_of_each_key_without_the_records_that_have_no_ids(tmp_path: Path) 
         dataset = IndexedDataset(tmp_path / f"o_{key}_document")
         assert [document.tolist() for document in dataset] == ids
         assert dataset.text_bytes is not None and dataset.text_bytes.tolist() == sizes
+
+
+def test_a_dataset_of_an_older_version_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus, prefix = write_lines(tmp_path / "a.jsonl"), tmp_path / "o_text_document"
+    assert preprocess(corpus, out=tmp_path / "o") == 0
+    manifest = read_manifest(f"{prefix}.manifest.json")
+    told = manifest.parameters["dataset"]
+    (tmp_path / "o_text_document.bytes").unlink()
+    older = write_dataset_manifest(
+        prefix,
+        manifest.files[:2],
+        dtype=np.dtype(told["dtype"]),
+        num_documents=told["num_documents"],
+        num_sequences=told["num_sequences"],
+        max_token_id=told["max_token_id"],
+        parameters=manifest.parameters,
+        parents=manifest.parents,
+        tokenizer=manifest.tokenizer,
+    )
+    capsys.readouterr()
+    assert preprocess(corpus, out=tmp_path / "o") == 0
+    assert IndexedDataset(prefix, expect_fingerprint=older.fingerprint).text_bytes is None
+    assert f"{prefix}: an older version made it, without the bytes of its text" in capsys.readouterr().err
 
 
 def test_manifest_tells_where_the_tokens_come_from(tmp_path: Path) -> None:
