@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,20 @@ _BACKENDS = {
 class Piece:
     """A part of a tensor of a checkpoint.
 
-    name, size: of the whole, layers and experts stacked. offset, lengths: of the part, in the axes of the whole. make:
-    returns the part.
+    name, size: of the whole, layers and experts stacked. offset, lengths: of the part, in the axes of the whole. fill:
+    fills the part, in place.
     """
 
     name: str
     size: tuple[int, ...]
     offset: tuple[int, ...]
     lengths: tuple[int, ...]
-    make: Callable[[], Tensor]
+    fill: Callable[[Tensor], None]
+
+    @property
+    def num_items(self) -> int:
+        """Numbers in the part."""
+        return math.prod(self.lengths)
 
 
 def write_checkpoint(
@@ -81,7 +86,7 @@ def write_checkpoint(
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    total = sum(math.prod(piece.lengths) for piece in pieces) * dtype.itemsize
+    total = sum(piece.num_items for piece in pieces) * dtype.itemsize
     free = shutil.disk_usage(partial).free
     if total > free:
         raise NoSpaceError(f"{folder}: the checkpoint needs {total / 1e9:.3f} GB, {free / 1e9:.3f} GB are free")
@@ -104,25 +109,36 @@ def write_checkpoint(
 
 
 def _write_pieces(
-    folder: Path, pieces: Iterable[Piece], dtype: torch.dtype, progress: ByteProgress
+    folder: Path, pieces: Sequence[Piece], dtype: torch.dtype, progress: ByteProgress
 ) -> tuple[FileRecord, Metadata]:
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, Any] = {}
     properties = TensorProperties(dtype=dtype)
+    buffer = bytearray(max(piece.num_items for piece in pieces) * dtype.itemsize)
     with HashingWriter(folder / _SHARD) as writer:
         for piece in pieces:
-            content = io.BytesIO()
-            torch.save(piece.make().to(dtype).contiguous(), content)
+            start = writer.num_bytes
+            part = torch.frombuffer(buffer, dtype=dtype, count=piece.num_items).view(piece.lengths)
+            piece.fill(part)
+            torch.save(part, _Stream(writer))
             chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.lengths))
             stored = tensors.setdefault(piece.name, TensorStorageMetadata(properties, torch.Size(piece.size), []))
-            places[MetadataIndex(piece.name, chunk.offsets, len(stored.chunks))] = _StorageInfo(
-                _SHARD, writer.num_bytes, content.getbuffer().nbytes
-            )
+            index = MetadataIndex(piece.name, chunk.offsets, len(stored.chunks))
+            places[index] = _StorageInfo(_SHARD, start, writer.num_bytes - start)
             stored.chunks.append(chunk)
-            writer.write(content.getbuffer())
-            progress.update(math.prod(piece.lengths) * dtype.itemsize)
+            progress.update(part.nbytes)
         record = writer.commit()
     return record, Metadata(state_dict_metadata=dict(tensors), storage_data=places)
+
+
+class _Stream:
+    """A hashing writer as the stream that ``torch.save`` expects; it flushes at the end alone."""
+
+    def __init__(self, writer: HashingWriter) -> None:
+        self.write = writer.write
+
+    def flush(self) -> None:
+        """Do nothing: `HashingWriter.commit` makes the whole file durable."""
 
 
 def _write_small_files(folder: Path, metadata: Metadata) -> list[FileRecord]:

@@ -49,19 +49,12 @@ def _pieces_of(
             size=(*(size for size, _ in stacks), rows, *columns),
             offset=(*(index for _, index in stacks), first, *(0 for _ in columns)),
             lengths=(*(1 for _ in stacks), count, *columns),
-            make=partial(_make, folder, name, expert, first, (count, *columns), len(stacks), dtype),
+            fill=partial(_fill_inplace, folder=folder, name=name, expert=expert, first=first, num_stacks=len(stacks)),
         )
 
 
-def _make(
-    folder: HfFolder,
-    name: str,
-    expert: int | None,
-    first: int,
-    lengths: tuple[int, ...],
-    num_stacks: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    piece = torch.empty(lengths, dtype=dtype)
-    fill_slices_inplace([Slice(name, expert, (first, *(0 for _ in lengths[1:])), piece)], folder)
-    return piece.view(*(1 for _ in range(num_stacks)), *lengths)
+def _fill_inplace(
+    part: Tensor, *, folder: HfFolder, name: str, expert: int | None, first: int, num_stacks: int
+) -> None:
+    rows = part.view(part.shape[num_stacks:])
+    fill_slices_inplace([Slice(name, expert, (first, *(0 for _ in rows.shape[1:])), rows)], folder)
