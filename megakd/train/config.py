@@ -228,8 +228,9 @@ class CheckpointConfig:
     save: str | None = option(None, "folder for checkpoints, records and the resolved configuration", common=True)
     load: str | None = option(
         None,
-        "folder of the checkpoint to start from (default: continue in --save if it holds a checkpoint); if it is the "
-        "folder of --save and holds no checkpoint yet, the run starts from the seed",
+        "folder of the checkpoint to start from, or with --finetune a Hugging Face folder (default: continue in --save "
+        "if it holds a checkpoint); if it is the folder of --save and holds no checkpoint yet, the run starts from the "
+        "seed",
         common=True,
     )
     ckpt_step: int | None = option(
@@ -237,7 +238,10 @@ class CheckpointConfig:
     )
     save_interval: int = option(1000, "steps between checkpoints; the last step has one too", common=True)
     async_save: bool = option(False, "write checkpoints in the background")
-    finetune: bool = option(False, "take only the weights of --load: new optimizer, step 0, first sample")
+    finetune: bool = option(
+        False,
+        "take only the weights of --load, and its model if no flag describes one: new optimizer, step 0, first sample",
+    )
     hf_export_interval: int | None = option(
         None,
         "steps between exports as Hugging Face folders, made of the checkpoints of these steps and of the last one by "

@@ -16,7 +16,11 @@ from megakd.train.stored_targets import WITHOUT
 class TeacherConfig:
     """Options of the teacher."""
 
-    load: str | None = option(None, "folder of the teacher's checkpoint, which also describes its model", common=True)
+    load: str | None = option(
+        None,
+        "folder of the teacher's checkpoint, or a Hugging Face folder; either also describes its model",
+        common=True,
+    )
     iteration: int | None = option(None, "iteration of the checkpoint in that folder (default: the latest)")
     model_config: str | None = option(
         None,

@@ -24,7 +24,7 @@ def faults_beside_tensors(manifest: Manifest) -> list[str]:
     """Return faults of a checkpoint's small files, and files that its manifest does not name; fast on one process."""
     names = [record.name for record in manifest.files]
     small = [name for name in names if not name.startswith(_SHARDS) and not name.endswith(_SAFETENSORS)]
-    # a Hugging Face folder has more files than the model needs
+    # a Hugging Face folder has more files than those that determine the model
     strangers = [] if manifest.parameters.get("form") == "huggingface" else unlisted_files(manifest)
     return faults_in_blocks(manifest, small) + [f"{name}: {MANIFEST} does not name it" for name in strangers]
 

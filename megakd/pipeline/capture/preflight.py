@@ -38,7 +38,7 @@ _RANKED_TOKENS = 1 << 26  # counted for the frequency ranks of ids, at most
 class CaptureConfig(FrozenConfig):
     """Flags of ``megakd capture``."""
 
-    load: str = option(..., "the teacher: a folder of checkpoints of 'megakd train'", common=True)
+    load: str = option(..., "the teacher: a folder of checkpoints, or a Hugging Face folder", common=True)
     iteration: int | None = option(None, "iteration of the checkpoint in --load (default: the latest)")
     output: str = option(
         ...,

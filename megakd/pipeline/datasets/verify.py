@@ -27,6 +27,7 @@ from megakd.model.checkpoint.damage import FORMAT as CHECKPOINT_FORMAT
 from megakd.model.checkpoint.damage import MANIFEST as CHECKPOINT
 from megakd.model.checkpoint.damage import checkpoint_folders
 from megakd.model.checkpoint.foreign import describe_foreign, is_checkpoint, read_shape
+from megakd.model.huggingface.folder import FORM, describe_folder, is_hf_folder
 from megakd.model.proxy.artefact import MANIFEST as PROXY
 from megakd.work.progress import ByteProgress
 
@@ -106,6 +107,11 @@ def _looks(name: str, config: VerifyConfig, tokenizer: Tokenizer | None) -> Iter
         raise UsageError(f"{name}: a checkpoint's vocabulary is its tokenizer's: add --tokenizer-type")
     for path in bare:
         yield str(path), partial(_adopt_checkpoint, path, config.model_config, tokenizer)
+    if config.adopt and not paths and is_hf_folder(Path(name)):
+        if tokenizer is not None or config.model_config is not None:
+            raise UsageError(f"{name}: a Hugging Face folder tells its model and its tokenizer: leave the flags out")
+        yield name, partial(_adopt_folder, Path(name))
+        return
     if config.adopt and not paths and not bare:
         yield name, lambda: (adopt(Path(name), vocab_size=config.vocab_size, tokenizer=tokenizer), [])
         return
@@ -129,6 +135,9 @@ def find_manifests(name: str) -> list[Path]:
     """Find the manifests of ``name`` as `existing_manifests` does. Raises UsageError where there is none."""
     paths = existing_manifests(name)
     if not paths:
+        if is_hf_folder(Path(name)):
+            hint = f"`megakd verify --adopt {name}` writes one, with the hashes of its tensors"
+            raise UsageError(f"{name}: a Hugging Face folder without a manifest; {hint}")
         if checkpoints := bare_checkpoints(Path(name)):
             hint = f"`megakd verify --adopt {name}` checks the checkpoint and writes one"
             raise UsageError(f"{checkpoints[0]}: a checkpoint without a manifest; {hint}")
@@ -195,7 +204,7 @@ def verify(path: Path) -> tuple[Manifest, list[str]]:
             faults = [f"segment {name}: {fault}" for name, several in by_segment.items() for fault in several]
         else:
             faults = verify_files(path, progress=bar.update)
-    if manifest.format == CHECKPOINT_FORMAT:
+    if manifest.format == CHECKPOINT_FORMAT and manifest.parameters.get("form") != FORM:
         faults += [f"{name}: the manifest does not name it" for name in unlisted_files(manifest)]
     if not faults and manifest.format == FORMAT:
         dataset = IndexedDataset(str(path).removesuffix(".manifest.json"))
@@ -231,6 +240,21 @@ def _adopt_checkpoint(path: Path, model_config: str | None, tokenizer: Tokenizer
         parameters={**described.parameters, **known},
         parents={},
         tokenizer=None if tokenizer is None else tokenizer.describe(),
+        files=described.files,
+    )
+    return manifest, []
+
+
+def _adopt_folder(path: Path) -> tuple[Manifest, list[str]]:
+    """Write the manifest of a Hugging Face folder into it, so that its tensors are compared with their hashes later."""
+    described = describe_folder(path, "--adopt")
+    manifest = write_manifest(
+        described.path,
+        format=described.format,
+        version=described.version,
+        parameters=described.parameters,
+        parents={},
+        tokenizer=described.tokenizer,
         files=described.files,
     )
     return manifest, []

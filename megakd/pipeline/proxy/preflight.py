@@ -38,7 +38,10 @@ _SETTINGS = (
 class ProxyConfig:
     """The flags of ``megakd proxy``."""
 
-    load: str = option(..., "checkpoint folder of the model to begin with: a small one, such as the reference")
+    load: str = option(
+        ...,
+        "small model to begin with, such as the reference: a folder of checkpoints, or a Hugging Face folder",
+    )
     teacher_scores: str = option(..., "the teacher's scores of a sample (megakd score --sample-fraction)")
     reference_scores: str = option(..., "the reference model's scores of the same sample")
     data_path: str = option(..., "the dataset that was scored: PREFIX, without .bin or .idx")

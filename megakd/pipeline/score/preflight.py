@@ -35,7 +35,7 @@ from megakd.pipeline.score.parts import Parts
 class ScoreConfig(FrozenConfig):
     """Flags of ``megakd score``."""
 
-    load: str | None = option(None, "the model: a folder of checkpoints of 'megakd train'", common=True)
+    load: str | None = option(None, "the model: a folder of checkpoints, or a Hugging Face folder", common=True)
     proxy: str | None = option(
         None,
         "folder of 'megakd proxy', in place of --load: scores are its predictions of teacher minus reference",

@@ -14,7 +14,8 @@ import pytest
 from model.huggingface.folders import Case, write_folder
 from safetensors.numpy import load_file, save_file
 
-from megakd.errors import CorruptError, MismatchError, UsageError
+from megakd.__main__ import main
+from megakd.errors import CorruptError, ExitStatus, MismatchError, UsageError
 from megakd.model.checkpoint.record import read_record
 from megakd.model.huggingface.folder import describe_folder, open_folder
 from megakd.model.huggingface.safetensors_files import read_headers
@@ -222,4 +223,23 @@ def test_tokenizer_beside_the_model(copy: Path) -> None:
     assert record.shape.rows(record.vocab_size, 1) == 256  # all 131, and padding
     write_tokenizer(132)
     with pytest.raises(MismatchError, match="the embedding has 131 rows, the tokenizer beside it 132 ids"):
+        read_record(copy)
+
+
+def test_an_adopted_folder_is_held_against_its_hashes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The manifest has the fingerprint that the folder has without one; what changes later is damage."""
+    fingerprint = read_record(copy).fingerprint
+    assert main(["verify", str(copy)]) == ExitStatus.USAGE
+    assert "verify --adopt" in capsys.readouterr().err
+    assert main(["verify", "--adopt", str(copy)]) == ExitStatus.COMPLETE
+    record = read_record(copy)
+    assert record.checked and record.fingerprint == fingerprint
+    (copy / "README.md").write_text("no part of the model")
+    assert main(["verify", str(copy)]) == ExitStatus.COMPLETE
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    read_record(copy)  # tensors are compared when they are loaded
+    assert main(["verify", str(copy)]) == ExitStatus.CORRUPT
+    set_keys(copy, rms_norm_eps=0.1)
+    with pytest.raises(CorruptError, match=r"config.json: "):
         read_record(copy)

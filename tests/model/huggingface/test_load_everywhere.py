@@ -93,13 +93,12 @@ def test_finetuning_starts_from_the_weights_of_a_folder(world: Worlds, made: dic
     labels = torch.from_numpy(alone["labels_BS"])
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     assert alone["lm"] == pytest.approx(expected, rel=1e-5)
-    for sizes in ({"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}):
-        split = world(2).run(first_losses, start_tree(made, parallel=sizes))[-1]
-        assert split["lm"] == pytest.approx(alone["lm"], rel=1e-5)
-        assert split["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    split = world(2).run(first_losses, start_tree(made, parallel={"tensor_model_parallel_size": 2}))[-1]
+    assert split["lm"] == pytest.approx(alone["lm"], rel=1e-5)
+    assert split["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_from_a_folder_resumes_and_its_model_is_recorded(world: Worlds, made: dict[str, Any]) -> None:
     save = str(made["root"] / "run")
     tree = start_tree(made, training={"train_iters": 2}, checkpoint={"load": str(made["teacher"]), "finetune": True,
