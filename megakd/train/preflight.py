@@ -168,8 +168,9 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         )
     if resume is not None and not weights_only:
         _check_order(config.training, blend, data.seq_length, data_size, resume)
+    doubt = None
     if config.checkpoint.hf_exports is not None and not config.evaluate.skip_train:
-        check_exportable(
+        doubt = check_exportable(
             student,
             tokenizer,
             None if resume is None else resume.huggingface,
@@ -193,7 +194,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         stores=stores,
         valid_stores=valid_stores,
         journal=() if config.evaluate.skip_train else journal,
-        warnings=tuple(filter(None, [unknown_tokenizers(sides)])),
+        warnings=tuple(filter(None, [unknown_tokenizers(sides), doubt and f"Warning: --hf-export-interval: {doubt}"])),
     )
 
 

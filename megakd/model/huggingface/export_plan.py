@@ -15,7 +15,11 @@ from megakd.model.huggingface.config_json import CONFIG, understand_config
 from megakd.model.huggingface.config_writer import check_shape, choose_family, config_of, generation_config_of
 from megakd.model.huggingface.families.table import Family, HfTensor
 from megakd.model.huggingface.folder import EMBEDDING, HEAD
-from megakd.model.huggingface.tokenizer_files import TokenizerFiles, find_tokenizer_files
+from megakd.model.huggingface.tokenizer_files import (
+    TokenizerFiles,
+    doubt_of_tokenizer,
+    find_tokenizer_files,
+)
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,6 +46,11 @@ class ExportPlan:
             yield tensor
             if tensor.theirs == EMBEDDING and self.record.shape.tied and self.recorded.get("head_is_stored"):
                 yield replace(tensor, theirs=HEAD)
+
+    @property
+    def doubt(self) -> str | None:
+        """Warning about how transformers reads the tokenizer's files; None without."""
+        return doubt_of_tokenizer(self.tokenizer, self.family.model_type)
 
     def config(self, dtype: str) -> dict[str, Any]:
         """Return the content of ``config.json``. dtype: of the weights, as in ``bfloat16``."""
@@ -111,8 +120,8 @@ def check_exportable(
     tokenizer_type: TokenizerType | None,
     tokenizer_model: str | None,
     what: str,
-) -> TokenizerFiles:
-    """Refuse a model whose checkpoints could not be exported, before there is one; return its tokenizer's files.
+) -> str | None:
+    """Refuse a model whose checkpoints could not be exported, before there is one; return a warning if there is any.
 
     recorded: ``huggingface`` of the checkpoint that its weights come from; None for others.
 
@@ -124,9 +133,10 @@ def check_exportable(
     files = find_tokenizer_files(
         tokenizer, tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, max_length=length, what=what
     )
+    family = choose_family(shape, config_before.get("model_type"), what)
     config = config_of(
         shape,
-        choose_family(shape, config_before.get("model_type"), what),
+        family,
         rows=1,
         dtype="float32",
         max_position_embeddings=length,
@@ -134,7 +144,7 @@ def check_exportable(
         recorded=config_before or None,
     )
     check_config(config, shape, what)
-    return files
+    return doubt_of_tokenizer(files, family.model_type)
 
 
 def check_config(config: Mapping[str, Any], shape: ModelShape, what: str) -> None:

@@ -26,9 +26,13 @@ _CLASSES: Mapping[str, dict[str, Any]] = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": False,
         "add_eos_token": False,
-        "legacy": False,
+        "legacy": True,  # or a text that begins with a space would have other ids
     },
 }
+
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,40 @@ def find_tokenizer_files(
     return TokenizerFiles(recorded or tokenizer.describe(), copied, written)
 
 
+def doubt_of_tokenizer(files: TokenizerFiles, model_type: str) -> str | None:
+    """Return a warning if transformers would not read the files as they are; None if it would.
+
+    AutoTokenizer of transformers 5 takes the class Qwen2Tokenizer for every model of type qwen2, whatever class
+    ``tokenizer_config.json`` names, and that class cuts text by its own pattern, not by that of ``tokenizer.json``.
+    """
+    file = files.copied.get("tokenizer.json")
+    if file is None and "tokenizer.model" in files.copied:
+        return (
+            "transformers 5 converts a sentencepiece model to a form of its own, in which texts that begin with spaces, "
+            "and all texts of a unigram model, may have other ids; transformers 4 reads it as it is. Compare the ids of "
+            "a few texts, or lay the tokenizer.json of the same model beside it"
+        )
+    if file is None or model_type != "qwen2":
+        return None
+    content = json.loads(file.read_bytes())
+    cuts, normalizer = json.dumps(content.get("pre_tokenizer")), content.get("normalizer") or {}
+    if json.dumps(_QWEN2_PATTERN) in cuts and normalizer.get("type") == "NFC":
+        return None
+    return (
+        "AutoTokenizer of transformers 5 makes other ids of a text with this folder: it takes Qwen 2's own tokenizer "
+        "for every model_type qwen2, and this one is another. Load it with "
+        "transformers.PreTrainedTokenizerFast.from_pretrained(FOLDER)"
+    )
+
+
 def _config(kind: str, tokenizer: Tokenizer, max_length: int) -> bytes:
     """Return the content of a ``tokenizer_config.json``."""
-    content = {**_CLASSES[kind], "clean_up_tokenization_spaces": False, "model_max_length": max_length}
+    content = {
+        **_CLASSES[kind],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # the models here take no types of tokens
+    }
     if tokenizer.eod_token is not None:
         content["eos_token"] = tokenizer.eod_token
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""The conversion of a Hugging Face folder to a checkpoint, by one process and in bounded memory."""
+"""Conversions between Hugging Face folders and checkpoints, by one process and in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from megakd.config.tree import to_dict
 from megakd.errors import ExitStatus
 from megakd.model.checkpoint.stream_writer import write_checkpoint
+from megakd.model.huggingface.export import export
+from megakd.model.huggingface.export_plan import ExportPlan
 from megakd.model.huggingface.folder import HfFolder, open_folder
 from megakd.model.huggingface.to_checkpoint import pieces_of
 from megakd.pipeline.convert.config import ConvertConfig
@@ -46,4 +48,20 @@ def convert(config: ConvertConfig, plan: ConvertPlan) -> ExitStatus:
         what=f"convert {record.path.name}",
     )
     tell(f"wrote {path}: {plan.shape.num_layers} layers, vocabulary {record.vocab_size}")
+    return ExitStatus.COMPLETE
+
+
+def export_folder(config: ConvertConfig, plan: ExportPlan) -> ExitStatus:
+    """Write the Hugging Face folder that ``plan`` describes, and say what it is; nothing if it is there."""
+    save = Path(config.save)
+    if plan.tokenizer.note:
+        tell(f"no tokenizer files: {plan.tokenizer.note}")
+    if plan.doubt is not None:
+        tell(f"warning: {plan.doubt}")
+    manifest = export(plan, save, max_shard_bytes=config.max_shard_bytes)
+    size = sum(file.size_bytes for file in manifest.files)
+    tell(
+        f"{save}: {plan.family.architecture} of {plan.record.path}, {plan.rows} rows of vocabulary, "
+        f"{len(manifest.files)} files, {size / 1e9:.3f} GB; equal to the checkpoint, tensor by tensor"
+    )
     return ExitStatus.COMPLETE

@@ -27,12 +27,13 @@ from megakd.model.checkpoint.damage import FORMAT as CHECKPOINT_FORMAT
 from megakd.model.checkpoint.damage import MANIFEST as CHECKPOINT
 from megakd.model.checkpoint.damage import checkpoint_folders
 from megakd.model.checkpoint.foreign import describe_foreign, is_checkpoint, read_shape
+from megakd.model.huggingface.exported import MANIFEST as EXPORTED
 from megakd.model.huggingface.folder import FORM, describe_folder, is_hf_folder
 from megakd.model.proxy.artefact import MANIFEST as PROXY
 from megakd.work.progress import ByteProgress
 
 HELP = "hash the files of an artefact and compare them with its manifest"
-_IN_FOLDERS = ("manifest.json", SCORES, SELECTION, STORE, PROXY)
+_IN_FOLDERS = ("manifest.json", SCORES, SELECTION, STORE, PROXY, EXPORTED)
 _SHOWN = 8
 _TOKENS_AT_ONCE = 1 << 22
 
@@ -45,8 +46,8 @@ class VerifyConfig:
 
     artefact: list[str] = option(
         ...,
-        "dataset prefix, folder of scores, a selection, a logits store, a journal of logits, a checkpoint or the "
-        "checkpoints of a run …, or any manifest",
+        "dataset prefix, folder of scores, a selection, a logits store, a journal of logits, a checkpoint, the "
+        "checkpoints of a run …, an exported Hugging Face folder, or any manifest",
         positional=True,
     )
     adopt: bool = option(
