@@ -109,9 +109,9 @@ def doubt_of_tokenizer(files: TokenizerFiles, model_type: str) -> str | None:
     file = files.copied.get("tokenizer.json")
     if file is None and "tokenizer.model" in files.copied:
         return (
-            "transformers 5 converts a sentencepiece model to a form of its own, in which texts that begin with spaces, "
-            "and all texts of a unigram model, may have other ids; transformers 4 reads it as it is. Compare the ids of "
-            "a few texts, or lay the tokenizer.json of the same model beside it"
+            "transformers 5 converts a sentencepiece model to a form of its own, in which texts that begin with "
+            "spaces, and all texts of a unigram model, may have other ids; transformers 4 reads it as it is. Compare "
+            "the ids of a few texts, or lay the tokenizer.json of the same model beside it"
         )
     if file is None or model_type != "qwen2":
         return None
