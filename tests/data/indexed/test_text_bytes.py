@@ -62,6 +62,7 @@ def test_every_token_has_its_share(tmp_path: Path) -> None:
     assert bytes_of_ranges(dataset, none, none).tolist() == []
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     documents=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=9),

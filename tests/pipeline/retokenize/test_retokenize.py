@@ -110,6 +110,7 @@ def test_no_text_is_lost(tmp_path, models, old, new):
     assert [path.name for path in tmp_path.iterdir() if "work" in path.name or "quarantine" in path.name] == []
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_original_text(tmp_path, models):
     """The old tokenizer lost some of it, the new one loses more: what is counted stays what was read first."""
     source = build_tokenizer(*models["nfkc"])
