@@ -104,17 +104,18 @@ class ContinuationScorer:
             )
         return self._gathered(answers, requests)
 
-    def _row(self, request: TokenRequest) -> NDArray[np.int64]:
-        """Ids of context and continuation, the last ``max_length + 1`` of them.
+    def check(self, requests: Sequence[TokenRequest]) -> None:
+        """Raise UsageError for a request without context, or with a continuation that is empty or does not fit."""
+        for number, request in enumerate(requests):
+            if not (len(request.context) and 0 < len(request.continuation) <= self.max_length):
+                raise UsageError(
+                    f"request {number} has {len(request.context)} tokens of context and {len(request.continuation)} of "
+                    f"continuation; expected at least one of each, and a continuation of at most {self.max_length}: "
+                    "--seq-length takes more"
+                )
 
-        Raises UsageError for a continuation that is empty or does not fit.
-        """
-        if not (len(request.context) and 0 < len(request.continuation) <= self.max_length):
-            raise UsageError(
-                f"a request of {len(request.context)} tokens of context and {len(request.continuation)} of "
-                f"continuation: expected at least one of each, and a continuation of at most {self.max_length} "
-                "(--seq-length)"
-            )
+    def _row(self, request: TokenRequest) -> NDArray[np.int64]:
+        """Ids of context and continuation, the last ``max_length + 1`` of them."""
         return np.array([*request.context, *request.continuation][-(self.max_length + 1) :], dtype=np.int64)
 
     def _answers(self, microbatch: Microbatch, targets: DenseTargets) -> NDArray[np.float64]:
@@ -170,9 +171,17 @@ class Desk:
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE) if groups.world_size > 1 else None
 
     def score(self, requests: Sequence[TokenRequest]) -> list[Likelihood]:
-        """Score requests on all ranks. The first rank calls it."""
+        """Score requests on all ranks. The first rank calls it.
+
+        Raises UsageError for a request that does not fit, before the others hear of it, and CorruptError.
+        """
+        self.scorer.check(requests)
         self._send(list(requests))
-        return self.scorer.score(requests)
+        try:
+            return self.scorer.score(requests)
+        except CorruptError:
+            self._control = None  # all ranks raise it by themselves, and none of them listens any more
+            raise
 
     def serve(self) -> None:
         """Compute what the first rank asks for, until it is done. All other ranks call it.

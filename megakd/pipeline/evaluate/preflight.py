@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -94,7 +95,7 @@ def check_evaluate(config: EvaluateConfig, world_size: int) -> EvaluatePlan:
         tokenizer_record=tokenizer_record,
         tokenizer=tokenizer,
         requests=_read_all_requests(config),
-        output=Path(config.output) if config.output is not None else _run_folder(record) / "evaluate",
+        output=_writable(Path(config.output) if config.output is not None else _run_folder(record) / "evaluate"),
         tensorboard=_tensorboard(config, record),
     )
 
@@ -180,6 +181,16 @@ def _plan_model(config: EvaluateConfig, record: CheckpointRecord, vocab_size: in
     shape = config.shape_of(record, seq_length)
     shape.check_layout(config.parallel(), record.role)
     return FrozenPlan(record, shape)
+
+
+def _writable(folder: Path) -> Path:
+    """Return a folder that results can be written to. Raises UsageError, before hours are spent on them."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--output {folder}: {there} is a file; expected a folder, new or there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder}: no permission to write in {there}; give a folder that can be written")
+    return folder
 
 
 def _run_folder(record: CheckpointRecord) -> Path:

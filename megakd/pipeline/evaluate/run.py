@@ -44,8 +44,8 @@ def evaluate(config: EvaluateConfig, plan: EvaluatePlan) -> ExitStatus:
                 if config.task_names:
                     from megakd.pipeline.evaluate.task_figures import run_tasks  # late: lm-eval is optional, and slow
 
-                    found = run_tasks(config, desk, codec)
-                    tasks, samples = found.as_dict(), samples | found.samples
+                    of_tasks = run_tasks(config, desk, codec)
+                    tasks, samples = of_tasks.as_dict(), samples | of_tasks.samples
     if groups.rank == 0:
         results = Results(held_out, tasks, requests, samples, time.monotonic() - started)
         path = write_results(config, plan, results)

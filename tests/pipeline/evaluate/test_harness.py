@@ -105,7 +105,7 @@ def test_ready_requests_have_the_same_answers(
 
 
 @pytest.mark.slow
-def test_a_task_that_generates_is_refused_on_every_rank(
+def test_what_cannot_be_scored_is_refused_on_every_rank(
     both: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: Path, world: Worlds
 ) -> None:
     folder = both[0]
@@ -120,6 +120,12 @@ def test_a_task_that_generates_is_refused_on_every_rank(
     with pytest.raises(RankError, match="generate_until") as error:
         world(2).run(run_evaluate, tree)
     assert str(error.value).count("UsageError: --tasks local_writes") == 2
+    long = {"doc_id": 0, "idx": 0, "label": 0, "request": {"context": "a", "continuation": " word" * 300}}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long))
+    tree = {"load": str(folder / "run"), "requests": [str(tmp_path / "long.jsonl")], "output": str(tmp_path / "out")}
+    with pytest.raises(RankError, match="request 0 has") as error:
+        world(2).run(run_evaluate, tree)
+    assert str(error.value).count("UsageError: request 0 has") == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -164,6 +170,9 @@ def test_refusals(both: tuple[Path, dict[str, Any], dict[str, Any]], tmp_path: P
     refused(match="nothing to evaluate")
     refused("--tasks", "a", "--eval-samples", "3", match="--eval-samples is for held-out data")
     refused("--data-path", str(folder / "text"), "--limit", "3", match="--limit is for tasks and requests")
+    (tmp_path / "file").write_text("")
+    text = str(folder / "text")
+    refused("--data-path", text, "--output", str(tmp_path / "file"), match="is a file; expected a folder")
     refused("--data-path", "a", "--valid-data-path", "b", match="are one flag here")
     refused("--requests", str(tmp_path / "none.jsonl"), match="no such file")
     refused("--data-path", str(folder / "text"), "--tensor-model-parallel-size", "3", match="world size 1")
