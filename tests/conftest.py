@@ -11,11 +11,14 @@ from worlds import Worlds
 
 
 def pytest_configure(config: Config) -> None:
-    """Keep what tests find out about tokenizer engines beside pytest's own cache, and out of the user's.
+    """Keep what tests find out about tokenizer engines, and local data sets, beside pytest's own cache, and out of the
+    user's; ask no hub for anything.
 
     Workers that share the machine share its cores too: threads that wait for one another's turn cost a multiple.
     """
     os.environ["MEGAKD_CACHE_DIR"] = str(config.rootpath / ".pytest_cache" / "megakd")
+    os.environ["HF_HOME"] = str(config.rootpath / ".pytest_cache" / "huggingface")
+    os.environ["HF_HUB_OFFLINE"] = "1"
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))

@@ -22,6 +22,8 @@ TASKS = ["local_choices", "local_shots", "local_words", "local_texts"]
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory, world: Worlds) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A folder with both forms of a model, and what lm-eval's own back-end makes of the one."""
+    for package in ("lm_eval", "transformers", "accelerate"):  # the last two for the harness's own back-end
+        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("both")
     make_both(folder, world)
     ((samples, results),) = world(1).run(samples_of_hf, folder, TASKS)
