@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def _write_pieces(
             start = writer.num_bytes
             part = torch.frombuffer(buffer, dtype=dtype, count=piece.num_items).view(piece.lengths)
             piece.fill(part)
-            torch.save(part, _Stream(writer))
+            torch.save(part, cast("IO[bytes]", _Stream(writer)))
             chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.lengths))
             stored = tensors.setdefault(piece.name, TensorStorageMetadata(properties, torch.Size(piece.size), []))
             index = MetadataIndex(piece.name, chunk.offsets, len(stored.chunks))
