@@ -23,9 +23,9 @@ def prepare_text(text: Path) -> None:
 
 
 def prepare_parts(text: Path) -> None:
-    """A quarter of the documents to train on for the teacher, another for the students: more than they get to read."""
+    """A third of the documents to train on for the teacher, another for the students: more than they get to read."""
     parts = text / FOR_TEACHER, text / FOR_STUDENTS
-    stage(parts[1].exists(), "parts", lambda: print(corpus.write_parts(text / TRAIN, *parts, of=4)))
+    stage(parts[1].exists(), "parts", lambda: print(corpus.write_parts(text / TRAIN, *parts, of=3)))
     for file in parts:
         tokenize(file, text / file.stem, text / TOKENIZER)
 
