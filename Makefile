@@ -11,7 +11,7 @@ FIND_PYTHON = for name in python3.11 python3 python3.12 python3.13; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$name; break; fi; done
 
 .DELETE_ON_ERROR:
-.PHONY: help demo miniplm pd-sweep test test-fast test-slow test-long check bench clean
+.PHONY: help demo miniplm real pd-sweep test test-fast test-slow test-long check bench clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(VENV)/.built  ## one student, six ways, on real text; a table and a plot
 
 miniplm: $(VENV)/.built  ## MiniPLM on text with planted noise: what is dropped, what it does to a student
 	$(PYTHON) examples/miniplm/miniplm.py
+
+real: $(VENV)/.built $(VENV)/.real  ## a real teacher, SmolLM2-135M, and three students of its tokenizer: hours; REAL_SEED, REAL_STEPS
+	$(PYTHON) examples/real/real.py
 
 pd-sweep: $(VENV)/.built  ## the design space of pre-training distillation: truncation, temperature, loss, alpha; SWEEP='--only k'
 	$(PYTHON) examples/pretraining_distillation/sweep.py $(SWEEP)
@@ -45,7 +48,7 @@ bench: $(VENV)/.built  ## every benchmark, one table each
 	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 clean:  ## remove all that make made: .venv, the native extension, caches, demo-out/
-	rm -rf $(VENV) build dist *.egg-info megakd/_csrc*.so demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info megakd/_csrc*.so demo-out real-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: requirements/base.txt
@@ -60,6 +63,11 @@ $(VENV)/.installed: requirements/base.txt
 $(VENV)/.dev: $(VENV)/.installed requirements/dev.txt requirements/eval.txt
 	@echo "installing requirements/dev.txt into $(VENV)"
 	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.real: $(VENV)/.installed requirements/real.txt requirements/eval.txt
+	@echo "installing requirements/real.txt into $(VENV)"
+	@$(PIP) -r requirements/real.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
