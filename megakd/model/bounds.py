@@ -15,8 +15,7 @@ _LARGEST = {
     "rope_scaling_factor": 1e6, "rope_scaling_low_freq_factor": 1e6, "rope_scaling_high_freq_factor": 1e6,
     "rope_scaling_original_max_position_embeddings": 1 << 30, "rotary_seq_len_interpolation_factor": 1e6,
     "yarn_rotary_scaling_factor": 1e6, "yarn_original_max_position_embeddings": 1 << 30, "yarn_beta_fast": 1e6,
-    "yarn_beta_slow": 1e6, "yarn_attention_factor": 1e6, "no_rope_freq": 10_000, "max_position_embeddings": 1 << 30,
-    "sliding_window": 1 << 30, "padded_vocab_size": 1 << 30,
+    "yarn_beta_slow": 1e6, "yarn_attention_factor": 1e6, "no_rope_freq": 10_000,
 }  # fmt: skip
 _POSITIVE = (
     "norm_epsilon", "rotary_base", "rotary_percent", "init_method_std", "rope_scaling_factor",
@@ -27,7 +26,7 @@ _AT_LEAST_1 = (
     "ffn_hidden_size", "num_query_groups", "kv_channels", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size", "make_vocab_size_divisible_by", "recompute_num_layers",
     "fp8_amax_history_len", "rope_scaling_original_max_position_embeddings", "yarn_original_max_position_embeddings",
-    "no_rope_freq", "max_position_embeddings", "sliding_window", "padded_vocab_size",
+    "no_rope_freq",
 )  # fmt: skip
 _LEAST_FACTORS = ("rotary_base", "rope_scaling_factor", "rotary_seq_len_interpolation_factor",
                   "yarn_rotary_scaling_factor")  # fmt: skip

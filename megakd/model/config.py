@@ -39,8 +39,7 @@ _OF_A_RUN = (
     "recompute_num_layers", "moe_token_dispatcher_type", "hidden_dropout",
 )  # fmt: skip
 _RECORDED_ALONE = (
-    "init_method_std", "attention_dropout", "moe_aux_loss_coeff", "make_vocab_size_divisible_by", "padded_vocab_size",
-    "max_position_embeddings",
+    "init_method_std", "attention_dropout", "moe_aux_loss_coeff", "make_vocab_size_divisible_by",
 )  # fmt: skip
 _SCALINGS = ("rope_scaling_factor", "rotary_seq_len_interpolation_factor", "yarn_rotary_scaling_factor")
 
@@ -98,14 +97,6 @@ class ModelConfig:
     no_rope_freq: int | None = option(
         None, "interval of layers without rotary positions: 4 leaves them out in every fourth (SmolLM 3; default: none)"
     )
-    max_position_embeddings: int | None = option(
-        None, "longest sequence that the model was made for, in tokens; only recorded"
-    )
-    sliding_window: int | None = option(
-        None,
-        "tokens that attention sees in the model that the weights come from; longer sequences are refused, because "
-        "windows are not computed here (default: all)",
-    )
     untie_embeddings_and_output_weights: bool | None = option(
         None, "output weight apart from the embedding (default: as the preset says, else true)"
     )
@@ -113,9 +104,6 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout after attention and feed-forward")
     attention_dropout: float = option(0.0, "dropout of attention weights")
     make_vocab_size_divisible_by: int = option(128, "divisor of the padded vocabulary, times TP")
-    padded_vocab_size: int | None = option(
-        None, "least rows of the embedding, padding among them, before the divisor (default: the vocabulary)"
-    )
     num_experts: int | None = option(None, "experts per feed-forward layer (MoE; default: dense)")
     moe_router_topk: int = option(2, "experts a token is sent to")
     moe_router_pre_softmax: bool = option(
@@ -285,7 +273,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A resolved ``ModelConfig``: every size a number. Checkpoints record it."""
+    """A resolved ``ModelConfig``: every size a number. Checkpoints record it.
+
+    What a model that was imported has beside its options: max_position_embeddings: longest sequence that it was made
+    for, in tokens. sliding_window: tokens that its attention sees; longer sequences are refused, because windows are
+    not computed here. padded_vocab_size: least rows of the embedding, padding among them, before the divisor.
+    """
 
     num_layers: int
     hidden_size: int

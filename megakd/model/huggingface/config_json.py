@@ -5,6 +5,7 @@ The file itself is read, never transformers' classes, and no code that it names.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,14 +135,16 @@ def _shape(config: Mapping[str, Any], family: Family, what: str) -> ModelShape:
             untie_embeddings_and_output_weights=not config["tie_word_embeddings"],
             init_method_std=float(config["initializer_range"] or 0.02),
             attention_dropout=float(config.get("attention_dropout") or 0.0),
-            max_position_embeddings=config["max_position_embeddings"],
-            sliding_window=window,
-            padded_vocab_size=config["vocab_size"],
             bf16=_DTYPES[_dtype(config)],
             **values,
         )
         validate(model)
-        return model.resolve("the model")
+        return dataclasses.replace(
+            model.resolve("the model"),
+            max_position_embeddings=_count(config, "max_position_embeddings"),
+            sliding_window=None if window is None else _count({"sliding_window": window}, "sliding_window"),
+            padded_vocab_size=config["vocab_size"],
+        )
     except (MismatchError, UsageError) as error:
         raise type(error)(f"{what}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -178,6 +181,12 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family, what: str) -> Non
 def _dtype(config: Mapping[str, Any]) -> str:
     """Return the type of the weights; transformers 4 calls it ``torch_dtype``."""
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    if not _is_count(config[key]):
+        raise UsageError(f"{key} is {config[key]!r}; expected a positive number")
+    return int(config[key])
 
 
 def _is_count(value: Any) -> bool:

@@ -11,7 +11,7 @@ _FAMILY = (
 _NO_MLA = "there is no multi-latent attention here; attention is multi-head or grouped (--num-query-groups)"
 _NO_MTP = "there is no multi-token prediction here; the loss is of the next token"
 _NO_LAYERS = "every layer is the same here; there are no hybrid or heterogeneous ones"
-_ROUTER = "the router takes the softmax over the largest --moe-router-topk logits, with an auxiliary loss alone"
+_ROUTER = "the router takes a softmax and the largest --moe-router-topk logits, with an auxiliary loss alone"
 _NO_DROP = "no token is dropped here; every expert takes all that are sent to it"
 
 
@@ -52,13 +52,10 @@ MODEL: tuple[Entry, ...] = (
     same("--no-persist-layer-norm", "norms are RMSNorm, which has no persistent kernel"),
     same_for("--softmax-type", "vanilla", "attention is softmax attention", "attention is plain softmax attention"),
     same_for(
-        "--rope-type", "rope", "positions are rotary", "there is no YaRN here: --rope-scaling-factor is Llama 3's"
-    ),
-    same_for(
-        "--rotary-seq-len-interpolation-factor",
-        "1",
-        "positions are not interpolated",
-        "there is no interpolation of positions here; Llama 3's scaling is --rope-scaling-factor",
+        "--rope-type",
+        "rope",
+        "positions are rotary",
+        "here YaRN is --yarn-rotary-scaling-factor",
     ),
     Entry(
         "--use-rope-scaling",
@@ -77,7 +74,6 @@ MODEL: tuple[Entry, ...] = (
     refused("--glu-linear-offset", "the activation is plain SwiGLU, without an offset", takes="one"),
     refused("--apply-residual-connection-post-layernorm", f"the residual goes around the norm: {_FAMILY}"),
     refused("--rotary-interleaved", "rotary halves are not interleaved here, as in Llama"),
-    refused("--no-rope-freq", "every layer has rotary positions here", takes="one"),
     refused("--mrope-section", "positions are those of text here", takes="many"),
     refused("--relative-attention-num-buckets", f"positions are rotary: {_FAMILY}", takes="one"),
     refused("--relative-attention-max-distance", f"positions are rotary: {_FAMILY}", takes="one"),
@@ -141,7 +137,6 @@ EXPERTS: tuple[Entry, ...] = (
     refused("--moe-extended-tp", "say the size itself: --expert-tensor-parallel-size"),
     refused("--moe-enable-deepep", "tokens reach experts by --moe-token-dispatcher-type alltoall or allgather"),
     refused("--moe-router-dtype", "the router computes in the model's precision", takes="one"),
-    refused("--moe-router-pre-softmax", _ROUTER),
     refused("--moe-router-num-groups", _ROUTER, takes="one"),
     refused("--moe-router-group-topk", _ROUTER, takes="one"),
     refused("--moe-router-topk-scaling-factor", _ROUTER, takes="one"),

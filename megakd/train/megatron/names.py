@@ -11,6 +11,7 @@ SHARED: tuple[str, ...] = tuple(
     train-iters train-samples micro-batch-size global-batch-size rampup-batch-size seed exit-interval
     exit-duration-in-mins num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels
     normalization norm-epsilon add-qkv-bias qk-layernorm rotary-base rotary-percent rope-scaling-factor
+    rotary-seq-len-interpolation-factor no-rope-freq moe-router-pre-softmax
     untie-embeddings-and-output-weights init-method-std hidden-dropout attention-dropout make-vocab-size-divisible-by
     num-experts moe-router-topk moe-ffn-hidden-size moe-token-dispatcher-type moe-aux-loss-coeff
     moe-shared-expert-intermediate-size transformer-impl bf16 fp8-format fp8-recipe fp8-param-gather fp8-margin
