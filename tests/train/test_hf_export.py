@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from model.huggingface.folders import Case, write_folder
 from runs import make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.errors import MismatchError, UsageError
 from megakd.model.checkpoint.record import read_record
 from megakd.model.checkpoint.tensor_reader import TensorReader
+from megakd.model.huggingface.export import export
+from megakd.model.huggingface.export_plan import plan_export
 from megakd.train import hf_export
 from megakd.train.config import CheckpointConfig
 from megakd.train.hf_export import HfExporter
@@ -141,6 +144,29 @@ def test_flags_that_cannot_work(tmp_path: Path) -> None:
     refused(
         "rotary_percent is 0.5", MismatchError, checkpoint={**save, "hf_export_interval": 4}, student=half
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_a_folder_said_outlives_the_training_of_its_weights(tmp_path: Path, world: Worlds) -> None:
+    """From checkpoint to checkpoint, and into the export: family, ids, longest sequence and rows of the vocabulary."""
+    theirs, save = tmp_path / "theirs", tmp_path / "run"
+    write_folder(theirs, Case("qwen3", 5, {"vocab_size": 259, "head_dim": 6}))
+    (theirs / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
+    checkpoint = {"load": str(theirs), "finetune": True, "save": str(save), "save_interval": 1}
+    tree = make_tree(write_dataset(tmp_path / "data"), training={"train_iters": 1}, checkpoint=checkpoint)
+    tree["student"] = {}
+    for steps in (1, 2):  # the second one goes on from the checkpoint of the first
+        tree["training"]["train_iters"] = steps
+        assert world(1).run(run_training, tree) == [0]
+        record = read_record(save)
+        assert record.iteration == steps and record.huggingface == read_record(theirs).huggingface
+    export(plan_export(record), tmp_path / "hf", max_shard_bytes=10**9)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (theirs, tmp_path / "hf"))
+    kept = ("model_type", "bos_token_id", "eos_token_id", "max_position_embeddings", "vocab_size", "initializer_range")
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    assert after["max_position_embeddings"] == 64 and after["vocab_size"] == 259
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"do_sample": True, "temperature": 0.7}
 
 
 @pytest.mark.long

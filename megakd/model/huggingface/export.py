@@ -130,6 +130,11 @@ class _Source:
                 f"{self.plan.record.path}: {spec.name} has a number of {float(part.abs().max()):g}, more than float16 "
                 "can hold: --dtype bfloat16"
             )
+        if self.plan.exact and cast.dtype != part.dtype and not _same_bytes(cast.to(part.dtype), part):
+            raise MismatchError(
+                f"{self.plan.record.path}: {spec.name} loses digits as {self.plan.dtype}, the type of the folder that "
+                "the model came from: --dtype float32 keeps them, --dtype float16 says that it may"
+            )
         return cast
 
     def part(self, place: _Place) -> Tensor:

@@ -28,7 +28,8 @@ ExportDtype = Literal["float32", "bfloat16", "float16"]
 class ExportPlan:
     """Content of a folder that will be written: the family's tensors, the tokenizer's files, the configuration.
 
-    rows: of the embedding there. dtype: of all tensors; None as they are stored. recorded: the configuration of the
+    rows: of the embedding there. dtype: of all tensors; None as they are stored. exact: refuse weights that ``dtype``
+    cannot hold without loss. recorded: the configuration of the
     folder that the model was imported from, and its generation configuration; None for a model that was trained here.
     """
 
@@ -36,6 +37,7 @@ class ExportPlan:
     family: Family
     rows: int
     dtype: ExportDtype | None
+    exact: bool
     max_position_embeddings: int
     tokenizer: TokenizerFiles
     recorded: Mapping[str, Any]
@@ -98,16 +100,18 @@ def plan_export(
             what=what,
             or_else=", --no-tokenizer-files exports the weights without it",
         )
+    was_half = record.foreign and _dtype(recorded) == "float16" and not shape.bf16  # stored as float32, without loss
     plan = ExportPlan(
         record=record,
         family=choose_family(shape, recorded.get("config", {}).get("model_type"), what),
         rows=_rows(record, tokenizer, vocab_size),
-        dtype=dtype,
+        dtype="float16" if dtype is None and was_half else dtype,
+        exact=dtype is None,
         max_position_embeddings=length,
         tokenizer=tokenizer,
         recorded=recorded,
     )
-    check_config(plan.config(dtype or "float32"), shape, what)
+    check_config(plan.config(plan.dtype or "float32"), shape, what)
     return plan
 
 
@@ -162,6 +166,12 @@ def _config(shape: ModelShape, plan: ExportPlan, dtype: str, eod: int | None) ->
         eos_token_id=eod,
         recorded=plan.recorded.get("config"),
     )
+
+
+def _dtype(recorded: Mapping[str, Any]) -> str:
+    """Return the type of the weights in the folder that the model was imported from, "" without."""
+    config = recorded.get("config", {})
+    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
 
 
 def _rows(record: CheckpointRecord, tokenizer: TokenizerFiles, vocab_size: int | None) -> int:

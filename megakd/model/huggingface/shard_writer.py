@@ -132,4 +132,4 @@ def write_shard(
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor on the CPU, row by row, without a copy if it lies so already."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

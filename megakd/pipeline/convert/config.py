@@ -33,7 +33,9 @@ class ConvertConfig:
     )
     ckpt_step: int | None = option(None, "step of the checkpoint to export (default: the latest)", common=True)
     dtype: ExportDtype | None = option(
-        None, "type of the weights in a Hugging Face folder (default: as the checkpoint has them)", common=True
+        None,
+        "type of the weights in a Hugging Face folder (default: as the checkpoint has them; float16 if they came so)",
+        common=True,
     )
     max_shard_size: str = option(
         "5GB", "most bytes of tensors in one file of a Hugging Face folder, as in 500MB, 5GB or 4GiB", common=True

@@ -178,6 +178,25 @@ def test_sizes(text: str, size: int) -> None:
     assert ConvertConfig(load="a", save="b", max_shard_size=text).max_shard_bytes == size
 
 
+def test_a_half_precision_folder_comes_back_in_half_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """float16 is stored as float32 here; what goes back is float16 again, if nothing is lost by it."""
+    model = write_folder(tmp_path / "float32", CASES["qwen3"])
+    model.half().save_pretrained(tmp_path / "theirs")
+    convert("--load", tmp_path / "theirs", "--save", tmp_path / "run")
+    assert TensorReader(read_record(tmp_path / "run")).dtype("embedding.word_embeddings.weight") == torch.float32
+    assert convert("--load", tmp_path / "run", "--save", tmp_path / "hf") == ExitStatus.COMPLETE
+    assert tensors_of(tmp_path / "hf") == tensors_of(tmp_path / "theirs")
+    config = json.loads((tmp_path / "float32" / "config.json").read_text())
+    (tmp_path / "float32" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    convert("--load", tmp_path / "float32", "--save", tmp_path / "wide")
+    capsys.readouterr()
+    assert convert("--load", tmp_path / "wide", "--save", tmp_path / "hf2") == ExitStatus.MISMATCH
+    assert "loses digits as float16" in capsys.readouterr().err
+    assert convert("--load", tmp_path / "wide", "--save", tmp_path / "hf2", "--dtype", "float32") == ExitStatus.COMPLETE
+
+
 def test_half_precision_that_cannot_hold_a_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "theirs"
     model = write_folder(folder, CASES["qwen2"])
