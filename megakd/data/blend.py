@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megakd.data.order import permute
 from megakd.data.samples.protocol import Samples
+from megakd.data.samples.split import PartSamples, Split
 from megakd.errors import UsageError
 
 _QUANTA = 1 << 32
@@ -78,6 +79,26 @@ class Blend:
             # Datasets of equal size must not run in step, so each has a seed of its own.
             result[in_epoch] = permute(places[in_epoch], num_samples=num_samples, seed=self.seed + dataset, epoch=epoch)
         return result
+
+
+def part_of(blend: Blend, split: Split, part: int) -> Blend | None:
+    """Return one part of every dataset of a blend, with the same weights; without datasets that have no sample in it.
+
+    Raises UsageError if a dataset's training part has no sample.
+    """
+    datasets, weights = [], []
+    for samples, weight in zip(blend.datasets, blend.given_weights or [1.0] * len(blend.datasets)):
+        first, end = split.documents(samples.dataset.num_documents, part)
+        cut = PartSamples(samples, first, end)
+        if cut.num_samples:
+            datasets.append(cut)
+            weights.append(weight)
+        elif part == 0:
+            raise UsageError(
+                f"--split {split.text}: the training part of {samples.dataset.prefix}, documents {first} to {end} of "
+                f"{samples.dataset.num_documents}, has no sample; change --split, or drop the dataset"
+            )
+    return Blend(datasets, blend.given_weights and weights, blend.seed) if datasets else None
 
 
 def parse_data_path(data_path: Sequence[str]) -> tuple[list[float] | None, list[str]]:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
-from megakd.data.blend import Blend, parse_data_path
+from megakd.data.blend import Blend, parse_data_path, part_of
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import Loader, check_vocabulary
 from megakd.data.samples.boundaries import check_boundaries
 from megakd.data.samples.packing import Packing, open_samples
 from megakd.data.samples.protocol import Samples
 from megakd.data.samples.selected import SelectedSamples, selection_of
-from megakd.data.samples.split import PartSamples, Split
 from megakd.data.selection import Selection
 from megakd.data.tokenizers.recorded import open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
@@ -122,7 +121,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     data = config.data
     blend = _open_blend(data, data.data_path, data.packing, data.selection, seed=config.training.seed)
     if data.split is not None:
-        blend = _part_of(blend, data.split_shares, 0) or blend
+        blend = part_of(blend, data.split_shares, 0) or blend
     valid_blend = _open_valid_blend(data, needed=config.evaluate.skip_train)
     datasets = [*blend.datasets, *(valid_blend.datasets if valid_blend else [])]
     for held_out in valid_blend.datasets if valid_blend else ():
@@ -236,30 +235,10 @@ def _open_valid_blend(data: DataConfig, *, needed: bool) -> Blend | None:
         return _open_blend(data, data.valid_data_path, packing, seed=0)
     if data.split is None or data.split_shares.shares[1] == 0:
         return None
-    held_out = _part_of(_open_blend(data, data.data_path, packing, seed=0), data.split_shares, 1)
+    held_out = part_of(_open_blend(data, data.data_path, packing, seed=0), data.split_shares, 1)
     if held_out is None and needed:
         raise UsageError(f"--skip-train only evaluates, and --split {data.split} leaves no sample to evaluate on")
     return held_out
-
-
-def _part_of(blend: Blend, split: Split, part: int) -> Blend | None:
-    """Return one part of every dataset of a blend, with the same weights; without datasets that have no sample in it.
-
-    Raises UsageError if a dataset's training part has no sample.
-    """
-    datasets, weights = [], []
-    for samples, weight in zip(blend.datasets, blend.given_weights or [1.0] * len(blend.datasets)):
-        first, end = split.documents(samples.dataset.num_documents, part)
-        cut = PartSamples(samples, first, end)
-        if cut.num_samples:
-            datasets.append(cut)
-            weights.append(weight)
-        elif part == 0:
-            raise UsageError(
-                f"--split {split.text}: the training part of {samples.dataset.prefix}, documents {first} to {end} of "
-                f"{samples.dataset.num_documents}, has no sample; change --split, or drop the dataset"
-            )
-    return Blend(datasets, blend.given_weights and weights, blend.seed) if datasets else None
 
 
 def _open_samples(data: DataConfig, dataset: IndexedDataset, packing: Packing) -> Samples:

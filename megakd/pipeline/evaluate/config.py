@@ -7,6 +7,7 @@ from typing import Literal
 
 from megakd.config.tree import option
 from megakd.data.samples.packing import Packing
+from megakd.data.samples.split import Split
 from megakd.errors import UsageError
 from megakd.pipeline.frozen.config import FrozenModelConfig
 
@@ -28,6 +29,11 @@ class AskedConfig:
         "cut of the samples: windows of the token stream (concat), windows cut back to a sentence end (sentence), or "
         "documents",
         common=True,
+    )
+    split: str | None = option(
+        None,
+        "shares of training, held-out and test documents of --data-path, such as 969,30,1, as training has it: the "
+        "second part is evaluated (default: all of it)",
     )
     seq_length: int | None = option(
         None,
@@ -105,6 +111,10 @@ class EvaluateConfig(FrozenModelConfig, AskedConfig):
         self._refuse_idle_flags()
         if self.seq_length is not None:
             self.check_seq_length(self.seq_length)
+        if self.split is not None and not Split(self.split).shares[1]:
+            raise UsageError(
+                f"--split {self.split} leaves no document to evaluate on; expected a share for held-out ones"
+            )
 
     @property
     def held_out_path(self) -> list[str]:
@@ -123,7 +133,7 @@ class EvaluateConfig(FrozenModelConfig, AskedConfig):
 
     def _refuse_idle_flags(self) -> None:
         if not self.held_out_path:
-            for name in ("eval_samples", "teacher_load"):
+            for name in ("eval_samples", "teacher_load", "split"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"--{name.replace('_', '-')} is for held-out data: add --data-path PREFIX")
             if self.eod_mask_loss:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megakd.data.agreement import Side, one_tokenizer, tokenizer_of_flags, true_vocabulary, unknown_tokenizers
-from megakd.data.blend import Blend, parse_data_path
+from megakd.data.blend import Blend, parse_data_path, part_of
 from megakd.data.indexed.dataset import IndexedDataset
 from megakd.data.loader import check_vocabulary
 from megakd.data.samples.boundaries import check_boundaries
 from megakd.data.samples.packing import open_samples
+from megakd.data.samples.split import Split
 from megakd.data.tokenizer import Tokenizer, build_tokenizer, same_tokenizer
 from megakd.data.tokenizers.recorded import end_as_recorded, open_tokenizer, recorded_tokenizer
 from megakd.errors import MismatchError, UsageError
@@ -86,6 +87,10 @@ def check_evaluate(config: EvaluateConfig, world_size: int) -> EvaluatePlan:
             for dataset in datasets:
                 eod_token = check_boundaries(dataset, tokenizer_record, "--eod-mask-loss", instead="drop the flag")
         blend = Blend(samples, weights, seed=0)  # the seed of training's evaluation, so that the two compare
+        if config.split is not None:
+            blend = part_of(blend, Split(config.split), 1)
+            if blend is None:
+                raise UsageError(f"--split {config.split} leaves no sample of {seq_length} tokens to evaluate on")
     return EvaluatePlan(
         model=_plan_model(config, record, vocab_size, seq_length),
         teacher=None if teacher is None else _plan_model(config, teacher, vocab_size, seq_length),

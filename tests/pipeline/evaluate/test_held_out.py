@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from pipeline.evaluate.evaluate_runs import results_in, run_evaluate
-from runs import TOKENIZER, VOCAB, make_tree, run_training, write_dataset
+from runs import TOKENIZER, VOCAB, make_config, make_tree, run_training, write_dataset
 from worlds import Worlds
 
 from megakd.data.indexed.writer import IndexedWriter
+from megakd.data.loader import Loader
+from megakd.train.preflight import check_run
 
 SEQ = 16
 
@@ -49,7 +51,8 @@ def write_held_out(prefix: Path, *, num_tokens: int) -> str:
 
 def tree_of(folder: Path, output: Path, **more: Any) -> dict[str, Any]:
     held = [str(folder / "held1"), str(folder / "held2")]
-    return {"load": str(folder / "student"), "data_path": held, "output": str(output), "log_interval": 1000, **more}
+    tree = {"load": str(folder / "student"), "data_path": held, "output": str(output), "log_interval": 1000}
+    return tree | more
 
 
 def of_training(folder: Path) -> dict[str, Any]:
@@ -93,3 +96,15 @@ def test_every_sample_once_and_the_model_beside_itself(trained: Path, tmp_path: 
     assert ours["teacher"]["agreement"] == 1 and abs(ours["teacher"]["kl_divergence"]) < 1e-6
     assert ours["teacher"]["teacher_lm_loss"] == pytest.approx(ours["lm_loss"], rel=1e-7)
     assert list((trained / "student" / "tensorboard").glob("*")), "the run's own board has the figures too"
+
+
+@pytest.mark.slow
+def test_a_split_leaves_the_samples_that_training_evaluates(trained: Path, tmp_path: Path, world: Worlds) -> None:
+    data = str(trained / "held2")
+    theirs = check_run(make_config(make_tree(data, data={"split": "70,20,10"})), 1).valid_blend
+    assert theirs is not None
+    order = Loader(theirs, seq_length=SEQ, micro_batch_size=1, global_batch_size=1).order_fingerprint()
+    world(1).run(run_evaluate, tree_of(trained, tmp_path, data_path=[data], split="70,20,10"))
+    ours = results_in(tmp_path)["held_out"]
+    assert ours["data"]["fingerprint"] == order
+    assert ours["num_samples"] == theirs.datasets[0].num_samples == 400 // SEQ - 1
