@@ -106,7 +106,7 @@ class _Source:
         """Return name, type and shape of every tensor of the folder. Raises MismatchError for a shape that differs."""
         wrong = set()
         for place, parts in self.parts.items():
-            stacks = (self.shape.num_layers,) if place.layer is not None else ()
+            stacks: tuple[int, ...] = (self.shape.num_layers,) if place.layer is not None else ()
             stacks += (self.shape.num_experts or 0,) if place.expert is not None else ()
             needed = (*stacks, sum(part.size[0] for part in parts), *parts[0].size[1:])
             stored = self.reader.shape(place.name)

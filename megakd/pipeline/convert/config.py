@@ -86,6 +86,8 @@ class ConvertConfig:
 
     def of_exports(self) -> list[str]:
         """Return the flags that were given and are for exports alone."""
-        flags = ("ckpt_step", "dtype", "tokenizer_model", "tokenizer_type", "vocab_size", "max_position_embeddings")
-        flags += ("model_config",)
+        flags = (
+            *("ckpt_step", "dtype", "tokenizer_model", "tokenizer_type"),
+            *("vocab_size", "max_position_embeddings", "model_config"),
+        )
         return [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) is not None]

@@ -21,7 +21,7 @@ from megakd.pipeline.evaluate.preflight import EvaluatePlan, FrozenPlan
 from megakd.pipeline.frozen.config import precision
 from megakd.work.text_table import columns
 
-FORMAT, VERSION = "megakd evaluation", 1
+FORMAT, VERSION = "megakd-evaluation", 1
 # flags that say where and how results are shown, and not what they are
 _SHOWN = {"output", "tensorboard_dir", "log_interval", "log_samples", "distributed_timeout_minutes"}
 

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +155,11 @@ def _check_names(names: Sequence[str], manager: Any) -> None:
 
 def _unreachable() -> tuple[type[BaseException], ...]:
     """Errors by which the data set libraries say that a data set cannot be had."""
-    import httpx
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, DatasetsError, HfHubHTTPError, httpx.HTTPError)
+    clients = [import_module(name) for name in ("httpx", "httpx2") if find_spec(name) is not None]
+    return (OSError, DatasetsError, HfHubHTTPError, *(client.HTTPError for client in clients))
 
 
 def _first_line(error: BaseException) -> str:

@@ -113,7 +113,8 @@ def _load_teacher(plan: PrunePlan, groups: Groups) -> HiddenGPTModel:
 def _build(plan: PrunePlan, shape: ModelShape, groups: Groups) -> HiddenGPTModel:
     vocab_size, seq_length = plan.record.vocab_size, plan.samples.seq_length
     (model,) = build_model(shape, groups, vocab_size=vocab_size, seq_length=seq_length)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _progress(config: PruneConfig, plan: PrunePlan, groups: Groups, done: str) -> Callable[[float], None]:

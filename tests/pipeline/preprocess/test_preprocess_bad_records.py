@@ -116,6 +116,7 @@ def test_the_budget_is_a_fraction_of_the_records(tmp_path: Path) -> None:
         preprocess(path, out="over")
     assert sorted(file.name for file in tmp_path.glob("*_text_document.*")) == [
         "o_text_document.bin",
+        "o_text_document.bytes",
         "o_text_document.idx",
         "o_text_document.manifest.json",
     ]
