@@ -143,9 +143,11 @@ def _save(config: PruneConfig, plan: PrunePlan, student: HiddenGPTModel, groups:
         loader_state={},
         objective_state={},
     )
+    if plan.record.huggingface is not None:  # of the folder that the weights come from: an export keeps what it said
+        parameters["huggingface"] = plan.record.huggingface
     writer = CheckpointWriter(config.save, background=False)
     writer.save_weights(
-        0, [student], groups, parameters=parameters, parents=dict(plan.parents), tokenizer=plan.record.tokenizer
+        0, [student], groups, parameters=parameters, parents=dict(plan.parents), tokenizer=plan.tokenizer
     )
 
 

@@ -30,6 +30,12 @@ def student_shape(config: PruneConfig, teacher: ModelShape) -> ModelShape:
     if config.prune_layers is not None:
         _check_layers(config.prune_layers, teacher.num_layers)
         sizes["num_layers"] = teacher.num_layers - len(config.prune_layers)
+    if teacher.no_rope_freq is not None and sizes["num_layers"] not in (None, teacher.num_layers):
+        raise UsageError(
+            f"the teacher has every {teacher.no_rope_freq}th layer without positions (no_rope_freq), counted from the "
+            "first: with fewer layers others would lose theirs; prune its width, and leave --num-layers and "
+            "--prune-layers out"
+        )
     sizes["num_query_groups"] = _groups(sizes, teacher)
     for name in SIZES:
         value, most = sizes[name], getattr(teacher, name)

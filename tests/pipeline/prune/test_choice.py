@@ -131,6 +131,15 @@ def test_refusals(flags: dict[str, Any], message: str) -> None:
         student_shape(config(**flags), shape())
 
 
+def test_layers_without_positions_keep_their_places() -> None:
+    teacher = shape(num_layers=8, no_rope_freq=4)
+    with pytest.raises(UsageError, match="every 4th layer without positions"):
+        student_shape(config(num_layers=6), teacher)
+    with pytest.raises(UsageError, match="every 4th layer without positions"):
+        student_shape(config(prune_layers=[2]), teacher)
+    assert student_shape(config(num_layers=8, ffn_hidden_size=5), teacher).ffn_hidden_size == 5
+
+
 def test_experts_are_refused() -> None:
     with pytest.raises(UsageError, match="has 4 experts a layer: experts are not pruned"):
         student_shape(config(num_layers=2), shape(num_experts=4))
