@@ -28,10 +28,10 @@ def slice_matrix(whole: Tensor, name: str, *, rank: int, size: int, rows: int) -
     return whole.chunk(size, dim)[rank]
 
 
-def join_slices(slices: Sequence[Tensor], name: str, *, vocab_size: int) -> Tensor:
+def join_slices(slices: Sequence[Tensor], name: str) -> Tensor:
     """Return the whole parameter from the slices of all ranks, in rank order; the inverse of `slice_matrix`.
 
-    vocab_size: rows that an embedding or an output weight keeps; the others are padding.
+    An embedding or an output weight keeps its rows of padding.
     """
     dim = partition_dim(name)
     if dim is None:
@@ -39,8 +39,7 @@ def join_slices(slices: Sequence[Tensor], name: str, *, vocab_size: int) -> Tens
     if "linear_fc1" in name:
         halves = [part.chunk(2) for part in slices]
         return torch.cat([*(gate for gate, _ in halves), *(up for _, up in halves)])
-    whole = torch.cat(list(slices), dim)
-    return whole[:vocab_size] if _is_vocabulary(name) else whole
+    return torch.cat(list(slices), dim)
 
 
 def _is_vocabulary(name: str) -> bool:

@@ -89,7 +89,6 @@ def cut_student(
         student,
         teacher,
         groups,
-        vocab_size=plan.record.vocab_size,
         source=partial(source_name, choice=choice),
         cut=partial(cut_parameter, choice=choice, teacher=plan.record.shape, rescale_norms=config.rescale_norms),
     )

@@ -24,7 +24,6 @@ def fill_student_inplace(
     teacher: HiddenGPTModel,
     groups: Groups,
     *,
-    vocab_size: int,
     source: Callable[[str], str],
     cut: Callable[[str, Tensor], Tensor],
 ) -> None:
@@ -40,7 +39,7 @@ def fill_student_inplace(
         giver, taker = origin_stage[source(name)], target_stage[name]
         if groups.pipeline_rank == giver:
             weight = origin[source(name)]
-            whole = cut(name, _whole(weight, name, groups, vocab_size))
+            whole = cut(name, _whole(weight, name, groups))
             part = slice_matrix(
                 whole,
                 name,
@@ -70,10 +69,10 @@ def _stages_of(parameters: dict[str, Tensor], groups: Groups) -> dict[str, int]:
     return {name: stage for stage, of_stage in enumerate(names) for name in of_stage}
 
 
-def _whole(weight: Tensor, name: str, groups: Groups, vocab_size: int) -> Tensor:
+def _whole(weight: Tensor, name: str, groups: Groups) -> Tensor:
     size = groups.parallel.tensor_model_parallel_size
     if size == 1 or partition_dim(name) is None:
-        return join_slices([weight], name, vocab_size=vocab_size)
+        return join_slices([weight], name)
     parts = [torch.empty_like(weight) for _ in range(size)]
     dist.all_gather(parts, weight.contiguous(), group=groups.tensor)
-    return join_slices(parts, name, vocab_size=vocab_size)
+    return join_slices(parts, name)
