@@ -10,7 +10,7 @@ import torch
 from megakd.model.config import ModelConfig
 
 VOCAB = 101
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 24, "ffn_hidden_size": 40, "num_attention_heads": 4, "num_query_groups": 2,
     "make_vocab_size_divisible_by": 4, "init_method_std": 0.4, "add_qkv_bias": True, "qk_layernorm": True,
 }  # fmt: skip

@@ -106,7 +106,9 @@ class Twin:
         self.weights = {name: value.astype(np.float64) for name, value in weights.items()}
         self.shape, self.vocab_size = record.shape, record.vocab_size
         self.cosines: list[list[float]] = [[] for _ in range(self.shape.num_layers)]
-        self.heads, self.neurons, self.norms = ([] for _ in range(3))
+        self.heads: list[Any] = []
+        self.neurons: list[Any] = []
+        self.norms: list[Any] = []
 
     def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.shape.norm_epsilon) * weight  # type: ignore[no-any-return]
@@ -123,7 +125,7 @@ class Twin:
         w, shape = self.weights, self.shape
         shared = shape.num_attention_heads // shape.num_query_groups
         x = w[EMBEDDING][tokens[:-1]]
-        heads, neurons, norms = [], [], []
+        heads, neurons, norms = list[Any](), list[Any](), list[Any]()
         for layer in range(shape.num_layers):
             entering = x
             inner = self.norm(x, w[NORM1][layer])
@@ -178,7 +180,7 @@ def cut_by_hand(weights: dict[str, np.ndarray], record: Any, report: dict[str, A
     student: dict[str, Any] = {name: [] for name in weights if name.startswith(LAYER)}
     for place, layer in enumerate(report["layers"]):
         heads = report["heads"][place]
-        rows = []
+        rows: list[int] = []
         for group in sorted({head // shared for head in heads}):
             start = group * (shared + 2) * width
             for head in [head for head in heads if head // shared == group]:

@@ -40,7 +40,7 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 def run(world: Worlds, made: dict[str, Any], save: Path, *flags: str, load: str = "grouped", ranks: int = 1) -> str:
     """Prune a teacher; what is printed."""
-    words = ("--load", made.get(load, load), "--save", str(save), "--data-path", made["data"], "--seq-length", str(SEQ))
+    words: tuple[str, ...] = ("--load", made.get(load, load), "--save", str(save), "--data-path", made["data"], "--seq-length", str(SEQ))
     words += ("--calibration-samples", str(COUNT), "--micro-batch-size", "3", *flags)
     results = world(ranks).run(prune, *words)
     assert [status for status, _, _ in results] == [0] * ranks, results

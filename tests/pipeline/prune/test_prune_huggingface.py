@@ -49,7 +49,8 @@ def test_a_student_of_a_folder_is_what_transformers_reads(made: dict[str, Any], 
     cut(made, world, tmp_path / "cut", "--num-layers", "3", "--hidden-size", "20", "--ffn-hidden-size", "33",
         "--num-attention-heads", "2", "--num-query-groups", "1")  # fmt: skip
     folder = export_of(tmp_path / "cut", tmp_path / "exported")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.intermediate_size) == (3, 20, 33)
     stream, losses = IndexedDataset(made["data"]).tokens, []
     for sample in draw_calibration((len(stream) - 1) // SEQ, count=COUNT, seed=1234).tolist():
