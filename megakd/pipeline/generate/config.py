@@ -17,7 +17,9 @@ from megakd.model.config import ModelShape
 class GenerateConfig:
     """Flags of ``megakd generate``."""
 
-    load: str = option(..., "the model: a folder of checkpoints of 'megakd train'", common=True)
+    load: str = option(
+        ..., "the model: a folder of checkpoints of 'megakd train', or a Hugging Face folder", common=True
+    )
     prompt: list[str] = option([], "texts to continue, each in quotes", common=True)
     prompts_file: str | None = option(
         None,

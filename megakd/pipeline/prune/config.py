@@ -17,7 +17,9 @@ Aggregation = Literal["mean", "l2"]
 class PruneConfig(FrozenConfig):
     """Flags of ``megakd prune``."""
 
-    load: str = option(..., "the teacher: a folder of checkpoints of 'megakd train'", common=True)
+    load: str = option(
+        ..., "the teacher: a folder of checkpoints of 'megakd train', or a Hugging Face folder", common=True
+    )
     save: str = option(..., "folder for the student: a checkpoint of iteration 0, and what was measured", common=True)
     preset: str | None = option(
         None, "named shape whose sizes the student has; explicit sizes override it", common=True
