@@ -6,6 +6,8 @@ import io
 import json
 from typing import Any
 
+import numpy as np
+
 from megakd.model.config import ModelShape
 from megakd.pipeline.prune.artefact import Importance
 from megakd.pipeline.prune.choice import Choice
@@ -81,7 +83,8 @@ def draw(importance: Importance, choice: Choice) -> bytes:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     kept = set(choice.layers_L.tolist())
     colours = ["C0" if layer in kept else "0.8" for layer in range(len(importance.layers_L))]
-    left.bar(range(len(importance.layers_L)), importance.layers_L, color=colours)
+    shown = np.maximum(importance.layers_L, 1e-6)  # a layer that does nothing has 0, which no logarithm shows
+    left.bar(range(len(shown)), shown, color=colours)
     left.set(xlabel="layer of the teacher (grey: left out)", ylabel="influence, 1 - cos(input, output)", yscale="log")
     for colour, (name, values, count) in enumerate(
         (
@@ -90,9 +93,8 @@ def draw(importance: Importance, choice: Choice) -> bytes:
             ("heads", importance.heads_LA, choice.heads_LA.shape[1]),
         )
     ):
-        falling = -(-values / values.sum(1, keepdims=True)).copy()
-        falling.sort(axis=1)
-        mean = falling[:, ::-1].cumsum(1).mean(0)
+        shares = np.sort(values / np.maximum(values.sum(1, keepdims=True), np.finfo(np.float64).tiny), axis=1)
+        mean = shares[:, ::-1].cumsum(1).mean(0)
         places = [(place + 1) / len(mean) for place in range(len(mean))]
         right.plot(places, mean, f"C{colour}", lw=1.2, label=f"{name}: {count} of {len(mean)}")
         right.plot([count / len(mean)], [mean[count - 1]], f"C{colour}", marker="o", ms=5)

@@ -40,8 +40,8 @@ def made(world: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 def run(world: Worlds, made: dict[str, Any], save: Path, *flags: str, load: str = "grouped", ranks: int = 1) -> str:
     """Prune a teacher; what is printed."""
-    words: tuple[str, ...] = ("--load", made.get(load, load), "--save", str(save), "--data-path", made["data"], "--seq-length", str(SEQ))
-    words += ("--calibration-samples", str(COUNT), "--micro-batch-size", "3", *flags)
+    words: tuple[str, ...] = ("--load", made.get(load, load), "--save", str(save), "--data-path", made["data"])
+    words += ("--seq-length", str(SEQ), "--calibration-samples", str(COUNT), "--micro-batch-size", "3", *flags)
     results = world(ranks).run(prune, *words)
     assert [status for status, _, _ in results] == [0] * ranks, results
     assert not any(out or err for _, out, err in results[1:])
