@@ -36,6 +36,7 @@ from megakd.model.checkpoint.record import FORMAT, MANIFEST, TRACKER, VERSION, c
 from megakd.work.progress import ByteProgress
 
 _SHARD = "__0_0.distcp"
+_PORTION_BYTES = 1 << 19
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -132,10 +133,19 @@ def _write_pieces(
 
 
 class _Stream:
-    """A hashing writer as the stream that ``torch.save`` expects; it flushes at the end alone."""
+    """A hashing writer as the stream that ``torch.save`` expects; it flushes at the end alone.
+
+    Bytes are passed on in portions that stay in the processor's cache while they are hashed and copied.
+    """
 
     def __init__(self, writer: HashingWriter) -> None:
-        self.write = writer.write
+        self._writer = writer
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _PORTION_BYTES):
+            self._writer.write(view[start : start + _PORTION_BYTES])
 
     def flush(self) -> None:
         """Do nothing: `HashingWriter.commit` makes the whole file durable."""

@@ -14,12 +14,12 @@ from megakd.model.huggingface.families.table import HfTensor
 from megakd.model.huggingface.folder import HfFolder
 from megakd.model.huggingface.load import Slice, fill_slices_inplace, sources_of
 
-_PIECE_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 23  # small enough for the cache of a processor, through which a piece goes four times
 _LAYER = re.compile(r"^(decoder\.layers)\.(\d+)\.(.+)$")
 
 
 def pieces_of(folder: HfFolder, *, vocab_size: int, dtype: torch.dtype) -> Iterator[Piece]:
-    """Yield the pieces of a checkpoint of ``folder``, layer after layer, each of at most some 64 MiB.
+    """Yield the pieces of a checkpoint of ``folder``, layer after layer, each of some 8 MiB at most.
 
     vocab_size: true vocabulary; the embedding has all rows of the folder's and padding behind them.
     """
