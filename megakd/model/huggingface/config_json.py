@@ -42,6 +42,8 @@ _EXPECTED: dict[str, tuple[tuple[Any, ...], str]] = {
 _DTYPES = {"bfloat16": True, "float32": False, "float16": False, "auto": False}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _NULLS = {"sliding_window", "head_dim", "num_key_value_heads"}  # null has a meaning of its own, not the default's
+_OBJECTS, _LISTS = ("rope_parameters", "rope_scaling"), ("layer_types", "no_rope_layers", "mlp_only_layers")
+_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -84,6 +86,7 @@ def understand_config(written: Mapping[str, Any], path: Path, what: str) -> HfMo
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise MismatchError(f"{what}: model_type is {model_type!r}; expected one of {', '.join(FAMILIES)}")
+    _refuse_other_forms(config, what)
     _refuse_code(config, what)
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
@@ -112,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises CorruptError."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CorruptError(f"{path} holds no JSON object but a {type(content).__name__}")
@@ -149,6 +152,23 @@ def _shape(config: Mapping[str, Any], family: Family, what: str) -> ModelShape:
         raise type(error)(f"{what}: {error}") from None
     except (TypeError, ValueError) as error:
         raise CorruptError(f"{what}: a value has another type than transformers writes: {error}") from None
+
+
+def _refuse_other_forms(config: Mapping[str, Any], what: str) -> None:
+    """Refuse values that are no object, list or number where transformers writes one. Raises CorruptError."""
+    wrong = [
+        f"{key} is {config[key]!r}, expected {form}"
+        for keys, kind, form in ((_OBJECTS, Mapping, "an object"), (_LISTS, list, "a list"))
+        for key in keys
+        if config.get(key) is not None and not isinstance(config[key], kind)
+    ]
+    wrong += [
+        f"{key} is {config[key]!r}, expected a positive number"
+        for key in _EXPERTS
+        if config.get(key) is not None and not _is_count(config[key])
+    ]
+    if wrong:
+        raise CorruptError(f"{what}: {'; '.join(wrong)}: not as transformers writes it")
 
 
 def _refuse_code(config: Mapping[str, Any], what: str) -> None:

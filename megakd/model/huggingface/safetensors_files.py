@@ -22,6 +22,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own bound
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"  # what git leaves in a file's place without its extension LFS
 _SHOWN = 5
 
 
@@ -58,6 +59,11 @@ def find_files(folder: Path, role: str) -> tuple[Path, ...]:
     if (folder / SINGLE).is_file():
         return (folder / SINGLE,)
     files = tuple(sorted(folder.glob("*.safetensors")))
+    if gone := [path.name for path in files if not path.is_file()]:
+        raise CorruptError(
+            f"{role}: {folder} has links to files that are not there ({_listed(gone)}): download it again, or copy it "
+            "with what its links point to (cp -L)"
+        )
     if files:
         return files
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -94,19 +100,28 @@ def read_headers(folder: Path, role: str) -> dict[str, StoredTensor]:
 
 
 def read_header(file: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of one file, in the order of their bytes. Raises CorruptError."""
+    """Yield the tensors of one file, in the order of their bytes.
+
+    Raises:
+        CorruptError: the file is damaged. MismatchError: names a tensor of a type that is unknown here.
+    """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            stream.seek(0)
+            if stream.read(len(_GIT_LFS)) == _GIT_LFS:
+                raise CorruptError(f"{file}: a pointer of Git LFS in place of the weights: run 'git lfs pull' there")
             raise CorruptError(f"{file}: {size} bytes, and a header of {length}: not a safetensors file, or cut short")
         text = stream.read(length)
     try:
         header = json.loads(text)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         stored = [_stored(file, name, entry, 8 + length) for name, entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MismatchError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptError(f"{file}: its header cannot be read: {type(error).__name__}: {error}") from None
     place = 8 + length
     stored.sort(key=lambda tensor: tensor.start)

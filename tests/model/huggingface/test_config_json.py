@@ -155,6 +155,19 @@ def test_missing_sizes_and_broken_files(tmp_path: Path) -> None:
         read_config_json(tmp_path, "teacher")
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling", "layer_types", "no_rope_layers"])
+@pytest.mark.parametrize("value", [3, True, "full_attention", 1.5])
+def test_values_of_another_form(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(CorruptError, match=rf"{key} is {value!r}, expected an? (object|list)"):
+        read(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok", "moe_intermediate_size"])
+def test_counts_of_experts_that_are_none(tmp_path: Path, key: str) -> None:
+    with pytest.raises(CorruptError, match=rf"{key} is 3.5, expected a positive number"):
+        read(tmp_path, "qwen3_moe", **{key: 3.5})
+
+
 def test_layers_without_positions(tmp_path: Path) -> None:
     assert read(tmp_path, "smollm3").no_rope_freq == 4
     assert read(tmp_path, "smollm3", no_rope_layers=[1, 0, 1, 0]).no_rope_freq == 2

@@ -139,6 +139,35 @@ def test_damaged_files(copy: Path, edit: Callable[[bytes], bytes], message: str)
         open_folder(copy, "teacher")
 
 
+@pytest.mark.parametrize(
+    ("header", "error", "message"),
+    [
+        (
+            b'{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+            CorruptError,
+            "cannot be read: Overflow",
+        ),
+        (b"[" * 100_000, CorruptError, "cannot be read: RecursionError"),
+        (b'{"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}', MismatchError, "x has the type F4; expected"),
+    ],
+)
+def test_headers_that_no_program_writes(copy: Path, header: bytes, error: type[Exception], message: str) -> None:
+    (copy / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(error, match=message):
+        open_folder(copy, "teacher")
+
+
+def test_what_a_download_may_leave_in_a_files_place(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 123\n")
+    with pytest.raises(CorruptError, match="a pointer of Git LFS in place of the weights: run 'git lfs pull'"):
+        open_folder(copy, "teacher")
+    file.unlink()
+    file.symlink_to("../blobs/of-a-cache-that-was-emptied")
+    with pytest.raises(CorruptError, match=r"links to files that are not there \(model.safetensors\)"):
+        open_folder(copy, "teacher")
+
+
 def test_shards_and_their_index_must_agree(sharded: Path, tmp_path: Path) -> None:
     def copied() -> Path:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
