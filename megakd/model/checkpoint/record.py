@@ -14,7 +14,7 @@ from megakd.errors import CorruptError, MismatchError, UsageError
 from megakd.model.checkpoint.damage import FORMAT, MANIFEST, VERSION, checkpoint_folders, damaged, faults_beside_tensors
 from megakd.model.checkpoint.foreign import check_backends, describe_foreign, is_checkpoint
 from megakd.model.config import ModelShape
-from megakd.model.huggingface.folder import describe_folder, is_hf_folder
+from megakd.model.huggingface.folder import describe_folder, files_of_no_model, is_hf_folder
 
 __all__ = ["FORMAT", "MANIFEST", "TRACKER", "VERSION", "CheckpointRecord", "check_resume", "checkpoint_path",
            "latest_iteration", "read_record"]  # fmt: skip
@@ -163,7 +163,8 @@ def _find(folder: Path, iteration: int | None, *, role: str, flag: str) -> Path:
     if iteration is None:
         path = folder if is_checkpoint(folder) else _latest(folder)
         if path is None:
-            raise UsageError(f"{role}: {folder} holds no checkpoint ({TRACKER} is missing)")
+            found = files_of_no_model(folder)
+            raise UsageError(f"{role}: {folder} holds no checkpoint ({found or f'{TRACKER} is missing'})")
     else:
         path = checkpoint_path(folder, iteration)
     if not (path / MANIFEST).exists() and not is_checkpoint(path):

@@ -27,6 +27,7 @@ from megakd.work.progress import ByteProgress
 
 FORM = "huggingface"
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER = "adapter_config.json"  # of peft's
 _TYPES = {"BF16", "F16", "F32"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = (".rotary_emb.inv_freq", ".masked_bias")  # endings of buffers that older folders hold and no class reads
@@ -61,13 +62,31 @@ def is_hf_folder(path: Path) -> bool:
     return "model_type" in (path / CONFIG).read_text(errors="replace")
 
 
+def files_of_no_model(path: Path) -> str | None:
+    """Return what to do with a folder of Hugging Face's files that are no whole model; None without such files."""
+    if (path / ADAPTER).is_file():
+        return (
+            f"{ADAPTER}: an adapter (LoRA) without its model; merge the two with peft's merge_and_unload, and "
+            "save_pretrained what comes out"
+        )
+    if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
+        return f"safetensors without a {CONFIG} that names a model_type: copy it from where the weights come from"
+    return None
+
+
 def open_folder(path: Path, role: str) -> HfFolder:
     """Read a folder's configuration and headers, and hold one against the other.
 
     Raises:
         UsageError, CorruptError, MismatchError: the configuration is not one that models here have; files are missing
-            or damaged; or tensors are missing, left over, of another size or type, each by its name.
+            or damaged; an adapter lies beside them; or tensors are missing, left over, of another size or type, each
+            by its name.
     """
+    if (path / ADAPTER).is_file():
+        raise MismatchError(
+            f"{role}: {path} has an {ADAPTER}: an adapter (LoRA) belongs to the weights, and would be left out; merge "
+            "it with peft's merge_and_unload, or move it elsewhere if the weights are meant without it"
+        )
     model = read_config_json(path, role)
     stored = read_headers(path, role)
     tied = _tied(model, stored, f"{role}: {path}")

@@ -113,6 +113,18 @@ def test_a_pickle_folder_is_refused_with_what_to_do(copy: Path) -> None:
         read_record(copy)
 
 
+def test_an_adapter_is_no_model_and_is_not_left_out(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(MismatchError, match="has an adapter_config.json: an adapter .* merge it with peft's"):
+        read_record(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(UsageError, match="adapter_config.json: an adapter .LoRA. without its model; merge the two"):
+        read_record(copy)
+    (copy / "adapter_config.json").unlink()
+    with pytest.raises(UsageError, match="safetensors without a config.json that names a model_type: copy it"):
+        read_record(copy)
+
+
 def test_pickles_beside_safetensors_are_not_read(copy: Path) -> None:
     fingerprint = read_record(copy).fingerprint
     (copy / "pytorch_model.bin").write_bytes(b"\x80\x02.")
