@@ -73,6 +73,7 @@ def read_requests(path: Path, *, limit: float | None = None) -> RequestFile:
             request = entry.get("request", entry)
             doc_id, index = int(entry["doc_id"]), int(entry["idx"])
             choice = (str(request["context"]), str(request["continuation"]), entry.get("label"))
+            "".join(choice[:2]).encode()  # half a surrogate pair, as in "\ud800", has no UTF-8 and so no tokens
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"--requests {path}, line {number}: {type(error).__name__}: {error}; expected a JSON object with "

@@ -96,7 +96,12 @@ def _stop_ids(config: GenerateConfig, tokenizer: Tokenizer) -> frozenset[int]:
 
 def _prompt(number: int, text: str, tokenizer: Tokenizer, positions: int | None, wanted: int) -> Prompt:
     try:
+        text.encode()  # bytes of a command line that are no UTF-8 come as halves of surrogate pairs
         ids = tuple(tokenizer.encode(text))
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"prompt {number} is {text[:60]!r}, which is no UTF-8 from character {error.start + 1} on; expected text"
+        ) from None
     except UnencodableError as error:
         raise UsageError(f"prompt {number}: {text[:60]!r}: {error}") from None
     if not ids:

@@ -121,6 +121,7 @@ def check(model: str, **flags: Any) -> Any:
     [
         ({"prompt": ["a", ""]}, UsageError, "prompt 2 is '', which has no token"),
         ({"prompt": ["a" * SEQ]}, UsageError, f"has {SEQ} tokens .* the model {SEQ} positions.* --seq-length"),
+        ({"prompt": ["a", "b\udcff"]}, UsageError, r"prompt 2 is 'b.udcff', which is no UTF-8 from character 2 on"),
         ({"prompt": []}, UsageError, "nothing to continue"),
         ({"prompts_file": "x"}, UsageError, "--prompt and --prompts-file: one"),
         ({"prompt": [], "prompts_file": "/nowhere/x"}, UsageError, "--prompts-file /nowhere/x: cannot be read"),
