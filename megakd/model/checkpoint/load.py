@@ -148,8 +148,9 @@ def _read_tree(
     if record.checked:
         _check_content(record)
     path = record.path
-    read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
+    names = read_tensor_names(path)  # refuses a file that megatron's own reader would run code from
     _check_complete(tree, path, record.role)
+    dict_list_map_inplace(lambda value: _own_if_missing(value, names), tree)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(
             tree, str(path), common_strategy=common, validate_access_integrity=not reads_twice
@@ -168,6 +169,16 @@ def _reason(error: CheckpointException) -> str:
 def _without_object(value: Any) -> Any:
     """Leave a module's extra state, such as FP8 scaling, as it was built: it is a pickle in the checkpoint."""
     return LocalNonpersistentObject(None) if isinstance(value, ShardedObject) else value
+
+
+def _own_if_missing(value: Any, names: set[str]) -> Any:
+    """Leave a module's extra state as it was built, if the checkpoint has none: other layers may have written it.
+
+    Transformer Engine's norms have such a state, even without FP8, where local layers have none. names: those of
+    everything in the checkpoint.
+    """
+    missing = isinstance(value, ShardedObject) and value.key.endswith("_extra_state") and value.unique_key not in names
+    return LocalNonpersistentObject(value.data) if missing else value
 
 
 class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc]
