@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from megakd.errors import UsageError
 from megakd.losses.kernels.choose import Implementation
 from megakd.losses.logit_sources import HeadStudent
-from megakd.losses.main_grad import add_to_main_grad
+from megakd.losses.main_grad import add_to_main_grad, claim_main_grad, main_grad_of
 from megakd.losses.rows import (
     KD,
     HeadOutput,
@@ -39,6 +39,7 @@ from megakd.losses.vocab_parallel import VocabShard
 __all__ = ["DEFAULT_CHUNK_BYTES", "KD", "HeadOutput", "KDTerm", "VocabShard", "head_loss"]
 
 HiddenGrad = Literal["all_reduce", "partial"]
+WeightGrad = Literal["autograd", "main_grad"]
 
 
 def head_loss(
@@ -51,6 +52,7 @@ def head_loss(
     z_weight_T: Tensor | None = None,
     kd: Sequence[KD] = (),
     hidden_grad: HiddenGrad = "all_reduce",
+    weight_grad: WeightGrad = "autograd",
     implementation: Implementation = "auto",
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> HeadOutput:
@@ -69,6 +71,9 @@ def head_loss(
     kd: the distillation terms. Dense targets bring hidden states and the teacher's head rows for the same slice.
     hidden_grad: ``"all_reduce"`` adds dHidden up over the group in the backward; ``"partial"`` leaves this rank's part
         to a caller that reduce-scatters it.
+    weight_grad: ``"autograd"`` takes any incoming gradient of the loss. ``"main_grad"`` adds the weight's gradient to
+        megatron's buffer during the sweep, if there is one in the precision of the sums: for a loss that is always
+        followed by its backward, with an incoming gradient of exactly 1, which is asserted without a wait.
     implementation: the kernels that sweep the logits; ``"auto"`` is the fastest that can.
     chunk_bytes: upper bound of the memory for one chunk's logits, of all models together.
 
@@ -83,15 +88,22 @@ def head_loss(
     )
     if hidden_grad not in get_args(HiddenGrad):
         raise UsageError(f"hidden_grad {hidden_grad!r} is not one of {', '.join(get_args(HiddenGrad))}")
+    if weight_grad not in get_args(WeightGrad):
+        raise UsageError(f"weight_grad {weight_grad!r} is not one of {', '.join(get_args(WeightGrad))}")
     if hidden_TH.dtype != weight_vH.dtype:
         raise UsageError(f"hidden states are {hidden_TH.dtype} and the weight {weight_vH.dtype}: expected one dtype")
     wants_hidden = torch.is_grad_enabled() and hidden_TH.requires_grad
     wants_weight = torch.is_grad_enabled() and weight_vH.requires_grad
+    main_grad_vH = main_grad_of(weight_vH) if wants_weight and weight_grad == "main_grad" else None
     with torch.no_grad():
         select = Select.of(hidden_TH.shape[0], lm_weight_T, z_weight_T, kd)
         rows = make_rows(select, labels_T, lm_weight_T, z_weight_T, kd, shard)
         student = HeadStudent(
-            select(hidden_TH), weight_vH.detach(), wants_hidden=wants_hidden, wants_weight=wants_weight
+            select(hidden_TH),
+            weight_vH.detach(),
+            wants_hidden=wants_hidden,
+            wants_weight=wants_weight,
+            sum_vH=main_grad_vH,
         )
         swept = sweep(student, rows, shard=shard, implementation=implementation, chunk_bytes=chunk_bytes)
         output = head_output(swept, rows, kd, select, shard.vocab_size)
@@ -100,7 +112,7 @@ def head_loss(
         return output
     group = shard.group if hidden_grad == "all_reduce" and shard.world_size > 1 else None
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, weight_vH, output.loss, d_hidden_TH, student.d_weight_vH, group
+        hidden_TH, weight_vH, output.loss, d_hidden_TH, student.d_weight_vH, main_grad_vH is not None, group
     )
     return replace(output, loss=loss)
 
@@ -116,11 +128,12 @@ class _Loss(torch.autograd.Function):
         loss: Tensor,
         d_hidden_TH: Tensor | None,
         d_weight_vH: Tensor | None,
+        in_main_grad: bool,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(d_hidden_TH, d_weight_vH)
         ctx.weight_vH = weight_vH  # the parameter itself, for megatron's buffers that are its attributes
-        ctx.group = group
+        ctx.in_main_grad, ctx.group = in_main_grad, group
         return loss.clone()
 
     @staticmethod
@@ -133,4 +146,7 @@ class _Loss(torch.autograd.Function):
                 dist.all_reduce(d_hidden_TH, group=ctx.group)
         if d_weight_vH is not None:
             d_weight_vH = add_to_main_grad(ctx.weight_vH, d_weight_vH, grad)
-        return d_hidden_TH, d_weight_vH, None, None, None, None
+        elif ctx.in_main_grad:
+            torch._assert_async(grad == 1)  # type: ignore[no-untyped-call]
+            d_weight_vH = claim_main_grad(ctx.weight_vH)
+        return d_hidden_TH, d_weight_vH, None, None, None, None, None

@@ -56,21 +56,32 @@ class HeadStudent(ProductLogits):
     """The student's output head, which turns the gradient of its logits into that of its inputs.
 
     d_hidden_RH: after the sweep, this rank's part of the gradient by the hidden states, in their dtype.
-    d_weight_vH: after the sweep, the gradient by the weight; fp32 for a bf16 weight.
+    d_weight_vH: after the sweep, the gradient by the weight; fp32 for a bf16 weight. sum_vH: a tensor of that dtype to
+    which the gradient by the weight is added instead.
     """
 
-    def __init__(self, hidden_RH: Tensor, weight_vH: Tensor, *, wants_hidden: bool, wants_weight: bool) -> None:
+    def __init__(
+        self,
+        hidden_RH: Tensor,
+        weight_vH: Tensor,
+        *,
+        wants_hidden: bool,
+        wants_weight: bool,
+        sum_vH: Tensor | None = None,
+    ) -> None:
         super().__init__(hidden_RH, weight_vH)
         self.wants_gradient = wants_hidden or wants_weight
         self.d_hidden_RH = torch.empty_like(hidden_RH) if wants_hidden else None
         wide = torch.promote_types(weight_vH.dtype, torch.float32)
-        self.d_weight_vH = torch.zeros_like(weight_vH, dtype=wide) if wants_weight else None
+        own_sum = wants_weight and sum_vH is None
+        self.d_weight_vH = torch.zeros_like(weight_vH, dtype=wide) if own_sum else None
+        self._sum_vH = sum_vH if wants_weight and sum_vH is not None else self.d_weight_vH
 
     def take(self, rows: slice, gradient_Rv: Tensor) -> None:
         if self.d_hidden_RH is not None:
             torch.mm(gradient_Rv, self.weight_vH, out=self.d_hidden_RH[rows])
-        if self.d_weight_vH is not None:
-            _add_product_inplace(self.d_weight_vH, gradient_Rv, self.hidden_RH[rows])
+        if self._sum_vH is not None:
+            _add_product_inplace(self._sum_vH, gradient_Rv, self.hidden_RH[rows])
 
 
 class GivenLogits:
@@ -116,8 +127,24 @@ def _add_product_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor)
     """sum += gradientᵀ · hidden, accumulated over chunks in the dtype of the sum."""
     if sum_vH.dtype == gradient_Rv.dtype:
         sum_vH.addmm_(gradient_Rv.t(), hidden_RH)
-        return
-    # A product in the narrow dtype goes through a block that stays in cache: only the wide sum costs memory traffic.
+    else:
+        _ADD_WIDER.get(sum_vH.device.type, _add_blocks_inplace)(sum_vH, gradient_Rv, hidden_RH)
+
+
+def _add_blocks_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor) -> None:
+    """sum += gradientᵀ · hidden by products in the narrow dtype, which torch's CPU matmul makes of such inputs.
+
+    Each goes through a block that stays in the cache: only the wide sum costs memory traffic.
+    """
     block = max(1, _PRODUCT_BLOCK_BYTES // (hidden_RH.shape[1] * hidden_RH.element_size()))
     for start in range(0, sum_vH.shape[0], block):
         sum_vH[start : start + block] += torch.mm(gradient_Rv[:, start : start + block].t(), hidden_RH)
+
+
+def _add_whole_inplace(sum_vH: Tensor, gradient_Rv: Tensor, hidden_RH: Tensor) -> None:
+    """sum += gradientᵀ · hidden in one product that is accumulated in the sum's dtype and never rounded to another."""
+    torch.addmm(sum_vH, gradient_Rv.t(), hidden_RH, out_dtype=sum_vH.dtype, out=sum_vH)
+
+
+_ADD_WIDER = {"cpu": _add_blocks_inplace, "cuda": _add_whole_inplace}
+"""Additions of a product to a sum of a wider dtype, by the device that has them."""

@@ -1,4 +1,8 @@
-"""Addition of the output weight's gradient to megatron's gradient buffers, without a copy in between."""
+"""Addition of the output weight's gradient to megatron's gradient buffers, without a copy in between.
+
+Either after the sweep, in the backward, for any incoming gradient; or by the sweep itself, chunk by chunk, where the
+incoming gradient is known to be 1: that spares a tensor as wide as the buffer and a pass over both.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,24 @@ import torch
 from torch import Tensor
 
 _BLOCK_BYTES = 16 << 20
+
+
+def main_grad_of(weight_vH: Tensor) -> Tensor | None:
+    """Return megatron's gradient buffer ``[v, H]`` of a weight; None if there is none, or a narrower one."""
+    main_grad_vH: Tensor | None = getattr(weight_vH, "main_grad", None)
+    if main_grad_vH is None or not hasattr(weight_vH, "grad_added_to_main_grad"):
+        return None
+    return main_grad_vH if main_grad_vH.dtype == torch.promote_types(weight_vH.dtype, torch.float32) else None
+
+
+def claim_main_grad(weight_vH: Tensor) -> Tensor | None:
+    """Tell megatron's hook that the gradient is in ``main_grad`` already, and return the one for autograd to pass on.
+
+    See `add_to_main_grad`.
+    """
+    parameter: Any = weight_vH
+    parameter.grad_added_to_main_grad = True
+    return None if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(weight_vH)
 
 
 def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Tensor | None:
@@ -24,8 +46,7 @@ def add_to_main_grad(weight_vH: Tensor, d_weight_vH: Tensor, grad: Tensor) -> Te
         return _scaled(d_weight_vH, grad, weight_vH.dtype)
     main_grad_vH: Tensor = parameter.main_grad
     main_grad_vH.addcmul_(d_weight_vH.to(main_grad_vH.dtype), grad.to(main_grad_vH.dtype))
-    parameter.grad_added_to_main_grad = True
-    return None if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(weight_vH)
+    return claim_main_grad(weight_vH)
 
 
 def _scaled(d_weight_vH: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

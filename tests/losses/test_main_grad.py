@@ -1,16 +1,23 @@
-"""The head's weight gradient straight into megatron's buffer is what megatron's own hook would have put there."""
+"""The head's weight gradient straight into megatron's buffer is what megatron's own hook would have put there.
+
+Into it in two ways: in the backward, and by the sweep itself as on a CUDA device.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import build_parts, make_config, make_tree, write_dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Worlds
 
+from megakd.losses import logit_sources
+from megakd.losses.head import VocabShard, head_loss
 from megakd.train.preflight import check_run
 
 
@@ -19,8 +26,8 @@ def plain_product(weight_vH: torch.Tensor, d_weight_vH: torch.Tensor, grad: torc
     return (d_weight_vH * grad.to(d_weight_vH.dtype)).to(weight_vH.dtype)
 
 
-def steps(tree: dict[str, Any], by_hook: bool) -> list[tuple[float, float]]:
-    """Loss and gradient norm of three steps."""
+def steps(tree: dict[str, Any], way: str) -> list[tuple[float, float]]:
+    """Loss and gradient norm of three steps. way: ``hook``, ``backward`` or ``sweep``."""
     from megakd.losses import head
     from megakd.parallel import init_parallel
     from megakd.train.optim import Optimizer
@@ -31,6 +38,9 @@ def steps(tree: dict[str, Any], by_hook: bool) -> list[tuple[float, float]]:
     groups = init_parallel(config.parallel, seed=config.training.seed)
     student, teacher, objective, batches = build_parts(config, plan, groups)
     optimizer = Optimizer(config.optim, student, train_iters=config.training.train_iters)
+    if way == "sweep":
+        objective = replace(objective, weight_grad="main_grad")
+    by_hook = way == "hook"
     direct, calls = head.add_to_main_grad, 0
 
     def count(*arguments: torch.Tensor) -> torch.Tensor:
@@ -50,7 +60,9 @@ def steps(tree: dict[str, Any], by_hook: bool) -> list[tuple[float, float]]:
             found.append((loss.loss, optimizer.step(step).grad_norm))
     finally:
         head.add_to_main_grad = direct
-    assert calls == (3 * 2 if groups.is_last_stage else 0), "two microbatches a step: the second adds to the first"
+    assert calls == (3 * 2 if groups.is_last_stage and way != "sweep" else 0), (
+        "two microbatches a step: the second adds to the first"
+    )
     return found
 
 
@@ -72,8 +84,51 @@ def test_direct_equals_the_hook(
         parallel={"pipeline_model_parallel_size": stages, **parallel},
     )
     ranks = world(2 * stages)
-    direct, by_hook = (ranks.run(steps, tree, flag) for flag in (False, True))
+    by_hook, backward, sweep = (ranks.run(steps, tree, way) for way in ("hook", "backward", "sweep"))
     rel = 1e-2 if bf16 else 1e-6  # the hook's way rounds the gradient of each microbatch to the weight's dtype
-    for one, other in zip(direct, by_hook):
-        for found, expected in zip(one, other, strict=True):
-            assert found == pytest.approx(expected, rel=rel)
+    for ways, bound in ((zip(backward, by_hook), rel), (zip(sweep, backward), 1e-6)):
+        for one, other in ways:
+            for found, expected in zip(one, other, strict=True):
+                assert found == pytest.approx(expected, rel=bound)
+
+
+def test_the_sweep_fills_the_buffer_itself() -> None:
+    """No sum of its own, another microbatch on top, and an incoming gradient other than 1 fails instead of training."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(7, 5), torch.randint(0, 13, (7,))
+    weight = torch.nn.Parameter(torch.randn(13, 5))
+    arguments = {"shard": VocabShard(0, 13, 13, None), "lm_weight_T": torch.rand(7), "chunk_bytes": 3 * 13 * 4}
+    head_loss(hidden, weight, labels, **arguments).loss.backward()
+    assert weight.grad is not None
+    expected, weight.grad = weight.grad, None
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(13, 5), False  # type: ignore[attr-defined]
+    for count in (1, 2):
+        head_loss(hidden, weight, labels, weight_grad="main_grad", **arguments).loss.backward()
+        torch.testing.assert_close(weight.main_grad, count * expected)
+    assert weight.grad_added_to_main_grad
+    with pytest.raises(RuntimeError):
+        (2 * head_loss(hidden, weight, labels, weight_grad="main_grad", **arguments).loss).backward()
+    weight.main_grad = torch.zeros(13, 5, dtype=torch.bfloat16)  # too narrow to be a sum
+    head_loss(hidden, weight, labels, weight_grad="main_grad", **arguments).loss.backward()
+    torch.testing.assert_close(weight.main_grad.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_product_on_cuda_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In shapes alone, for CPUs lack this product: torch takes the transposed bf16 gradient and the fp32 sum."""
+    monkeypatch.setitem(logit_sources._ADD_WIDER, "meta", logit_sources._ADD_WIDER["cuda"])
+    sum_vH, gradient_Rv = torch.zeros(13, 5, device="meta"), torch.zeros(7, 13, device="meta", dtype=torch.bfloat16)
+    with _Calls() as calls:
+        logit_sources._add_product_inplace(sum_vH, gradient_Rv, gradient_Rv.new_zeros(7, 5))
+    assert calls.names == ["aten.new_zeros.default", "aten.t.default", "aten.addmm.dtype_out"]
+
+
+class _Calls(TorchDispatchMode):
+    """Names of the operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

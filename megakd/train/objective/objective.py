@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megakd.losses.calibration import calibration_sums
-from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, head_loss
+from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, WeightGrad, head_loss
 from megakd.losses.kernels.choose import Implementation
 from megakd.losses.rows import KDOutput
 from megakd.parallel import Groups
@@ -68,7 +68,7 @@ class Objective:
     taid: that divergence's rule and progress, which change the target from step to step. schedule: alpha and the
     temperature of each step; `at` returns the objective of one step. token_temperature: gives each token its own.
     from_store: some tokens at least have stored targets. calibrate: measure the calibration too, from logits of its
-    own.
+    own. weight_grad: the way of the head's weight gradient, as for `head_loss`.
     """
 
     alpha: float
@@ -85,6 +85,7 @@ class Objective:
     calibrate: bool = False
     implementation: Implementation = "auto"
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    weight_grad: WeightGrad = "autograd"
 
     def at(self, step: int) -> Objective:
         """Return the objective of one step. If alpha is 0, it needs a teacher only for Rho-1's choice."""
@@ -139,6 +140,7 @@ class Objective:
             z_weight_T=kept_T * self.z_loss_coeff if self.z_loss_coeff > 0 else None,
             kd=kd,
             hidden_grad="partial" if self.sequence_parallel else "all_reduce",
+            weight_grad=self.weight_grad,
             implementation=self.implementation,
             chunk_bytes=self.chunk_bytes,
         )
@@ -289,6 +291,8 @@ def make_objective(
         from_store=from_store,
         implementation=config.loss_implementation,
         chunk_bytes=chunk_bytes,
+        # megatron's schedule passes 1 to the loss; on a CPU the blocks of a sum of its own stay in the cache
+        weight_grad="main_grad" if groups.device.type == "cuda" else "autograd",
     )
 
 
