@@ -32,11 +32,11 @@ from megakd.losses.rows import (
     head_output,
     make_rows,
 )
-from megakd.losses.sweep import DEFAULT_CHUNK_BYTES, sweep
+from megakd.losses.sweep import DEFAULT_CHUNK_BYTES, default_chunk_bytes, sweep
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import VocabShard
 
-__all__ = ["DEFAULT_CHUNK_BYTES", "KD", "HeadOutput", "KDTerm", "VocabShard", "head_loss"]
+__all__ = ["DEFAULT_CHUNK_BYTES", "KD", "HeadOutput", "KDTerm", "VocabShard", "default_chunk_bytes", "head_loss"]
 
 HiddenGrad = Literal["all_reduce", "partial"]
 WeightGrad = Literal["autograd", "main_grad"]

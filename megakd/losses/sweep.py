@@ -28,6 +28,8 @@ DEFAULT_CHUNK_BYTES = 256 << 20
 """Bytes of logits in a chunk. Larger chunks make faster products and fewer additions to the weight's gradient; smaller
 ones need less memory."""
 
+_CUDA_CHUNK_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class SweptTerm:
@@ -71,6 +73,14 @@ class SweepRows:
     lm_weight_R: Tensor
     z_weight_R: Tensor | None
     terms: Sequence[SweptTerm]
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    """Return the bytes of logits in a chunk on ``device``.
+
+    On CUDA each chunk reads and writes the whole fp32 gradient of the output weight, so that fewer are faster.
+    """
+    return _CUDA_CHUNK_BYTES if device.type == "cuda" else DEFAULT_CHUNK_BYTES
 
 
 def sweep(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Worlds
 
 from megakd.losses import logit_sources
-from megakd.losses.head import VocabShard, head_loss
+from megakd.losses.head import DEFAULT_CHUNK_BYTES, VocabShard, default_chunk_bytes, head_loss
 from megakd.train.preflight import check_run
 
 
@@ -120,6 +120,12 @@ def test_the_product_on_cuda_is_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
     with _Calls() as calls:
         logit_sources._add_product_inplace(sum_vH, gradient_Rv, gradient_Rv.new_zeros(7, 5))
     assert calls.names == ["aten.new_zeros.default", "aten.t.default", "aten.addmm.dtype_out"]
+
+
+def test_chunks_on_cuda_are_larger() -> None:
+    """Each of them passes over the whole fp32 gradient of the weight."""
+    assert default_chunk_bytes(torch.device("cpu")) == DEFAULT_CHUNK_BYTES == 256 << 20
+    assert default_chunk_bytes(torch.device("cuda", 3)) == 1 << 30
 
 
 class _Calls(TorchDispatchMode):

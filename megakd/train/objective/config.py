@@ -75,7 +75,9 @@ class ObjectiveConfig:
     loss_implementation: Literal["auto", "native", "triton", "reference"] = option(
         "auto", "implementation of the loss over the vocabulary"
     )
-    head_chunk_mbytes: int = option(256, "memory for the logits of one chunk of tokens, in MiB")
+    head_chunk_mbytes: int | None = option(
+        None, "memory for the logits of one chunk of tokens, in MiB (default: 256, on a GPU 1024)"
+    )
 
     def validate(self) -> None:
         if not 0 <= self.kd_alpha <= 1:
@@ -95,7 +97,7 @@ class ObjectiveConfig:
             raise UsageError(f"--rho-keep is {self.rho_keep}; expected 0 < share <= 1")
         if not self.z_loss_coeff >= 0:
             raise UsageError(f"--z-loss-coeff is {self.z_loss_coeff}; expected 0 or more")
-        if self.head_chunk_mbytes < 1:
+        if self.head_chunk_mbytes is not None and self.head_chunk_mbytes < 1:
             raise UsageError(f"--head-chunk-mbytes is {self.head_chunk_mbytes}; expected at least 1")
         self._check_schedules()
         self.kd_term()

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from megakd.losses.calibration import calibration_sums
-from megakd.losses.head import DEFAULT_CHUNK_BYTES, KD, HeadOutput, KDTerm, VocabShard, WeightGrad, head_loss
+from megakd.losses.head import (
+    DEFAULT_CHUNK_BYTES,
+    KD,
+    HeadOutput,
+    KDTerm,
+    VocabShard,
+    WeightGrad,
+    default_chunk_bytes,
+    head_loss,
+)
 from megakd.losses.kernels.choose import Implementation
 from megakd.losses.rows import KDOutput
 from megakd.parallel import Groups
@@ -269,7 +278,7 @@ def make_objective(
     """Build the objective for this rank's slice of the vocabulary."""
     shard = groups.vocab_shard(vocab_size, padded_vocab_size=padded_vocab_size)
     with_kd = with_teacher and config.kd_alpha > 0
-    chunk_bytes = config.head_chunk_mbytes << 20
+    chunk_bytes = config.head_chunk_mbytes << 20 if config.head_chunk_mbytes else default_chunk_bytes(groups.device)
     taid = Taid(
         t_start=config.taid_t_start,
         t_end=config.taid_t_end,
