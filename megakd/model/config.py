@@ -10,6 +10,7 @@ from megakd.config.tree import option
 from megakd.errors import UsageError
 from megakd.layout import ParallelConfig, padded_vocab_size
 from megakd.model.bounds import check_bounds
+from megakd.model.low_precision import check_widths
 
 # MiniPLM: arXiv 2410.17215, Qwen 1.5 architecture; whether embeddings are tied follows from the published parameter
 # counts (104M, 203M and 464M leave room for one embedding of 151,936 rows, 1.2B for two). PD: arXiv 2410.16215.
@@ -120,8 +121,10 @@ class ModelConfig:
     )
     bf16: bool = option(False, "bfloat16 parameters and activations", common=True)
     fp8_format: Literal["e4m3", "hybrid"] | None = option(None, "FP8 through Transformer Engine", common=True)
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option("delayed", "FP8 scaling recipe")
-    fp8_param_gather: bool = option(False, "keep and gather parameters in FP8")
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = option(
+        "tensorwise", "FP8 scaling recipe; delayed is at scale 1 in a model that is not trained yet"
+    )
+    fp8_param_gather: bool = option(False, "parameters kept and gathered in FP8; refused")
     fp8_margin: int = option(0, "delayed scaling: power of 2 that the scale is divided by")
     fp8_amax_history_len: int = option(1, "delayed scaling: steps whose largest values are kept")
     fp8_amax_compute_algo: Literal["most_recent", "max"] = option(
@@ -356,13 +359,17 @@ class ModelShape:
             )
 
     def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:
-        """Return the shape for inference with these weights, in the given precision: no dropout, no FP4."""
+        """Return the shape for inference with these weights, in the given precision: no dropout, no FP4.
+
+        Weights are kept wide, not in FP8.
+        """
         return dataclasses.replace(
             self,
             transformer_impl=transformer_impl,
             bf16=bf16,
             fp8_format=fp8_format,
             fp8_recipe=fp8_recipe,
+            fp8_param_gather=False,
             fp4_format=None,
             hidden_dropout=0.0,
             attention_dropout=0.0,
@@ -372,7 +379,7 @@ class ModelShape:
         """Refuse a layout that this shape does not divide into.
 
         Raises:
-            UsageError: heads, groups or layers not divisible; the message shows the arithmetic.
+            UsageError: heads, groups or layers not divisible, or no widths for FP8; the message shows the arithmetic.
         """
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         for name, value in (
@@ -393,6 +400,7 @@ class ModelShape:
             ):
                 if width is not None and width % size:
                     raise UsageError(f"{role}: --{name} {width} is not a multiple of --{flag} {size}")
+        check_widths(self, parallel, role)
         stages = pipeline * (parallel.virtual_pipeline_model_parallel_size or 1)
         if self.num_layers % stages:
             raise UsageError(

@@ -17,6 +17,7 @@ from megakd import cpu
 from megakd.errors import UsageError
 from megakd.model.attention import SdpaCoreAttention
 from megakd.model.config import ModelShape
+from megakd.model.low_precision import check_card
 from megakd.model.rotary import ScaledRotaryEmbedding, layers_without_positions, softmax_scale
 from megakd.parallel import Groups
 
@@ -77,7 +78,8 @@ def resolve_transformer_impl(shape: ModelShape) -> str:
     ``auto`` is Transformer Engine only if the device is CUDA and the import succeeds.
 
     Raises:
-        UsageError: Transformer Engine or FP8/FP4 is asked for and cannot be used; the message has the reason.
+        UsageError: Transformer Engine or FP8/FP4 is asked for and cannot be used, or the card lacks the format; the
+            message has the reason.
     """
     reason = _transformer_engine_failure()
     wants_low_precision = shape.fp8_format or shape.fp4_format
@@ -88,6 +90,8 @@ def resolve_transformer_impl(shape: ModelShape) -> str:
                 f"{asked} needs Transformer Engine, which cannot be used here: {reason}. On a CUDA machine install it "
                 "with: pip install --no-build-isolation 'megakd[te]'; without it drop the flag"
             )
+        if wants_low_precision:
+            check_card(shape, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
         return "transformer_engine"
     return "local" if shape.transformer_impl == "local" or reason else "transformer_engine"
 

@@ -30,6 +30,7 @@ from megakd.logits.store import LogitsStore
 from megakd.model.checkpoint.record import CheckpointRecord, check_resume, latest_iteration, read_record
 from megakd.model.config import ModelShape
 from megakd.model.huggingface.export_plan import check_exportable
+from megakd.model.low_precision import check_rows
 from megakd.train.config import CheckpointConfig, DataConfig, TrainConfig, TrainingConfig
 from megakd.train.journal_config import journal_specs
 from megakd.train.record.writers import check_writers
@@ -116,6 +117,8 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
     student, start = _student(config)
     student.check_layout(config.parallel, "student")
     student.check_sequence(config.data.seq_length, "student")
+    sizes = {"micro_batch_size": config.training.micro_batch_size, "seq_length": config.data.seq_length}
+    check_rows(student, config.parallel, "student", **sizes)
     if config.parallel.interleaved:
         _check_interleaving(config.training, config.parallel, data_size)
     data = config.data
@@ -146,6 +149,7 @@ def check_run(config: TrainConfig, world_size: int) -> Plan:
         teacher_shape = _frozen_shape(config.teacher, teacher, bf16=bf16)
         teacher_layout.data_parallel_size(world_size)
         _check_teacher(teacher, teacher_shape, teacher_layout, config.parallel, seq_length=data.seq_length)
+        check_rows(teacher_shape, teacher_layout, "teacher", **sizes)
     open_all = partial(open_stores, tokenizer=tokenizer, vocab_size=vocab_size)
     stores = open_all(config.teacher.logits_load_dir, blend, flag="--logits-load-dir")
     valid_stores: tuple[LogitsStore | None, ...] = ()

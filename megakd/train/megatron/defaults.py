@@ -72,6 +72,7 @@ DEFAULTS: tuple[Default, ...] = (
     Default("student.moe_token_dispatcher_type", "--moe-token-dispatcher-type", "allgather", "alltoall"),
     Default("student.transformer_impl", "--transformer-impl", "transformer_engine", "auto"),
     Default("parallel.expert_tensor_parallel_size", "--expert-tensor-parallel-size", "TP", "1"),
+    Default("student.fp8_recipe", "--fp8-recipe", "delayed", "tensorwise"),
     Default("training.train_iters", "--train-iters", "must be given", "1000"),
     Default("training.micro_batch_size", "--micro-batch-size", "must be given", "1"),
     Default("training.global_batch_size", "--global-batch-size", "micro batch x data-parallel size", "8"),

@@ -47,6 +47,12 @@ def _sequence_parallel(words: tuple[str, ...], line: Line) -> Reading:
     return Reading([Given("--sequence-parallel", words)])
 
 
+def _fp8_param_gather(words: tuple[str, ...], line: Line) -> Reading:
+    if words == ("false",):
+        return Reading()
+    return Reading(note="left out: parameters are kept and gathered in bf16, and products are in FP8 all the same")
+
+
 def _num_experts(words: tuple[str, ...], line: Line) -> Reading:
     return Reading() if words == ("0",) else Reading([Given("--num-experts", words)])
 
@@ -62,6 +68,7 @@ _FAMILY = (
 _OWN: Mapping[str, tuple[tuple[str, ...] | None, Reader]] = MappingProxyType(
     {
         "--sequence-parallel": (None, _sequence_parallel),
+        "--fp8-param-gather": (None, _fp8_param_gather),
         "--num-experts": (("0",), _num_experts),
         "--normalization": (("LayerNorm",), _normalization),
         "--tokenizer-type": (tuple(_TOKENIZERS), lambda words, line: _TOKENIZERS[words[0]]),
