@@ -30,8 +30,9 @@ class Prompt:
 class GeneratePlan:
     """The configuration checked against what is on disk.
 
-    stop_ids: tokens that end a text. cut: number of prompts whose texts must end before
-    ``--num-tokens-to-generate``, because the model has no more positions.
+    stop_ids: tokens that end a text. positions: most tokens of a prompt and its text; None without a bound. cut: number
+    of prompts whose texts must end before ``--num-tokens-to-generate``, because the model has no more positions.
+    notes: for people, a sentence each.
     """
 
     record: CheckpointRecord
@@ -39,7 +40,9 @@ class GeneratePlan:
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
     stop_ids: frozenset[int]
+    positions: int | None
     cut: int
+    notes: tuple[str, ...]
 
 
 def check_generate(config: GenerateConfig, world_size: int) -> GeneratePlan:
@@ -75,13 +78,38 @@ def check_generate(config: GenerateConfig, world_size: int) -> GeneratePlan:
             f"the model {record.path} has a vocabulary of {record.vocab_size} ids, the tokenizer {tokenizer.path} "
             f"{tokenizer.vocab_size}: it is another model's; --tokenizer-model says where the right one is"
         )
-    positions = config.seq_length or record.seq_length or None
+    positions = _positions(config, record)
     wanted = config.num_tokens_to_generate
     prompts = [
         _prompt(number, text, tokenizer, positions, wanted) for number, text in enumerate(_texts(config), start=1)
     ]
     cut = sum(prompt.max_new_tokens < wanted for prompt in prompts)
-    return GeneratePlan(record, shape, tokenizer, prompts, _stop_ids(config, tokenizer), cut)
+    notes = _lacking_begin(tokenizer, prompts)
+    return GeneratePlan(record, shape, tokenizer, prompts, _stop_ids(config, tokenizer), positions, cut, notes)
+
+
+def _positions(config: GenerateConfig, record: CheckpointRecord) -> int | None:
+    """Return the most tokens of a prompt and its text; those of a sliding window see the same without it.
+
+    Raises UsageError for ``--seq-length`` beyond a window.
+    """
+    if config.seq_length is not None:
+        record.shape.check_sequence(config.seq_length, f"--load {record.path}")
+    lengths = (record.seq_length, record.shape.sliding_window)
+    return config.seq_length or min((length for length in lengths if length), default=None)
+
+
+def _lacking_begin(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Say which token the tokenizer's own template would have put before prompts that lack it."""
+    if tokenizer.bos is None or all(prompt.ids[0] == tokenizer.bos for prompt in prompts):
+        return ()
+    if tokenizer.encode_in_template("a")[:1] != [tokenizer.bos]:
+        return ()
+    begin = tokenizer.text_of(tokenizer.bos)
+    return (
+        f"prompts go to the model as they are; the tokenizer's own template begins a text with {begin!r}: write it out "
+        f"({begin + prompts[0].text[:20]!r} ...) for a model that was trained with it",
+    )
 
 
 def _stop_ids(config: GenerateConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -33,6 +33,8 @@ def generate(config: GenerateConfig, plan: GeneratePlan) -> ExitStatus:
         Request(prompt.ids, prompt.max_new_tokens, plan.stop_ids, draw_key=key)
         for prompt, key in zip(plan.prompts, keys)
     ]
+    for note in plan.notes if groups.rank == 0 else ():
+        tell(note)
     if groups.rank == 0 and plan.cut:
         tell(f"{plan.cut} of {len(requests)} texts end earlier than asked, where the model's positions do")
     streams = len(requests) == 1 and groups.rank == 0 and config.output is None
@@ -58,7 +60,7 @@ def build_generator(plan: GeneratePlan, groups: Groups, sampling: Sampling) -> G
     """Load the model in the layout of ``groups``. All ranks call it."""
     record, shape = plan.record, plan.shape
     check_weights(record.path, record.shape, "--load")
-    chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=record.seq_length or 1)
+    chunks = build_model(shape, groups, vocab_size=record.vocab_size, seq_length=plan.positions or 1)
     load_weights(record, chunks, groups)
     (model,) = chunks
     model.requires_grad_(False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model.huggingface.folders import Case, write_folder
 from runs import make_tree, run_training, write_dataset
 from worlds import Worlds
 
@@ -179,3 +180,38 @@ def test_a_character_waits_for_its_last_byte() -> None:
     assert pieces == ["c", "", "é", "", "", "€"]
     assert stream.piece([*ids, 0xC3]) == "" and stream.piece([*ids, 0xC3], ended=True) == "\N{REPLACEMENT CHARACTER}"
     assert text_behind(ByteTokenizer(), list(b"ab"), ids) == "cé€"
+
+
+@pytest.fixture
+def mistral(tmp_path: Path) -> str:
+    """A folder with a sliding window of 12 tokens, 64 positions, and a tokenizer that begins a text with ``<s>``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path / "mistral"
+    write_folder(folder, Case("mistral", keys={"sliding_window": 12}))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 131)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_model_with_a_sliding_window_writes_within_it(mistral: str, world: Worlds) -> None:
+    with pytest.raises(UsageError, match="sequences of 13 tokens, .* sliding window of 12 .*--seq-length 12 or less"):
+        check(mistral, prompt=["w3"], seq_length=13)
+    assert check(mistral, prompt=["w3"], seq_length=9).positions == 9
+    ((status, text, told),) = world(1).run(run_verb, "--load", mistral, "--prompt", "w3 w4", "--ignore-eod")
+    assert (status, len(text.split())) == (0, 2 + 10)
+    assert (
+        "1 of 1 texts end earlier than asked" in told and "begins a text with '<s>': write it out ('<s>w3 w4'" in told
+    )
+
+
+@pytest.mark.slow
+def test_a_prompt_with_the_token_that_begins_a_text_is_as_the_template_has_it(mistral: str) -> None:
+    plan = check(mistral, prompt=["<s> w3 w4"])
+    assert (plan.prompts[0].ids, plan.notes) == ((1, 3, 4), ())
