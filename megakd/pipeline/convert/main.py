@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "of any size), or a checkpoint of any layout as a Hugging Face folder: config.json for transformers 4 and 5, "
         "safetensors, the tokenizer's files; by one process and in a few hundred megabytes of memory beside the "
         "embedding. A checkpoint is megakd's, or one of Megatron-LM's in the form torch_dist. An import is not needed "
-        "before anything else: train, score, capture, proxy and evaluate read the folder itself (--load FOLDER). "
-        "Safetensors alone are read, no pickle and no code. A folder that is written has its name when all of it was "
+        "before anything else: every verb with --load reads the folder itself. Safetensors alone are read, no pickle "
+        "and no code. A folder that is written has its name when all of it was "
         "read again and compared with the checkpoint; the same command continues one that was killed.",
     )
     plan = check_convert(config)
