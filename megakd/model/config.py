@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megakd.config.tree import option
 from megakd.errors import UsageError
-from megakd.layout import ParallelConfig, padded_vocab_size
+from megakd.layout import ParallelConfig, is_first_rank, padded_vocab_size
 from megakd.model.bounds import check_bounds
 from megakd.model.low_precision import check_widths
 
@@ -356,6 +357,15 @@ class ModelShape:
                 f"{role}: sequences of {seq_length} tokens, and the model has a sliding window of "
                 f"{self.sliding_window} (sliding_window): what lies outside it is seen here; --seq-length "
                 f"{self.sliding_window} or less computes the same"
+            )
+
+    def warn_of_length(self, seq_length: int, role: str) -> None:
+        """Warn, on the first rank, of sequences longer than the model was made for. role: begins the warning."""
+        if self.max_position_embeddings and seq_length > self.max_position_embeddings and is_first_rank():
+            warnings.warn(
+                f"{role}: sequences of {seq_length} tokens, and the model was made for {self.max_position_embeddings} "
+                "(max_position_embeddings): most models say little of use beyond",
+                stacklevel=2,
             )
 
     def frozen(self, *, transformer_impl: str, bf16: bool, fp8_format: str | None, fp8_recipe: str) -> ModelShape:

@@ -340,6 +340,7 @@ def _check_teacher(
         )
     shape.check_layout(layout, "teacher")
     shape.check_sequence(seq_length, f"teacher {record.path}")
+    shape.warn_of_length(seq_length, f"teacher {record.path}")
     _check_weights(record, "teacher")
 
 

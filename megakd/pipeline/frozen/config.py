@@ -100,6 +100,7 @@ class FrozenModelConfig:
         Raises UsageError for a model that sees sequences of ``seq_length`` tokens through a sliding window.
         """
         record.shape.check_sequence(seq_length, f"{record.role} {record.path}")
+        record.shape.warn_of_length(seq_length, f"{record.role} {record.path}")
         return record.shape.frozen(
             transformer_impl=self.transformer_impl,
             bf16=record.shape.bf16 if self.bf16 is None else self.bf16,

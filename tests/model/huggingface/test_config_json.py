@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,14 @@ def test_sliding_windows(tmp_path: Path, model_type: str, keys: dict[str, Any], 
         shape.check_sequence(window, "teacher")
         with pytest.raises(UsageError, match=rf"sequences of {window + 1} tokens, .* window of {window}"):
             shape.check_sequence(window + 1, "teacher")
+
+
+def test_sequences_beyond_the_longest_of_the_model_are_warned_of(tmp_path: Path) -> None:
+    shape = read(tmp_path, max_position_embeddings=64)
+    with pytest.warns(UserWarning, match=r"teacher: sequences of 65 tokens, and the model was made for 64 \(max_pos"):
+        shape.warn_of_length(65, "teacher")
+    with warnings.catch_warnings(action="error"):
+        shape.warn_of_length(64, "teacher")
 
 
 def test_experts(tmp_path: Path) -> None:
