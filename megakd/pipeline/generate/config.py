@@ -42,6 +42,9 @@ class GenerateConfig:
         1.0, "share of the mass: the fewest most probable tokens that reach it can be drawn", common=True
     )
     seed: int = option(1234, "seed of the draws", common=True)
+    add_bos_token: bool | None = option(
+        None, "begin every prompt with the begin-of-text token (default: as the tokenizer's own template does)"
+    )
     ignore_eod: bool = option(False, "write on behind the end of a document")
     micro_batch_size: int = option(8, "prompts that go through the model together", common=True)
     tensor_model_parallel_size: int = option(1, "ranks that share one layer (TP)", common=True)

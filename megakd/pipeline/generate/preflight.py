@@ -32,7 +32,6 @@ class GeneratePlan:
 
     stop_ids: tokens that end a text. positions: most tokens of a prompt and its text; None without a bound. cut: number
     of prompts whose texts must end before ``--num-tokens-to-generate``, because the model has no more positions.
-    notes: for people, a sentence each.
     """
 
     record: CheckpointRecord
@@ -42,7 +41,6 @@ class GeneratePlan:
     stop_ids: frozenset[int]
     positions: int | None
     cut: int
-    notes: tuple[str, ...]
 
 
 def check_generate(config: GenerateConfig, world_size: int) -> GeneratePlan:
@@ -80,12 +78,13 @@ def check_generate(config: GenerateConfig, world_size: int) -> GeneratePlan:
         )
     positions = _positions(config, record)
     wanted = config.num_tokens_to_generate
+    begin = _begin_of_text(config, tokenizer)
     prompts = [
-        _prompt(number, text, tokenizer, positions, wanted) for number, text in enumerate(_texts(config), start=1)
+        _prompt(number, text, tokenizer, begin, positions, wanted)
+        for number, text in enumerate(_texts(config), start=1)
     ]
     cut = sum(prompt.max_new_tokens < wanted for prompt in prompts)
-    notes = _lacking_begin(tokenizer, prompts)
-    return GeneratePlan(record, shape, tokenizer, prompts, _stop_ids(config, tokenizer), positions, cut, notes)
+    return GeneratePlan(record, shape, tokenizer, prompts, _stop_ids(config, tokenizer), positions, cut)
 
 
 def _positions(config: GenerateConfig, record: CheckpointRecord) -> int | None:
@@ -99,17 +98,18 @@ def _positions(config: GenerateConfig, record: CheckpointRecord) -> int | None:
     return config.seq_length or min((length for length in lengths if length), default=None)
 
 
-def _lacking_begin(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """Say which token the tokenizer's own template would have put before prompts that lack it."""
-    if tokenizer.bos is None or all(prompt.ids[0] == tokenizer.bos for prompt in prompts):
-        return ()
-    if tokenizer.encode_in_template("a")[:1] != [tokenizer.bos]:
-        return ()
-    begin = tokenizer.text_of(tokenizer.bos)
-    return (
-        f"prompts go to the model as they are; the tokenizer's own template begins a text with {begin!r}: write it out "
-        f"({begin + prompts[0].text[:20]!r} ...) for a model that was trained with it",
-    )
+def _begin_of_text(config: GenerateConfig, tokenizer: Tokenizer) -> int | None:
+    """Return the token that goes before every prompt, by ``--add-bos-token`` or by the tokenizer's template; or None.
+
+    Raises UsageError if one is asked for that the tokenizer's files do not name.
+    """
+    if config.add_bos_token and tokenizer.bos is None:
+        raise UsageError(
+            f"--add-bos-token: the files of the tokenizer {tokenizer.path or tokenizer.type} name no bos_token"
+        )
+    if config.add_bos_token is None and tokenizer.encode_in_template("a")[:1] != [tokenizer.bos]:
+        return None
+    return None if config.add_bos_token is False else tokenizer.bos
 
 
 def _stop_ids(config: GenerateConfig, tokenizer: Tokenizer) -> frozenset[int]:
@@ -122,7 +122,9 @@ def _stop_ids(config: GenerateConfig, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ends)
 
 
-def _prompt(number: int, text: str, tokenizer: Tokenizer, positions: int | None, wanted: int) -> Prompt:
+def _prompt(
+    number: int, text: str, tokenizer: Tokenizer, begin: int | None, positions: int | None, wanted: int
+) -> Prompt:
     try:
         text.encode()  # bytes of a command line that are no UTF-8 come as halves of surrogate pairs
         ids = tuple(tokenizer.encode(text))
@@ -132,6 +134,8 @@ def _prompt(number: int, text: str, tokenizer: Tokenizer, positions: int | None,
         ) from None
     except UnencodableError as error:
         raise UsageError(f"prompt {number}: {text[:60]!r}: {error}") from None
+    if begin is not None and ids[:1] != (begin,):
+        ids = (begin, *ids)
     if not ids:
         end = "" if tokenizer.eod_token is None else f"; {tokenizer.eod_token!r} begins a document"
         raise UsageError(f"prompt {number} is {text!r}, which has no token: a model continues at least one{end}")

@@ -33,8 +33,6 @@ def generate(config: GenerateConfig, plan: GeneratePlan) -> ExitStatus:
         Request(prompt.ids, prompt.max_new_tokens, plan.stop_ids, draw_key=key)
         for prompt, key in zip(plan.prompts, keys)
     ]
-    for note in plan.notes if groups.rank == 0 else ():
-        tell(note)
     if groups.rank == 0 and plan.cut:
         tell(f"{plan.cut} of {len(requests)} texts end earlier than asked, where the model's positions do")
     streams = len(requests) == 1 and groups.rank == 0 and config.output is None
