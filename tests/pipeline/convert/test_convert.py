@@ -102,7 +102,7 @@ def test_refusals(tmp_path: Path, made: dict[str, tuple[Path, Path]], capsys: py
     assert "a file; expected a folder" in refused("--load", folder, "--save", str(tmp_path / "file"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_precision(world: Worlds, tmp_path: Path) -> None:
     """bfloat16 stays bfloat16 bit for bit; float16 becomes float32 without loss."""
     import torch
