@@ -56,15 +56,56 @@ class AdamW(torch.optim.Optimizer):
         grads = [param.grad for param in params if param.grad is not None]
         first = [self.state[param]["exp_avg"] for param in params]
         second = [self.state[param]["exp_avg_sq"] for param in params]
-        beta1, beta2 = group["betas"]
-        torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, grads, 1.0 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, math.sqrt(1.0 - beta2 ** group["step"]))
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / (1.0 - beta1 ** group["step"]))
+        update = _UPDATES.get(params[0].device.type, _update_in_passes)
+        update(params, grads, first, second, group)
+
+
+def _update_in_passes(
+    params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor], group: dict[str, Any]
+) -> None:
+    """Update parameters and state in place, one operation at a time.
+
+    first, second: the moments. group: ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``step``, which counts from 1.
+    """
+    beta1, beta2 = group["betas"]
+    torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+    torch._foreach_lerp_(first, grads, 1.0 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
+    denominator = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominator, math.sqrt(1.0 - beta2 ** group["step"]))
+    torch._foreach_add_(denominator, group["eps"])
+    torch._foreach_addcdiv_(params, first, denominator, -group["lr"] / (1.0 - beta1 ** group["step"]))
+
+
+def _update_in_one_pass(
+    params: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor], group: dict[str, Any]
+) -> None:
+    """Update by torch's fused kernel, which reads and writes each number once and makes no copy of a moment.
+
+    Arguments and result are those of `_update_in_passes`, up to rounding.
+    """
+    beta1, beta2 = group["betas"]
+    step = torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        grads,
+        first,
+        second,
+        [],
+        [step] * len(params),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+_UPDATES = {"cuda": _update_in_one_pass}
+"""Updates by the kind of device that has a faster one than `_update_in_passes`."""
 
 
 def use_where_fused_adam_is_missing() -> None:
