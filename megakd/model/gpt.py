@@ -6,7 +6,6 @@ A model here is a list of chunks, one for each virtual pipeline stage of this ra
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -224,8 +223,9 @@ def transformer_config(shape: ModelShape, groups: Groups, *, training: bool) -> 
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         apply_rope_fusion=engine,
-        # megatron's own layers, the output layer among them, need apex for it (tensor_parallel/layers.py:925)
-        gradient_accumulation_fusion=engine and training and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # megatron's output layer refuses it without apex (tensor_parallel/layers.py:925); `wrap_student` gives it to
+        # Transformer Engine's layers, which need no apex
+        gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         recompute_granularity=shape.recompute_granularity if training else None,
         recompute_method=shape.recompute_method if training else None,

@@ -91,11 +91,25 @@ def wrap_student(chunks: list[HiddenGPTModel], parallel: ParallelConfig, groups:
         )
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in chunks:
+        _fuse_gradient_accumulation_inplace(chunk)
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         syncs = [model.no_sync for model in wrapped]
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
     return Student(chunks, wrapped)
+
+
+def _fuse_gradient_accumulation_inplace(chunk: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers add the gradients of their weights to megatron's fp32 buffers themselves.
+
+    Else each writes its gradient in bf16, which a hook adds to the buffer in a second pass. The layers read the flag in
+    each forward pass, and need the buffers from then on, so that it is set when data parallelism has made them. Other
+    layers have no such flag.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 class Optimizer:

@@ -40,6 +40,35 @@ def test_adamw_equals_torch(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(one.state[ours[0]]) == {"exp_avg", "exp_avg_sq"} and one.param_groups[0]["step"] == 20
 
 
+class EngineLinear(torch.nn.Linear):
+    """A layer with the flag of Transformer Engine's, which adds its weight's gradient to the buffer by itself."""
+
+    fuse_wgrad_accumulation = False
+
+
+def fused_layers(tree: dict[str, Any]) -> list[bool]:
+    """The flag of a planted layer before and after data parallelism, and whether megatron's own were told to fuse."""
+    from megakd.layout import ParallelConfig
+    from megakd.model.gpt import build_model
+    from megakd.parallel import init_parallel
+    from megakd.train.optim import wrap_student
+
+    plan = check_run(make_config(tree), 1)
+    groups = init_parallel(ParallelConfig(), seed=1)
+    (chunk,) = build_model(plan.student, groups, vocab_size=plan.vocab_size, seq_length=plan.seq_length)
+    chunk.decoder.layers[0].planted = EngineLinear(3, 5)
+    found = [chunk.decoder.layers[0].planted.fuse_wgrad_accumulation]
+    wrap_student([chunk], groups.parallel, groups)
+    planted = chunk.decoder.layers[0].planted
+    assert planted.weight.main_grad.dtype == torch.float32
+    return [*found, planted.fuse_wgrad_accumulation, chunk.output_layer.gradient_accumulation_fusion]
+
+
+def test_engine_layers_fuse_without_apex(tmp_path: Path, world: Worlds) -> None:
+    tree = make_tree(write_dataset(tmp_path / "data"))
+    assert world(1).run(fused_layers, tree) == [[False, True, False]]
+
+
 class Holder:
     """What the schedule needs of an optimizer."""
 
