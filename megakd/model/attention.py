@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 import megakd.parallel  # noqa: F401  (before any megatron import)
 
@@ -71,24 +72,51 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
             )
         else:
             chunk = query.shape[2] // 2
+            attend = _ATTEND_TO_EARLIER.get(query.device.type, attend_with_mask)
             parts = []
             for half, number in enumerate((rank, 2 * size - 1 - rank)):
                 stop = (number + 1) * chunk  # this chunk sees the keys up to its own end
-                mask = torch.ones(chunk, stop, dtype=torch.bool, device=query.device).tril(stop - chunk)
                 part = query[:, :, half * chunk : (half + 1) * chunk]
-                parts.append(
-                    F.scaled_dot_product_attention(
-                        part,
-                        key[:, :, :stop],
-                        value[:, :, :stop],
-                        attn_mask=mask,
-                        dropout_p=dropout,
-                        scale=self.scale,
-                        enable_gqa=grouped,
-                    )
-                )
+                parts.append(attend(part, key[:, :, :stop], value[:, :, :stop], dropout=dropout, scale=self.scale))
             out = torch.cat(parts, dim=2)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def attend_with_mask(
+    query_BNCD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, *, dropout: float, scale: float
+) -> Tensor:
+    """Return the causal attention ``[B, N, C, D]`` of the last C tokens of a sequence of S, by a mask ``[C, S]``."""
+    chunk, stop = query_BNCD.shape[2], key_BGSD.shape[2]
+    return F.scaled_dot_product_attention(
+        query_BNCD,
+        key_BGSD,
+        value_BGSD,
+        attn_mask=torch.ones(chunk, stop, dtype=torch.bool, device=query_BNCD.device).tril(stop - chunk),
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query_BNCD.shape[1] != key_BGSD.shape[1],
+    )
+
+
+def attend_by_alignment(
+    query_BNCD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, *, dropout: float, scale: float
+) -> Tensor:
+    """Return the result of `attend_with_mask` from CUDA's kernels that never make the scores ``[C, S]``.
+
+    They take no mask of values, but know this one by name: causal, aligned to the last token. Key heads are copied,
+    because only one of those kernels takes fewer of them, and torch falls back to whole scores without a word.
+    """
+    copies = query_BNCD.shape[1] // key_BGSD.shape[1]
+    if copies > 1:
+        key_BGSD, value_BGSD = (heads.repeat_interleave(copies, dim=1) for heads in (key_BGSD, value_BGSD))
+    aligned: Any = causal_lower_right(query_BNCD.shape[2], key_BGSD.shape[2])
+    return F.scaled_dot_product_attention(
+        query_BNCD, key_BGSD, value_BGSD, attn_mask=aligned, dropout_p=dropout, scale=scale
+    )
+
+
+_ATTEND_TO_EARLIER = {"cpu": attend_with_mask, "cuda": attend_by_alignment}
+"""Attention of a part of a sequence to all that comes before it, by the kind of device."""
 
 
 def gather_sequence(part_S: Tensor, group: dist.ProcessGroup) -> Tensor:
