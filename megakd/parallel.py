@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 import time
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from megakd import cpu
 from megakd.errors import UsageError
-from megakd.layout import ParallelConfig, world_size
+from megakd.layout import ParallelConfig, is_first_rank, world_size
 from megakd.losses.vocab_parallel import VocabShard
 
 if cpu.needed():
@@ -116,6 +117,26 @@ def init_parallel(parallel: ParallelConfig, *, seed: int) -> Groups:
     return Groups(parallel, collection, dist.get_rank(), dist.get_world_size(), device)
 
 
+def order_kernels(parallel: ParallelConfig, environment: MutableMapping[str, str]) -> str | None:
+    """Give each device one queue of kernels where tensor parallelism counts on their order; return a line about it.
+
+    megatron-core starts a message beside a product and counts on the message being first in the queue
+    (tensor_parallel/layers.py:526, 545); with several queues the message may wait for the product, which costs time and
+    changes no result. A value that the user has set stays. None where nothing is to be said.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if parallel.tensor_model_parallel_size == 1 or environment.get(name) == "1":
+        return None
+    flag = "--sequence-parallel" if parallel.sequence_parallel else "--tensor-model-parallel-size"
+    if name in environment:
+        return (
+            f"Warning: {name} is {environment[name]}: {flag} is faster with 1, so that messages start before the "
+            "products beside them"
+        )
+    environment[name] = "1"
+    return f"{name} is set to 1 for {flag}: messages start before the products beside them"
+
+
 def build_groups(parallel: ParallelConfig, base: Groups) -> Groups:
     """Build the groups of a teacher's layout over the same ranks; those of ``base`` if the layouts are equal.
 
@@ -174,6 +195,9 @@ def _init_world(parallel: ParallelConfig, num_ranks: int) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
+        notice = order_kernels(parallel, os.environ)  # before the device has a context, which reads the variable
+        if notice and is_first_rank():
+            print(notice, flush=True)
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
