@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from no_gpu import hidden_gpus
 from worlds import PRELOADED
 
 
@@ -23,7 +24,8 @@ class ForkedVerb:
         self._streams = tuple(tempfile.NamedTemporaryFile("r") for _ in range(2))
         names = [stream.name for stream in self._streams]
         self._process = context.Process(target=_run, args=(list(words), *names, folder))
-        self._process.start()
+        with hidden_gpus():  # the first start makes the process that all others are forked from
+            self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,12 @@ def _sum(value: Value) -> Value:
     total = value.tensor + dist.get_rank()
     dist.all_reduce(total)
     return Value(total)
+
+
+def _hides_gpus() -> tuple[bool, bool]:
+    """Of this rank, and of the process that it was forked from, which has looked for devices already."""
+    started_with = Path("/proc", str(os.getppid()), "environ").read_bytes().split(b"\0")
+    return os.environ["CUDA_VISIBLE_DEVICES"] == "", b"CUDA_VISIBLE_DEVICES=" in started_with
 
 
 def _pid() -> int:
@@ -52,6 +60,11 @@ def test_runs_on_every_rank_and_keeps_its_processes(world: Worlds) -> None:
     results = world(2).run(_sum, Value(torch.tensor([1.0])))
     assert [r.tensor.item() for r in results] == [3.0, 3.0]
     assert world(2).run(_pid) == world(2).run(_pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_rank_sees_a_gpu(world: Worlds) -> None:
+    assert world(2).run(_hides_gpus) == [(True, True)] * 2
 
 
 def test_an_error_names_its_rank_and_leaves_the_world_usable(world: Worlds) -> None:

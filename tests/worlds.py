@@ -2,8 +2,9 @@
 
 ``world(4).run(fn, *args)`` calls ``fn(*args)`` on four ranks; the four results come in rank order. ``fn`` must be a
 module-level function; it is passed by file and name, arguments and results by value. Each rank has the gloo world group
-and one torch thread, nothing else. Process groups that a function makes are taken down when it returns. All ranks are
-forked from one process that has imported torch and megatron-core already: an import is four seconds of a core.
+and one torch thread, nothing else: no GPU either. Process groups that a function makes are taken down when it returns.
+All ranks are forked from one process that has imported torch and megatron-core already: an import is four seconds of a
+core.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from no_gpu import HIDDEN, hidden_gpus
 
 START_TIMEOUT_SECONDS = 240.0
 RUN_TIMEOUT_SECONDS = 240.0
@@ -78,7 +81,8 @@ class World:
             ours, theirs = context.Pipe()
             # Not daemons: what runs inside may start processes of its own (asynchronous checkpoints do).
             process = context.Process(target=_serve, args=(theirs, rank, self.size, self._folder.name), daemon=False)
-            process.start()
+            with hidden_gpus():  # the first start makes the process that all ranks are forked from
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
@@ -164,7 +168,7 @@ def _serve(connection: Connection, rank: int, size: int, folder: str) -> None:
     with open(Path(folder, f"stack-{rank}"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to pytest, which then closes the pipe
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), OMP_NUM_THREADS="1", **HIDDEN)
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         import torch

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from no_gpu import HIDDEN
 from runs import losses, make_tree, run_training, weights, write_dataset
 from worlds import Worlds
 
@@ -34,7 +35,7 @@ def torchrun(tree: dict[str, Any], folder: Path, size: int) -> subprocess.Popen[
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     command += ["-m", "megakd", "train", "--config", str(config)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | HIDDEN | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
 
 

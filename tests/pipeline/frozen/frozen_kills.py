@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forked import ForkedVerb
+from no_gpu import HIDDEN
 
 Process = ForkedVerb | subprocess.Popen[str]
 
@@ -36,7 +37,7 @@ class FrozenVerb:
         if not ranks:
             return ForkedVerb(words)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        env = os.environ | HIDDEN | {"OMP_NUM_THREADS": "1"}
         command = [*launcher, "-m", "megakd", *words]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
