@@ -53,6 +53,7 @@ def head_loss(
     kd: Sequence[KD] = (),
     hidden_grad: HiddenGrad = "all_reduce",
     weight_grad: WeightGrad = "autograd",
+    every_token: bool = False,
     implementation: Implementation = "auto",
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> HeadOutput:
@@ -74,6 +75,7 @@ def head_loss(
     weight_grad: ``"autograd"`` takes any incoming gradient of the loss. ``"main_grad"`` adds the weight's gradient to
         megatron's buffer during the sweep, if there is one in the precision of the sums: for a loss that is always
         followed by its backward, with an incoming gradient of exactly 1, which is asserted without a wait.
+    every_token: every token is known to carry weight. Else the weights tell, for which the host waits for the device.
     implementation: the kernels that sweep the logits; ``"auto"`` is the fastest that can.
     chunk_bytes: upper bound of the memory for one chunk's logits, of all models together.
 
@@ -96,7 +98,11 @@ def head_loss(
     wants_weight = torch.is_grad_enabled() and weight_vH.requires_grad
     main_grad_vH = main_grad_of(weight_vH) if wants_weight and weight_grad == "main_grad" else None
     with torch.no_grad():
-        select = Select.of(hidden_TH.shape[0], lm_weight_T, z_weight_T, kd)
+        num_tokens = hidden_TH.shape[0]
+        if every_token:
+            select = Select.all_of(num_tokens, lm_weight_T, z_weight_T, kd)
+        else:
+            select = Select.of(num_tokens, lm_weight_T, z_weight_T, kd)
         rows = make_rows(select, labels_T, lm_weight_T, z_weight_T, kd, shard)
         student = HeadStudent(
             select(hidden_TH),

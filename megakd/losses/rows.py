@@ -71,12 +71,15 @@ class Select:
     @staticmethod
     def of(num_tokens: int, lm_weight_T: Tensor, z_weight_T: Tensor | None, kd: Sequence[KD]) -> Select:
         """Select the tokens of which any weight is not 0. Raises UsageError for weights that are not ``[T]``."""
-        weights = [("lm_weight_T", lm_weight_T)] + [("KD.weight_T", entry.weight_T) for entry in kd]
-        if z_weight_T is not None:
-            weights.append(("z_weight_T", z_weight_T))
-        check_shapes(*((name, weight_T, (num_tokens,)) for name, weight_T in weights))
-        keep_T = torch.stack([weight_T != 0 for _, weight_T in weights]).any(0)
+        weights = _weights(num_tokens, lm_weight_T, z_weight_T, kd)
+        keep_T = torch.stack([weight_T != 0 for weight_T in weights]).any(0)
         return Select(keep_T.nonzero().squeeze(1), num_tokens)
+
+    @staticmethod
+    def all_of(num_tokens: int, lm_weight_T: Tensor, z_weight_T: Tensor | None, kd: Sequence[KD]) -> Select:
+        """Select every token, for a caller who knows what `of` would find; `of` waits for the device to tell it."""
+        _weights(num_tokens, lm_weight_T, z_weight_T, kd)
+        return Select(torch.arange(num_tokens, device=lm_weight_T.device), num_tokens)
 
     @property
     def everything(self) -> bool:
@@ -96,6 +99,15 @@ class Select:
         is_dropped_T = torch.ones(self.num_tokens, dtype=torch.bool, device=values_T.device)
         is_dropped_T[self.rows_R] = False
         values_T[is_dropped_T] = 0
+
+
+def _weights(num_tokens: int, lm_weight_T: Tensor, z_weight_T: Tensor | None, kd: Sequence[KD]) -> list[Tensor]:
+    """List the weights that a token may carry. Raises UsageError for weights that are not ``[T]``."""
+    weights = [("lm_weight_T", lm_weight_T)] + [("KD.weight_T", entry.weight_T) for entry in kd]
+    if z_weight_T is not None:
+        weights.append(("z_weight_T", z_weight_T))
+    check_shapes(*((name, weight_T, (num_tokens,)) for name, weight_T in weights))
+    return [weight_T for _, weight_T in weights]
 
 
 def make_rows(

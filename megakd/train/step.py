@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.loader import Microbatch, StepBatch
@@ -29,6 +30,7 @@ from megakd.train.optim import Student
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+_Suspects = tuple[NDArray[np.int64], NDArray[np.int64], Tensor]
 
 
 # Quantities added up over the microbatches and ranks of a step: counts of tokens, then sums over them.
@@ -105,19 +107,24 @@ def run_step(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    total = _sum_over_batch(sums, groups)
+    total = _sum_over_batch(sums, groups).cpu()  # waits for the device, once a step
     if not torch.isfinite(total).all():
         _refuse(problems, step, "the evaluation has no result" if forward_only else "the step was not applied")
-    calibration = total[len(_SUMS) :].reshape(2, NUM_BINS).cpu() if objective.calibrate else None
+    calibration = total[len(_SUMS) :].reshape(2, NUM_BINS) if objective.calibrate else None
     return _means(dict(zip(_SUMS, total.tolist())), objective, calibration)
 
 
 @dataclass
 class _Problems:
-    """Reasons on this rank to refuse the step: samples with a loss that is not finite, targets that cannot be read."""
+    """Reasons on this rank to refuse the step: samples with a loss that is not finite, targets that cannot be read.
+
+    samples: names, read from ``suspects`` when the step is refused. suspects: each microbatch's ids of datasets and
+    samples, with bool ``[B]`` on the device, True for a loss that is not finite: to read it earlier would wait for it.
+    """
 
     samples: list[str] = field(default_factory=list)
     unreadable: Exception | None = None
+    suspects: list[_Suspects] = field(default_factory=list)
 
 
 def _forward_step(
@@ -145,14 +152,16 @@ def _forward_step(
             own_targets = next(targets)
             if isinstance(own_targets, Unreadable):  # go on: the other ranks wait in this step's messages
                 problems.unreadable, own_targets = own_targets.error, None
-            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, own_targets)
+            whole = bool(microbatch.loss_mask_BS.all())  # on the host: the device is not asked
+            result = objective(hidden_SBH, weight_vH, labels_SB, mask_SB, own_targets, whole=whole)
             if keep is not None:
                 keep(hidden_SBH, weight_vH, microbatch)
             sums = _sums(result)
             if problems.unreadable is not None:
                 sums.fill_(torch.nan)  # which tells every rank
-            elif not torch.isfinite(sums).all():
-                problems.samples.extend(_non_finite_samples(result, mask_SB, microbatch))
+            else:
+                bad_B = _not_finite(result, mask_SB)
+                problems.suspects.append((microbatch.dataset_ids_B, microbatch.sample_ids_B, bad_B))
             # three values: with two, megatron multiplies by the context parallel size (schedules.py:268). It may scale
             # the loss in place, so the logged sums are a tensor of their own.
             return result.loss, result.kept_T.sum().to(torch.int), sums
@@ -228,21 +237,27 @@ def _means(total: dict[str, float], objective: Objective, calibration: Tensor | 
     )
 
 
-def _non_finite_samples(result: TokenLosses, mask_SB: Tensor, microbatch: Microbatch) -> list[str]:
+def _not_finite(result: TokenLosses, mask_SB: Tensor) -> Tensor:
+    """Return bool ``[B]``, True for a sample with a loss that is not finite."""
     bad_T = result.known_T & ~torch.isfinite(result.head.lm_T + result.head.log_z_T)
     if result.kd is not None:
         bad_T = bad_T | (result.kd_T & ~torch.isfinite(result.kd.value_T))
-    bad_B = bad_T.reshape(mask_SB.shape).any(0).cpu().numpy()
+    return bad_T.reshape(mask_SB.shape).any(0)
+
+
+def _names(suspects: list[_Suspects]) -> list[str]:
     return [
         f"dataset {dataset} sample {sample}"
-        for dataset, sample in zip(microbatch.dataset_ids_B[bad_B], microbatch.sample_ids_B[bad_B])
+        for datasets_B, samples_B, bad_B in suspects
+        for dataset, sample, bad in zip(datasets_B, samples_B, bad_B.tolist())
+        if bad
     ]
 
 
 def _refuse(problems: _Problems, step: int, outcome: str) -> NoReturn:
     """Raise the error of a refused step. Every rank calls it, so that each can name what any of them met."""
     gathered = [_Problems() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, problems)
+    dist.all_gather_object(gathered, _Problems(_names(problems.suspects), problems.unreadable))
     for rank, met in enumerate(gathered):
         if met.unreadable is not None:
             raise type(met.unreadable)(f"step {step}, rank {rank}: {met.unreadable}; {outcome}")

@@ -101,7 +101,7 @@ def poison(labels_S: list[int], of_loss: bool) -> None:
 
     weigh = objective.Objective.__call__
 
-    def poisoned(self: Any, hidden_SBH: Any, weight_vH: Any, labels_SB: Any, *rest: Any) -> Any:
+    def poisoned(self: Any, hidden_SBH: Any, weight_vH: Any, labels_SB: Any, *rest: Any, **known: Any) -> Any:
         here_B = (labels_SB == torch.tensor(labels_S)[:, None]).all(0)
         bad_1B1 = torch.where(here_B, torch.nan, 1.0)[None, :, None]
         if of_loss:
@@ -109,7 +109,7 @@ def poison(labels_S: list[int], of_loss: bool) -> None:
         elif hidden_SBH.requires_grad:
             hidden_SBH = hidden_SBH * 1.0
             hidden_SBH.register_hook(lambda gradient: gradient * bad_1B1)
-        return weigh(self, hidden_SBH, weight_vH, labels_SB, *rest)
+        return weigh(self, hidden_SBH, weight_vH, labels_SB, *rest, **known)
 
     objective.Objective.__call__ = poisoned  # type: ignore[method-assign]
 

@@ -116,11 +116,19 @@ class Objective:
         return 1.0 - self.alpha if self.lm_weight is None else self.lm_weight
 
     def __call__(
-        self, hidden_SBH: Tensor, weight_vH: Tensor, labels_SB: Tensor, mask_SB: Tensor, targets: Given
+        self,
+        hidden_SBH: Tensor,
+        weight_vH: Tensor,
+        labels_SB: Tensor,
+        mask_SB: Tensor,
+        targets: Given,
+        *,
+        whole: bool = False,
     ) -> TokenLosses:
         """Return the loss of this microbatch and the values of its tokens.
 
-        hidden_SBH: the last stage's output; under sequence parallelism ``[S / TP, B, H]``.
+        hidden_SBH: the last stage's output; under sequence parallelism ``[S / TP, B, H]``. whole: the mask is known to
+        leave no token out, so that the device need not be asked which ones carry weight.
         """
         if self.sequence_parallel:
             # the backward of this reduce-scatters the partial gradients of the ranks
@@ -150,6 +158,7 @@ class Objective:
             kd=kd,
             hidden_grad="partial" if self.sequence_parallel else "all_reduce",
             weight_grad=self.weight_grad,
+            every_token=whole and self._weighs_all(targets),
             implementation=self.implementation,
             chunk_bytes=self.chunk_bytes,
         )
@@ -198,6 +207,13 @@ class Objective:
         if self.taid is None or "taid" not in state:
             return self
         return replace(self, taid=self.taid.restored(state["taid"]))
+
+    def _weighs_all(self, targets: Given) -> bool:
+        """True if every token of the mask carries weight, whatever the values of the targets."""
+        if self.gates.closed:
+            return False
+        with_kd = self.term is not None and self.alpha > 0 and isinstance(targets, DenseTargets)
+        return self.lm_share != 0 or self.z_loss_coeff > 0 or with_kd
 
     def _calibration(self, hidden_TH: Tensor, weight_vH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         return calibration_sums(

@@ -22,6 +22,7 @@ from megakd.train.objective.gates import Gates, apply_gates
 from megakd.train.objective.objective import Objective
 from megakd.train.objective.taid import Taid
 from megakd.train.preflight import check_run
+from megakd.train.step import _not_finite, _sums
 
 S, B, V, HIDDEN = 13, 3, 251, 16
 SHARD = VocabShard(0, V + 1, V, None)
@@ -143,6 +144,50 @@ def test_stored_and_modelled_targets_together_equal_the_model(gates: Gates, alph
         torch.testing.assert_close(one[model.kd_T], other[model.kd_T], rtol=1e-6, atol=1e-9)
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "stored"])
+@pytest.mark.parametrize(("alpha", "lm_weight", "z"), [(0.25, None, 0.0), (1.0, None, 0.0), (1.0, 0.0, 0.5)])
+@pytest.mark.parametrize("gates", [Gates(), Gates(entropy_gate=0.3)], ids=str)
+def test_a_mask_that_is_known_to_be_whole_changes_no_bit(
+    kind: str, alpha: float, lm_weight: float | None, z: float, gates: Gates
+) -> None:
+    inputs = Inputs()
+    stored = stored_rows(inputs, torch.rand(S * B) > 0.4)
+    targets = {"none": None, "dense": inputs.teacher, "stored": stored}[kind]
+    objective = Objective(
+        alpha, KDTerm(tail="ghost" if kind == "stored" else "none"), SHARD, False, z, gates, lm_weight=lm_weight
+    )
+    results = []
+    for whole in (False, True):
+        inputs.hidden_SBH.grad = inputs.weight_vH.grad = None
+        mask_SB = torch.ones_like(inputs.mask_SB)
+        found = objective(inputs.hidden_SBH, inputs.weight_vH, inputs.labels_SB, mask_SB, targets, whole=whole)
+        found.loss.backward()
+        results.append((found.loss, found.head.lm_T, inputs.hidden_SBH.grad, inputs.weight_vH.grad))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "generalised_jsd", "decoupled", "adaptive_kl"])
+def test_a_whole_mask_asks_the_device_nothing(divergence: str) -> None:
+    """Loss, gradient and the sums of the record on tensors that have no values, where every question about one fails.
+
+    On a GPU such a question waits until the queue of the device is empty.
+    """
+    inputs = Inputs()
+    hidden, weight, labels, teacher, head = (
+        tensor.detach().to("meta")
+        for tensor in (inputs.hidden_SBH, inputs.weight_vH, inputs.labels_SB, *vars(inputs.teacher).values())
+    )
+    mask, targets = torch.ones(S, B, dtype=torch.bool, device="meta"), DenseTargets(teacher, head)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    objective = Objective(0.5, KDTerm(divergence), SHARD, False, 0.5, implementation="reference", chunk_bytes=1 << 14)
+    found = objective(*leaves, labels, mask, targets, whole=True)
+    assert _sums(found).is_meta and _not_finite(found, mask).shape == (B,)
+    found.loss.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        objective(*leaves, labels, mask, targets)
 
 
 @pytest.mark.parametrize("gates", [Gates(), Gates(entropy_gate=0.3)], ids=str)
