@@ -77,6 +77,7 @@ LOCAL_IMPORTS_ALLOWED = {
     ("megakd/pipeline/evaluate/run.py", "megakd.pipeline.evaluate.task_figures"),  # lm-eval is optional, and slow
     ("megakd/pipeline/convert/main.py", "megakd.pipeline.convert.run"),
     # triton need not be installed where nobody runs its kernels
+    ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.head_search"),
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.statistics"),
     ("megakd/losses/kernels/gpu/launch.py", "megakd.losses.kernels.gpu.gradients"),
     ("megakd/train/preflight.py", "megakd.model.checkpoint.tensor_names"),  # only where there is a checkpoint to read

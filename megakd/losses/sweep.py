@@ -260,7 +260,7 @@ class _Walk:
         sums = []
         for part in late:
             if part.term is not None and part.term.term.formula == "adaptive_kl":
-                sums.append(head_and_tail_gap(part.chunk, part.statistics, self._shard))
+                sums.append(head_and_tail_gap(part.chunk, part.statistics, self._shard, part.kernels))
             else:
                 sums.append(part.kernels.second_pass(part.chunk, part.statistics))
         if self._split:

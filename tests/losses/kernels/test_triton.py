@@ -15,12 +15,13 @@ import torch
 from losses.cases import CASES, sparse_targets
 from torch import Tensor
 
+from megakd.losses.adaptive_kl import head_and_tail_gap
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.kernels.gpu.launch import DTYPES, TritonKernels
 from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, SparseTeacher
 from megakd.losses.sparse import Buckets
 from megakd.losses.terms import KDTerm
-from megakd.losses.vocab_parallel import RowStatistics
+from megakd.losses.vocab_parallel import RowStatistics, VocabShard
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,6 +73,8 @@ def _launches() -> _Recorder:
             slope = SparseSlope(weight, weight, torch.ones(side.columns_RK.shape[1], 2))
         chunk = Chunk(torch.zeros(2, 64, dtype=student_dtype), 64, labels, weight, weight, side)
         rows = recorder.statistics(chunk)
+        if term.formula == "adaptive_kl":
+            head_and_tail_gap(chunk, rows, VocabShard(0, 64, 64, None), recorder)
         if isinstance(side, DenseTeacher) and DIVERGENCES[term.formula].second_pass == ("value", "slope"):
             rows = rows.extended(recorder.second_pass(chunk, rows))
         recorder.gradient(chunk, RowStatistics(rows.columns, rows.values_kR), slope)
@@ -82,11 +85,12 @@ def _launches() -> _Recorder:
 def test_every_kernel_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """For a GPU that need not be there, down to its machine code."""
     from megakd.losses.kernels.gpu import gradients as triton_gradients
+    from megakd.losses.kernels.gpu import head_search as triton_head_search
     from megakd.losses.kernels.gpu import statistics as triton_statistics
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    kernels = {**vars(triton_statistics), **vars(triton_gradients)}
+    kernels = {**vars(triton_statistics), **vars(triton_gradients), **vars(triton_head_search)}
     for name, kinds, constants in sorted(_launches().launches, key=str):
         kernel, given = kernels[name], dict(constants)
         free = [argument for argument in kernel.arg_names if argument not in given]

@@ -15,6 +15,7 @@ from losses.cases import UNSCALED, Case, sparse_targets
 from losses.twin import logits_twin
 from torch import Tensor
 
+from megakd.losses.adaptive_kl import head_and_tail_gap
 from megakd.losses.divergences import DIVERGENCES
 from megakd.losses.kernels.gpu.launch import TritonKernels
 from megakd.losses.kernels.protocol import Chunk, DenseTeacher, Kernels, SparseTeacher
@@ -280,3 +281,20 @@ def test_what_is_left_to_others() -> None:
     assert KERNELS.supports(chunk(torch.zeros(4, 8)))
     assert not KERNELS.supports(chunk(torch.zeros(4, 8, dtype=torch.float64)))
     assert not KERNELS.supports(chunk(torch.zeros(8, 4).t()))
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_adaptive_kl(mu: float, dtype: torch.dtype) -> None:
+    """Found by the kernels as by torch, with zeros of both signs, equal logits, and padding behind the slice."""
+    case = Case(KDTerm("adaptive_kl", akl_mu=mu, temperature=1.5), "dense")
+    student, teacher = _logits(5, dtype), _logits(6, dtype)
+    teacher[:, 10:14] = torch.tensor([0.0, -0.0, 0.0, -0.0])
+    teacher[:, 20:23] = teacher.max()
+    teacher[1] -= 4.0
+    (chunk, *_), _ = _chunks(case, student, teacher, VOCAB_SIZE + BLOCK, (1.0, 0.5))
+    rows = KERNELS.statistics(chunk)
+    shard = VocabShard(0, VOCAB_SIZE + BLOCK, VOCAB_SIZE, None)
+    found, expected = (head_and_tail_gap(chunk, rows, shard, kernels) for kernels in (KERNELS, None))
+    assert found.columns == expected.columns == ("head_gap", "tail_gap")
+    _assert_close(found.values_kR, expected.values_kR, FP32)

@@ -17,6 +17,7 @@ from megakd.losses.kernels.protocol import Chunk, DenseTeacher, SparseSlope, Spa
 from megakd.losses.terms import KDTerm
 from megakd.losses.vocab_parallel import RowStatistics
 
+_SEARCH_BLOCK = 1024  # columns at a time where each is compared with every digit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -160,6 +161,40 @@ class TritonKernels:
         )
         return RowStatistics(columns, values_kR)
 
+    digit_bits = 4  # a program compares each id with 16 digits: more would fill its registers
+
+    def digit_mass(self, chunk: Chunk, rows: RowStatistics, prefix_R: Tensor, *, shift: int) -> Tensor:
+        """Return ``[R, 16]`` as `adaptive_kl.HeadSearch` says."""
+        teacher = chunk.teacher
+        assert isinstance(teacher, DenseTeacher)
+        mass_Rb = _new(chunk.student_Rv, chunk.student_Rv.shape[0], 1 << self.digit_bits)
+        self._launch(
+            "digit_mass",
+            chunk,
+            *(teacher.logits_Rv, _lines(chunk, rows), prefix_R, mass_Rb),
+            *(chunk.student_Rv.shape[0], chunk.num_valid, chunk.student_Rv.shape[1], teacher.logits_Rv.stride(0)),
+            *(1 / teacher.term.temperature, shift),
+            BITS=self.digit_bits,
+            BLOCK=min(self._block, _SEARCH_BLOCK),
+        )
+        return mass_Rb
+
+    def gaps(self, chunk: Chunk, rows: RowStatistics, outside_R: Tensor) -> Tensor:
+        """Return ``[2, R]`` as `adaptive_kl.HeadSearch` says."""
+        student_Rv, teacher = chunk.student_Rv, chunk.teacher
+        assert isinstance(teacher, DenseTeacher)
+        _, tau_s, tau_t = _settings(teacher)
+        gaps_2R = _new(student_Rv, 2, student_Rv.shape[0])
+        self._launch(
+            "head_and_tail_gaps",
+            chunk,
+            *(student_Rv, teacher.logits_Rv, _lines(chunk, rows), outside_R, gaps_2R),
+            *(student_Rv.shape[0], chunk.num_valid, student_Rv.shape[1]),
+            *(student_Rv.stride(0), teacher.logits_Rv.stride(0), 1 / tau_s, 1 / tau_t),
+            BLOCK=self._block,
+        )
+        return gaps_2R
+
     def gradient(self, chunk: Chunk, rows: RowStatistics, slope: SparseSlope | None = None) -> Tensor:
         student_Rv, teacher = chunk.student_Rv, chunk.teacher
         values_kR, label_R = _lines(chunk, rows), chunk.label_R.contiguous()
@@ -233,9 +268,10 @@ def _is_installed() -> bool:
 def _compiled() -> dict[str, Any]:
     """The kernels by name, imported here so that triton need not be installed unless they are used."""
     from megakd.losses.kernels.gpu import gradients as triton_gradients
+    from megakd.losses.kernels.gpu import head_search as triton_head_search
     from megakd.losses.kernels.gpu import statistics as triton_statistics
 
-    return {**vars(triton_statistics), **vars(triton_gradients)}
+    return {**vars(triton_statistics), **vars(triton_gradients), **vars(triton_head_search)}
 
 
 def _settings(teacher: DenseTeacher) -> tuple[Formula, float, float]:
