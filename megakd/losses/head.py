@@ -153,6 +153,6 @@ class _Loss(torch.autograd.Function):
         if d_weight_vH is not None:
             d_weight_vH = add_to_main_grad(ctx.weight_vH, d_weight_vH, grad)
         elif ctx.in_main_grad:
-            torch._assert_async(grad == 1)  # type: ignore[no-untyped-call]
+            torch._assert_async(grad == 1)
             d_weight_vH = claim_main_grad(ctx.weight_vH)
         return d_hidden_TH, d_weight_vH, None, None, None, None, None

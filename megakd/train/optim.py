@@ -109,7 +109,7 @@ def _fuse_gradient_accumulation_inplace(chunk: torch.nn.Module) -> None:
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 class Optimizer:
