@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bench_loss_runs(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, "-W", "ignore", "benchmarks/bench_loss.py", "--quick", "--json", str(out)]

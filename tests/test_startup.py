@@ -88,7 +88,7 @@ def test_a_checkout_that_is_not_installed_runs_from_its_own_folder(hostile: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", LAUNCHED)
+@pytest.mark.parametrize("start", [pytest.param("module", marks=pytest.mark.long), "torchrun, console script"])
 def test_nothing_in_the_current_folder_runs_while_training(start: str, hostile: Path) -> None:
     flags = ["--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"]
     flags += ["--micro-batch-size", "2", "--global-batch-size", "2", "--train-iters", "1", "--lr", "1e-3"]

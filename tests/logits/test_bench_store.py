@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bench_store_runs(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, "benchmarks/bench_store.py", "--quick", "--json", str(out)]

@@ -139,7 +139,7 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
 @pytest.mark.parametrize(
     ("change", "size", "parallel", "background"),
     [
-        ("flip", 1, {}, False),
+        pytest.param("flip", 1, {}, False, marks=pytest.mark.long),
         pytest.param("remove", 2, OVERLAPPED, True, marks=pytest.mark.long),
         pytest.param("flip", 2, PP2, True, marks=pytest.mark.slow),
         pytest.param("remove", 2, TP2, False, marks=pytest.mark.long),
@@ -176,7 +176,7 @@ def test_damage_in_a_store_costs_no_step(
     [
         (2, {}, False),
         (2, {}, True),
-        pytest.param(2, TP2, False, marks=pytest.mark.slow),
+        pytest.param(2, TP2, False, marks=pytest.mark.long),
         pytest.param(4, {**INTERLEAVED, **OVERLAPPED}, False, marks=pytest.mark.long),
     ],
 )

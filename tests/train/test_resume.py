@@ -108,7 +108,11 @@ def test_kill_of_one_rank_and_resume_change_no_bit(data: str, whole: Path, world
         ((2, {**TP2}), (1, {})),
         ((2, {**TP2}), (2, {"pipeline_model_parallel_size": 2})),
         ((2, {"use_distributed_optimizer": True}), (1, {"use_distributed_optimizer": True})),
-        ((2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}), (2, {**TP2})),
+        pytest.param(
+            (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+            (2, {**TP2}),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             (2, {"use_distributed_optimizer": True, **TP2}),
             (4, {"use_distributed_optimizer": True, "pipeline_model_parallel_size": 2}),

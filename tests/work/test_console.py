@@ -77,7 +77,7 @@ def test_no_file_takes_the_number_of_a_closed_stream() -> None:
     assert subprocess.run(["bash", "-c", command], timeout=200).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_into_head(tmp_path: Path) -> None:
     """A shell's pipe into ``head``: status 0, and nothing on stderr about a pipe."""
     tree = make_tree(

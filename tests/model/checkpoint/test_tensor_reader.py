@@ -75,7 +75,7 @@ def test_tensors_are_megatrons(whole: str, world: Worlds) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["experts", "split", "split-experts"])
+@pytest.mark.parametrize("name", ["experts", "split", pytest.param("split-experts", marks=pytest.mark.long)])
 def test_tensors_of_any_layout(tmp_path: Path, world: Worlds, name: str) -> None:
     check_against_megatron(train_one_step(tmp_path, world, name), world)
 

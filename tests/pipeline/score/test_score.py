@@ -159,7 +159,7 @@ def test_what_follows_an_end_of_document_is_left_out(made: dict[str, Any], world
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told_by", ["ids", "index"])
+@pytest.mark.parametrize("told_by", [pytest.param("ids", marks=pytest.mark.long), "index"])
 def test_documents_by_themselves(told_by: str, made: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens, lengths = rng.integers(0, VOCAB - 1, 1000), rng.integers(1, 12, 150)

@@ -93,7 +93,7 @@ def run_tree(setting: dict[str, Any], save: Path, parallel: dict[str, Any], **tr
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cut_run_continues_to_the_bit(setting: dict[str, Any], world: Worlds, tmp_path: Path) -> None:
     tp2, pp2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
