@@ -48,23 +48,16 @@ def open_tokenizer(
     if kind == "NullTokenizer" and vocab_size is None and recorded.get("type") == kind:
         vocab_size = int(recorded["vocab_size"]) - 1  # its end of document comes on top
     flag = f"{flag_prefix}tokenizer-model"
-    try:
-        tokenizer = build_tokenizer(
-            kind,
-            model,
-            vocab_size=vocab_size,
-            model_flag=flag,
-            type_flag=f"{flag_prefix}tokenizer-type" if tokenizer_type else None,
-        )
-    except UsageError as error:
-        whose = "" if tokenizer_type else f"; the dataset records a {kind}: {flag} says where its file is now"
-        raise UsageError(f"{dataset.prefix}: opening its tokenizer: {error}{whose}") from error
-    end_as_recorded(tokenizer, recorded)
-    if recorded and not same_tokenizer(recorded, tokenizer):
-        raise MismatchError(
-            f"{dataset.prefix}: made with the tokenizer {name_tokenizer(recorded)}; "
-            f"the one given is {name_tokenizer(tokenizer)}"
-        )
+    tokenizer = _build_as_recorded(
+        recorded,
+        str(dataset.prefix),
+        kind,
+        model,
+        vocab_size=vocab_size,
+        model_flag=flag,
+        type_flag=f"{flag_prefix}tokenizer-type" if tokenizer_type else None,
+        hint="" if tokenizer_type else f"; the dataset records a {kind}: {flag} says where its file is now",
+    )
     largest = dataset.max_token_id
     if largest is not None and largest >= tokenizer.vocab_size:
         raise MismatchError(f"{dataset.prefix}: token id {largest}, the tokenizer has {tokenizer.vocab_size} entries")
@@ -95,16 +88,38 @@ def open_recorded(
         )
     if kind == "NullTokenizer" and record.get("type") == kind:
         vocab_size = int(record["vocab_size"]) - 1  # its end of document comes on top
+    moved = f"; {owner} records a {kind}: --tokenizer-model says where its file is now"
+    return _build_as_recorded(
+        record,
+        owner,
+        kind,
+        tokenizer_model or record.get("path"),
+        vocab_size=vocab_size,
+        model_flag="--tokenizer-model",
+        type_flag="--tokenizer-type" if tokenizer_type else None,
+        hint=moved if record and not tokenizer_model else "",
+    )
+
+
+def _build_as_recorded(
+    record: Mapping[str, Any],
+    owner: str,
+    kind: Any,
+    model: Any,
+    *,
+    vocab_size: int | None,
+    model_flag: str,
+    type_flag: str | None,
+    hint: str,
+) -> Tokenizer:
+    """Build the tokenizer and hold it against its record, which is empty if there is none. hint: ends a message.
+
+    Raises UsageError where it cannot be opened, MismatchError for another one than the recorded.
+    """
     try:
-        tokenizer = build_tokenizer(
-            kind,
-            tokenizer_model or record.get("path"),
-            vocab_size=vocab_size,
-            type_flag="--tokenizer-type" if tokenizer_type else None,
-        )
+        tokenizer = build_tokenizer(kind, model, vocab_size=vocab_size, model_flag=model_flag, type_flag=type_flag)
     except UsageError as error:
-        moved = "" if tokenizer_model else f"; {owner} records a {kind}: --tokenizer-model says where its file is now"
-        raise UsageError(f"{owner}: opening its tokenizer: {error}{moved if record else ''}") from error
+        raise UsageError(f"{owner}: opening its tokenizer: {error}{hint}") from error
     end_as_recorded(tokenizer, record)
     if record and not same_tokenizer(record, tokenizer):
         raise MismatchError(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megakd import __version__
 from megakd.artefacts.manifest import Manifest, hash_file
@@ -122,20 +123,31 @@ def describe_foreign(path: Path, *, role: str, given: ModelShape | None = None) 
         version=VERSION,
         megakd_version=__version__,
         parameters={
-            "foreign": True,
             "iteration": iteration if isinstance(iteration, int) else _number(path),
-            "shape": to_dict(shape),
-            "vocab_size": weights[_EMBEDDING][0],
-            "seq_length": int(args.attributes.get("seq_length") or 0) if isinstance(args, Named) else 0,
-            "loader_state": {},
-            "layout": {},
-            "use_distributed_optimizer": False,
-            "rng_states": False,
+            **weights_alone(
+                shape,
+                vocab_size=weights[_EMBEDDING][0],
+                seq_length=int(args.attributes.get("seq_length") or 0) if isinstance(args, Named) else 0,
+            ),
         },
         parents={},
         tokenizer=None,
         files=tuple(dataclasses.replace(hash_file(file), name=str(file.relative_to(path))) for file in files),
     )
+
+
+def weights_alone(shape: ModelShape, *, vocab_size: int, seq_length: int) -> dict[str, Any]:
+    """Return the parameters of a manifest for weights without a run: to start from, with nothing to continue."""
+    return {
+        "foreign": True,
+        "shape": to_dict(shape),
+        "vocab_size": vocab_size,
+        "seq_length": seq_length,
+        "loader_state": {},
+        "layout": {},
+        "use_distributed_optimizer": False,
+        "rng_states": False,
+    }
 
 
 def read_shape(file: str | Path, role: str) -> ModelShape:

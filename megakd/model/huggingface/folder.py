@@ -14,11 +14,11 @@ from typing import Any
 
 from megakd import __version__
 from megakd.artefacts.manifest import FileRecord, Manifest, hash_file
-from megakd.config.tree import to_dict
 from megakd.data.tokenizer import Tokenizer, build_tokenizer
 from megakd.errors import MismatchError
 from megakd.layout import is_first_rank
 from megakd.model.checkpoint.damage import FORMAT, MANIFEST, VERSION
+from megakd.model.checkpoint.foreign import weights_alone
 from megakd.model.config import ModelShape
 from megakd.model.huggingface.config_json import CONFIG, HfModel, read_config_json, read_json
 from megakd.model.huggingface.families.table import HfTensor
@@ -122,15 +122,12 @@ def describe_folder(path: Path, role: str) -> Manifest:
         megakd_version=__version__,
         parameters={
             "form": FORM,
-            "foreign": True,
             "iteration": 0,
-            "shape": to_dict(folder.shape),
-            "vocab_size": folder.rows if tokenizer is None else tokenizer.vocab_size,
-            "seq_length": folder.shape.max_position_embeddings or 0,
-            "loader_state": {},
-            "layout": {},
-            "use_distributed_optimizer": False,
-            "rng_states": False,
+            **weights_alone(
+                folder.shape,
+                vocab_size=folder.rows if tokenizer is None else tokenizer.vocab_size,
+                seq_length=folder.shape.max_position_embeddings or 0,
+            ),
             "huggingface": settings_of(folder),
         },
         parents={},

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megakd.config.tree import to_dict
 from megakd.errors import ExitStatus
+from megakd.model.checkpoint.foreign import weights_alone
 from megakd.model.checkpoint.stream_writer import write_checkpoint
 from megakd.model.huggingface.export import export
 from megakd.model.huggingface.export_plan import ExportPlan
@@ -33,14 +33,7 @@ def convert(config: ConvertConfig, plan: ConvertPlan) -> ExitStatus:
         iteration=0,
         dtype=dtype,
         parameters={
-            "foreign": True,
-            "shape": to_dict(plan.shape),
-            "vocab_size": record.vocab_size,
-            "seq_length": record.seq_length,
-            "loader_state": {},
-            "layout": {},
-            "use_distributed_optimizer": False,
-            "rng_states": False,
+            **weights_alone(plan.shape, vocab_size=record.vocab_size, seq_length=record.seq_length),
             "huggingface": record.huggingface,
         },
         parents={"huggingface": record.fingerprint},
